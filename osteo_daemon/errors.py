@@ -1,0 +1,90 @@
+"""Every exception of the product in one tree.
+
+The class is the policy, its docstring is the message: ``str(error)`` gives the docstring's first line followed by
+what the raiser adds. No code decides by matching on message text.
+
+==================== =====================================================================
+``Transient``        the same step may succeed later: retry with back-off
+``Refused``          the peer says no for good: fail that delivery, keep the object
+``Damaged``          what was received cannot be used: hold the study, keep every byte
+``ConfigurationError`` ``BundleError``  refuse to start
+``LeaseLost``        another worker holds the job: drop the work, commit nothing
+==================== =====================================================================
+
+Nothing here may carry patient identity: messages reach logs and the event table.
+"""
+
+from __future__ import annotations
+
+
+class OsteoError(Exception):
+    """Something went wrong in osteo_daemon"""
+
+    def __init__(self, detail: str = "") -> None:
+        self.detail = detail
+        message = (type(self).__doc__ or "").strip().splitlines()[0].rstrip(".")
+        super().__init__(f"{message}: {detail}" if detail else message)
+
+
+class ConfigurationError(OsteoError):
+    """The settings cannot be used"""
+
+
+class BundleError(OsteoError):
+    """A model bundle cannot be used"""
+
+
+class Transient(OsteoError):
+    """A step failed that may succeed later"""
+
+
+class StoreUnavailable(Transient):
+    """The job store did not answer"""
+
+
+class SpoolFull(Transient):
+    """The spool has no room"""
+
+
+class PeerUnavailable(Transient):
+    """The peer did not answer or asked to try again"""
+
+
+class Refused(OsteoError):
+    """The peer refuses this object for good"""
+
+
+class Damaged(OsteoError):
+    """What was received cannot be used"""
+
+
+class NotDicom(Damaged):
+    """The file is not a readable DICOM object"""
+
+
+class PixelDataUnreadable(Damaged):
+    """The pixel data cannot be decoded"""
+
+
+class ConflictingInstance(Damaged):
+    """Other pixels arrived under a SOP Instance UID that is already stored"""
+
+
+class LeaseLost(OsteoError):
+    """The lease on this job has passed to another worker"""
+
+
+class IllegalTransition(OsteoError):
+    """The job cannot change to that state"""
+
+
+class NotEligible(OsteoError):
+    """The study is not eligible for screening
+
+    A normal outcome, never an error of the node. ``code`` is one of `osteo_daemon.domain.eligibility.ExclusionCode`.
+    """
+
+    def __init__(self, code: str, reason: str) -> None:
+        self.code = code
+        self.reason = reason
+        super().__init__(f"{code}: {reason}")

@@ -1,0 +1,68 @@
+"""The life of a study's job: states, legal transitions, claims."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from types import MappingProxyType
+
+
+class JobState(StrEnum):
+    """Where a study stands."""
+
+    RECEIVING = "RECEIVING"  # instances still arrive
+    READY = "READY"  # complete; waits for a screener (a retry waits here with not_before)
+    SCREENING = "SCREENING"  # claimed under a lease
+    REPORTED = "REPORTED"  # report objects and delivery rows are committed
+    DELIVERED = "DELIVERED"  # every destination has them
+    EXCLUDED = "EXCLUDED"  # not eligible, with a reason; no error
+    HELD = "HELD"  # damaged, or held by hand
+    FAILED = "FAILED"  # attempts spent
+
+
+class JobKind(StrEnum):
+    """What a job does; the kinds share one queue, one claim and one table of transitions."""
+
+    SCREEN = "screen"
+
+
+TRANSITIONS: Mapping[JobState, frozenset[JobState]] = MappingProxyType(
+    {
+        JobState.RECEIVING: frozenset({JobState.READY, JobState.HELD}),
+        # late instances return a job to RECEIVING under a higher revision
+        JobState.READY: frozenset({JobState.SCREENING, JobState.RECEIVING, JobState.HELD, JobState.FAILED}),
+        JobState.SCREENING: frozenset(
+            {
+                JobState.REPORTED,
+                JobState.EXCLUDED,
+                JobState.READY,
+                JobState.RECEIVING,
+                JobState.HELD,
+                JobState.FAILED,
+            }
+        ),
+        JobState.REPORTED: frozenset({JobState.DELIVERED, JobState.RECEIVING, JobState.READY, JobState.FAILED}),
+        JobState.DELIVERED: frozenset({JobState.RECEIVING, JobState.READY}),
+        JobState.EXCLUDED: frozenset({JobState.RECEIVING, JobState.READY, JobState.REPORTED}),
+        JobState.HELD: frozenset({JobState.READY, JobState.RECEIVING}),
+        JobState.FAILED: frozenset({JobState.READY, JobState.RECEIVING}),
+    }
+)
+"""Every legal transition; the store refuses all others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One claimed or listed job. ``fencing_token`` grows with every claim and is checked at commit."""
+
+    job_id: int
+    kind: JobKind
+    study_instance_uid: str
+    state: JobState
+    revision: int
+    attempts: int
+    fencing_token: int
+    lease_until: datetime | None
+    not_before: datetime | None

@@ -1,0 +1,216 @@
+"""The only reader of ``osteo.toml`` and of the environment; every name carries its unit.
+
+A key ``[section] key`` may be overridden by the environment variable ``OSTEO_SECTION__KEY``.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from osteo_daemon.errors import ConfigurationError
+
+ENVIRONMENT_PREFIX = "OSTEO_"
+_AE_TITLE = re.compile(r"[\x21-\x5b\x5d-\x7e](?:[\x20-\x5b\x5d-\x7e]{0,14}[\x21-\x5b\x5d-\x7e])?")
+
+
+def _ae_title(value: str) -> str:
+    # VR AE: at most 16 characters of the default repertoire, no backslash or control character (PS3.5 6.2)
+    if not _AE_TITLE.fullmatch(value):
+        raise ValueError("an AE title has 1 to 16 printable ASCII characters, no backslash, no space at either end")
+    return value
+
+
+def _network(value: str) -> str:
+    ipaddress.ip_network(value, strict=False)
+    return value
+
+
+AETitle = Annotated[str, AfterValidator(_ae_title)]
+Network = Annotated[str, AfterValidator(_network)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceSettings(_Section):
+    """A peer that may open associations: its AE title and the addresses or networks it may come from."""
+
+    ae_title: AETitle
+    addresses: Annotated[tuple[Network, ...], Field(min_length=1)]
+
+
+class ReceiverSettings(_Section):
+    """The C-STORE listener."""
+
+    ae_title: AETitle = "OSTEO"
+    address: str = "127.0.0.1"
+    port: Port = 11112
+    maximum_associations: int = Field(default=50, ge=1)
+    maximum_pdu_bytes: int = Field(default=131072, ge=4096, le=1048576)
+    acse_timeout_seconds: Seconds = 30
+    dimse_timeout_seconds: Seconds = 60
+    network_timeout_seconds: Seconds = 120
+    minimum_free_bytes: int = Field(default=2 * 1024**3, ge=0)
+
+
+class CompletenessSettings(_Section):
+    """When a study counts as complete."""
+
+    quiet_seconds: Seconds = 60
+    sweep_seconds: Seconds = 5
+
+
+class ScreenerSettings(_Section):
+    """The screening worker."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    localizer_bundle: str = "spine-localizer"
+    network_bundle: str = "osteo-moe"
+    network_enabled: bool = True
+    lease_seconds: Seconds = 120
+    poll_seconds: Seconds = 1
+    maximum_attempts: int = Field(default=3, ge=1)
+    retry_base_seconds: Seconds = 30
+    threads: int = Field(default=0, ge=0)
+
+
+class DestinationSettings(_Section):
+    """A PACS that gets the results."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
+    ae_title: AETitle
+    host: str
+    port: Annotated[int, Field(ge=1, le=65535)]
+    objects: tuple[Literal["sr", "seg", "sc"], ...] = ("seg", "sr", "sc")
+    sr_class: Literal["comprehensive-3d", "comprehensive", "enhanced"] = "comprehensive-3d"
+
+
+class DelivererSettings(_Section):
+    """How results are sent."""
+
+    poll_seconds: Seconds = 1
+    lease_seconds: Seconds = 120
+    retry_base_seconds: Seconds = 5
+    retry_maximum_seconds: Seconds = 3600
+    give_up_after_seconds: Seconds = 7 * 24 * 3600
+    connect_timeout_seconds: Seconds = 10
+    dimse_timeout_seconds: Seconds = 60
+
+
+class SiteSettings(_Section):
+    """What the report says about the site."""
+
+    institution: str = ""
+    station_name: str = "osteo-daemon"
+    device_serial_number: str = "1"
+    timezone_offset: Annotated[str, Field(pattern=r"^[+-]\d{4}$")] = "+0000"
+
+
+class LogSettings(_Section):
+    """Where log lines go: standard error, as text or JSON."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["text", "json"] = "text"
+
+
+class Settings(_Section):
+    """All settings of one node."""
+
+    state_dir: Path = Path("/var/lib/osteo-daemon")
+    models_dir: Path | None = None
+    receiver: ReceiverSettings = ReceiverSettings()
+    sources: tuple[SourceSettings, ...] = ()
+    completeness: CompletenessSettings = CompletenessSettings()
+    screener: ScreenerSettings = ScreenerSettings()
+    deliverer: DelivererSettings = DelivererSettings()
+    destinations: tuple[DestinationSettings, ...] = ()
+    site: SiteSettings = SiteSettings()
+    log: LogSettings = LogSettings()
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> Settings:
+        names = [destination.name for destination in self.destinations]
+        if len(set(names)) != len(names):
+            raise ValueError("two destinations share one name; give each [[destinations]] entry a name of its own")
+        titles = [source.ae_title for source in self.sources]
+        if len(set(titles)) != len(titles):
+            raise ValueError("two sources share one ae_title; list all addresses under one [[sources]] entry")
+        return self
+
+    @property
+    def database_url(self) -> str:
+        """SQLAlchemy URL of the job store."""
+        return f"sqlite:///{self.state_dir / 'jobs.sqlite'}"
+
+    @property
+    def spool_dir(self) -> Path:
+        """Folder of received objects and report objects."""
+        return self.state_dir / "spool"
+
+
+def load_settings(path: Path | None, environment: Mapping[str, str] | None = None) -> Settings:
+    """Read settings from a TOML file and the environment.
+
+    Args:
+        path: the file, or None for defaults and environment alone.
+        environment: variables to read instead of the process's own.
+
+    Raises:
+        ConfigurationError: the file is missing or not TOML, or a value is wrong; the message names key, value and fix.
+    """
+    document: dict[str, Any] = {}
+    if path is not None:
+        try:
+            document = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ConfigurationError(f"{path} does not exist; see deploy/osteo.example.toml") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigurationError(f"{path} cannot be read: {error}") from error
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigurationError(f"{path} is not TOML: {error}") from error
+    for name, value in sorted((os.environ if environment is None else environment).items()):
+        if name.startswith(ENVIRONMENT_PREFIX):
+            _override(document, name, value)
+    try:
+        return Settings.model_validate(document)
+    except ValidationError as error:
+        where = path or "environment"
+        lines = "; ".join(_explain(entry) for entry in error.errors())
+        raise ConfigurationError(f"{where}: {lines}") from error
+
+
+_NOT_SETTINGS = frozenset({"OSTEO_TEST_DATA", "OSTEO_CONFIG"})
+
+
+def _override(document: dict[str, Any], name: str, value: str) -> None:
+    if name in _NOT_SETTINGS:
+        return
+    keys = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
+    table = document
+    for key in keys[:-1]:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise ConfigurationError(
+                f"{name}: [{key}] is a list and cannot be set from the environment; use osteo.toml"
+            )
+    table[keys[-1]] = value
+
+
+def _explain(entry: Any) -> str:
+    key = ".".join(str(part) for part in entry["loc"]) or "settings"
+    if entry["type"] == "extra_forbidden":
+        return f"{key} is not a setting; see deploy/osteo.example.toml"
+    shown = entry["input"]
+    value = f" (is {shown!r})" if isinstance(shown, str | int | float | bool) else ""
+    return f"{key}{value}: {entry['msg'].removeprefix('Value error, ')}"

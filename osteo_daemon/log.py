@@ -1,6 +1,6 @@
 """Log lines that can't carry patient identity: an allow-list of attributes, one event slug per line.
 
-A key that isn't on the list is dropped and its name is kept under ``dropped``, so that a mistake is seen but never leaks.
+A key that isn't on the list is dropped and its name kept under ``dropped``: a mistake is seen but never leaks.
 """
 
 from __future__ import annotations

@@ -1,0 +1,266 @@
+"""DICOM files to stacks of parallel slices, and a stack to a `CtVolume` with its true geometry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pydicom
+from pydicom.dataset import Dataset
+from pydicom.errors import InvalidDicomError
+from pydicom.uid import CTImageStorage
+
+from osteo_daemon.errors import Damaged, NotDicom, PixelDataUnreadable
+from osteo_daemon.imaging.volume import CtVolume
+
+SPACING_TOLERANCE_MM = 0.1
+"""A slice may lie this far from the even grid: scanners write positions rounded to 0.01 to 0.1 mm."""
+
+ORIENTATION_TOLERANCE = 1e-3
+"""Largest difference between direction cosines within one stack."""
+
+MINIMUM_RUN = 3
+"""Fewest slices that show an even step."""
+
+LOWEST_HU = -1024.0
+"""Padding outside the reconstruction circle (GE -2000, Siemens -8192) is raised to air."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slice:
+    """One CT image: its header without pixels and where its bytes lie."""
+
+    header: Dataset
+    path: Path
+    position_mm: npt.NDArray[np.float64]  # (3,) Image Position (Patient), LPS
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stack:
+    """Parallel slices of one series on an even grid, ordered along the normal.
+
+    Attributes:
+        slices: in the order of the volume's D axis.
+        affine: (4, 4) index (d, h, w, 1) to LPS mm; the D column is the step between slice positions, which under gantry
+            tilt isn't parallel to the normal.
+        cut_slices: slices of the same grid that were left out because the spacing changes; 0 for a whole series.
+    """
+
+    slices: tuple[Slice, ...]
+    affine: npt.NDArray[np.float64]
+    cut_slices: int
+
+    @property
+    def header(self) -> Dataset:
+        """Header of the first slice."""
+        return self.slices[0].header
+
+    @property
+    def series_instance_uid(self) -> str:
+        """UID of the series that the slices belong to."""
+        return str(self.header.get("SeriesInstanceUID") or "")
+
+    @property
+    def spacing_mm(self) -> float:
+        """Distance between neighbouring slice positions."""
+        return float(np.linalg.norm(self.affine[:3, 0]))
+
+    @property
+    def coverage_mm(self) -> float:
+        """Cranio-caudal extent of the stack, from the first slice's centre to the last's."""
+        return float(abs(self.affine[2, 0]) * (len(self.slices) - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A file that's no usable DICOM object, and why, without its content."""
+
+    path: Path
+    reason: str
+
+
+def read_headers(paths: Iterable[Path]) -> tuple[list[tuple[Path, Dataset]], list[Unreadable]]:
+    """Headers without pixels of every readable file, and the files that are not.
+
+    A file counts as readable when it's a Part 10 file with the UIDs of its SOP class and instance.
+    """
+    readable: list[tuple[Path, Dataset]] = []
+    unreadable: list[Unreadable] = []
+    for path in paths:
+        try:
+            readable.append((path, read_header(path)))
+        except NotDicom as error:
+            unreadable.append(Unreadable(path, error.detail))
+    return readable, unreadable
+
+
+def read_header(path: Path) -> Dataset:
+    """Header of one file, pixels left on disk.
+
+    Raises:
+        NotDicom: not a Part 10 file, cut off in its header, or without UIDs.
+    """
+    try:
+        header = pydicom.dcmread(path, stop_before_pixels=True)
+        header.decode()  # elements are parsed lazily: a broken one must show here, not in the middle of a report
+    except InvalidDicomError as error:
+        raise NotDicom(f"{path.name} has no DICOM preamble") from error
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        NotImplementedError,
+        AttributeError,
+        TypeError,
+        LookupError,
+    ) as error:
+        raise NotDicom(f"{path.name} cannot be parsed ({type(error).__name__})") from error
+    meta = header.file_meta
+    for keyword, fallback in (
+        ("SOPInstanceUID", "MediaStorageSOPInstanceUID"),
+        ("SOPClassUID", "MediaStorageSOPClassUID"),
+    ):
+        if not header.get(keyword):  # blanked by some anonymisers; the file meta information repeats it
+            if not meta.get(fallback):
+                raise NotDicom(f"{path.name} has no {keyword}")
+            setattr(header, keyword, meta.get(fallback))
+    return header
+
+
+def ct_slices(headers: Sequence[tuple[Path, Dataset]]) -> dict[str, list[Slice]]:
+    """CT images with a position in the patient, by SeriesInstanceUID, each SOP instance once."""
+    series: dict[str, dict[str, Slice]] = {}
+    for path, header in headers:
+        if header.SOPClassUID != CTImageStorage or not _has_geometry(header):
+            continue
+        position = np.asarray(header.ImagePositionPatient, dtype=np.float64)
+        instances = series.setdefault(str(header.get("SeriesInstanceUID") or ""), {})
+        instances.setdefault(str(header.SOPInstanceUID), Slice(header, path, position))
+    return {uid: list(instances.values()) for uid, instances in series.items()}
+
+
+def _has_geometry(header: Dataset) -> bool:
+    try:
+        values = [*header.ImagePositionPatient, *header.ImageOrientationPatient, *header.PixelSpacing]
+        numbers = np.asarray(values, dtype=np.float64)
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return numbers.shape == (11,) and bool(np.isfinite(numbers).all()) and bool((numbers[9:] > 0).all())
+
+
+def split_stacks(slices: Sequence[Slice]) -> list[Stack]:
+    """Slices of one series as even stacks, the longest first.
+
+    Slices are grouped by orientation, matrix, pixel spacing and acquisition, ordered along the normal and cut wherever
+    the step changes, so that no stack bridges a gap. A group with two images at one position (two phases under one
+    series) gives no stack.
+    """
+    groups: dict[tuple[object, ...], list[Slice]] = {}
+    for item in slices:
+        groups.setdefault(_grid_key(item.header), []).append(item)
+    if len(groups) > 1 and sum(len(group) == 1 for group in groups.values()) > len(groups) // 2:
+        # makers that number every slice as an acquisition of its own
+        groups = {}
+        for item in slices:
+            groups.setdefault(_grid_key(item.header)[:-1], []).append(item)
+    stacks = [stack for group in groups.values() for stack in _even_runs(group)]
+    return sorted(stacks, key=lambda stack: (-stack.coverage_mm, -len(stack.slices)))
+
+
+def _grid_key(header: Dataset) -> tuple[object, ...]:
+    orientation = tuple(round(float(value) / ORIENTATION_TOLERANCE) for value in header.ImageOrientationPatient)
+    spacing = tuple(round(float(value), 4) for value in header.PixelSpacing)
+    return (orientation, spacing, header.get("Rows"), header.get("Columns"), str(header.get("AcquisitionNumber", "")))
+
+
+def _even_runs(group: Sequence[Slice]) -> list[Stack]:
+    if len(group) < MINIMUM_RUN:
+        return []
+    cosines = np.asarray(group[0].header.ImageOrientationPatient, dtype=np.float64)
+    normal = np.cross(cosines[:3], cosines[3:])
+    ordered = sorted(group, key=lambda item: float(item.position_mm @ normal))
+    positions = np.stack([item.position_mm for item in ordered])
+    steps = np.diff(positions, axis=0)
+    if np.any(steps @ normal <= SPACING_TOLERANCE_MM):
+        return []  # one position taken twice: nothing says which image is meant
+    runs: list[Stack] = []
+    start = 0
+    for end in range(1, len(ordered)):
+        if end == len(ordered) - 1 or np.abs(steps[end] - steps[start]).max() > SPACING_TOLERANCE_MM:
+            if end - start >= MINIMUM_RUN - 1:
+                run = slice(start, end + 1)
+                runs.append(_stack(ordered[run], positions[run], cosines, len(ordered)))
+            start = end
+    return runs
+
+
+def _stack(
+    slices: Sequence[Slice], positions: npt.NDArray[np.float64], cosines: npt.NDArray[np.float64], of: int
+) -> Stack:
+    row_spacing, column_spacing = (float(value) for value in slices[0].header.PixelSpacing)
+    affine = np.eye(4)
+    affine[:3, 0] = (positions[-1] - positions[0]) / (len(positions) - 1)
+    affine[:3, 1] = cosines[3:] * row_spacing  # from one row to the next: along the column direction
+    affine[:3, 2] = cosines[:3] * column_spacing
+    affine[:3, 3] = positions[0]
+    return Stack(tuple(slices), affine, of - len(slices))
+
+
+def read_volume(stack: Stack) -> CtVolume:
+    """Decode a stack's pixels to HU.
+
+    Raises:
+        PixelDataUnreadable: a slice's pixel data is cut off, corrupt or in an unsupported transfer syntax.
+    """
+    header = stack.header
+    voxels = np.empty((len(stack.slices), int(header.Rows), int(header.Columns)), dtype=np.float32)
+    for index, item in enumerate(stack.slices):
+        voxels[index] = _read_slice(item)
+    np.maximum(voxels, LOWEST_HU, out=voxels)
+    return CtVolume(voxels, stack.affine)
+
+
+def _read_slice(item: Slice) -> npt.NDArray[np.float32]:
+    try:
+        dataset = pydicom.dcmread(item.path)
+        pixels = dataset.pixel_array
+        slope, intercept = float(dataset.RescaleSlope), float(dataset.RescaleIntercept)
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
+        raise PixelDataUnreadable(
+            f"slice {item.header.get('InstanceNumber', '?')} ({type(error).__name__}); "
+            "ask the sender for the study again"
+        ) from error
+    if pixels.ndim != 2:
+        raise PixelDataUnreadable(f"slice {item.header.get('InstanceNumber', '?')} is not a single grey-scale frame")
+    hounsfield = pixels.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+    padding = dataset.get("PixelPaddingValue")
+    if padding is not None:
+        hounsfield[pixels == padding] = LOWEST_HU
+    return hounsfield
+
+
+def one_study(headers: Sequence[tuple[Path, Dataset]]) -> str:
+    """StudyInstanceUID of all headers; empty where an anonymiser blanked it.
+
+    Raises:
+        Damaged: no header, or more than one study.
+    """
+    uids = {str(header.get("StudyInstanceUID") or "") for _, header in headers}
+    if not uids:
+        raise Damaged("there is no DICOM object")
+    if len(uids) > 1:
+        raise Damaged(f"{len(uids)} studies are mixed; screen one study at a time")
+    return uids.pop()

@@ -29,4 +29,4 @@ class Region:
     def centre_lps_mm(self) -> npt.NDArray[np.float64]:
         """(3,) centroid of the voxels inside in LPS millimetres."""
         index = np.argwhere(self.mask).mean(axis=0)
-        return self.affine[:3, :3] @ index + self.affine[:3, 3]
+        return np.asarray(self.affine[:3, :3] @ index + self.affine[:3, 3])

@@ -44,8 +44,8 @@ class Stack:
 
     Attributes:
         slices: in the order of the volume's D axis.
-        affine: (4, 4) index (d, h, w, 1) to LPS mm; the D column is the step between slice positions, which under gantry
-            tilt isn't parallel to the normal.
+        affine: (4, 4) index (d, h, w, 1) to LPS mm; the D column is the step between slice positions, which under
+            gantry tilt is not parallel to the normal.
         cut_slices: slices of the same grid that were left out because the spacing changes; 0 for a whole series.
     """
 

@@ -1,0 +1,139 @@
+"""Values that go into and come out of the job store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+
+from osteo_daemon.domain.job import JobState
+
+
+class RecordOutcome(StrEnum):
+    """What became of an instance that the receiver recorded."""
+
+    STORED = "stored"  # new
+    DUPLICATE = "duplicate"  # same UID, same bytes: nothing changed
+    REPLACED = "replaced"  # same pixels and geometry, other header or transfer syntax: a new revision
+    CONFLICT = "conflict"  # other bytes under a known UID: nothing changed; the caller decides what they are
+    OWN_RESULT = "own_result"  # one of our own report objects came back: nothing changed
+
+
+class ReportKind(StrEnum):
+    """Kinds of report objects, in the order in which a destination gets them."""
+
+    SEG = "seg"  # first: the SR refers to it
+    SR = "sr"
+    SC = "sc"
+
+
+class DeliveryState(StrEnum):
+    """Where a delivery stands."""
+
+    PENDING = "PENDING"  # waits for a deliverer, perhaps with not_before
+    SENDING = "SENDING"  # claimed under a lease
+    DELIVERED = "DELIVERED"  # the destination has every object
+    REFUSED = "REFUSED"  # dead letter: the destination refused for good, or patience ended
+
+
+@dataclass(frozen=True, slots=True)
+class ReportObject:
+    """A report object in the spool. ``variant`` names the form it has for some destinations ("" when there's one)."""
+
+    kind: ReportKind
+    sop_class_uid: str
+    sop_instance_uid: str
+    path: Path
+    size_bytes: int
+    sha256: str
+    variant: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NewDelivery:
+    """What a destination shall get: SOP Instance UIDs among the report objects committed with it."""
+
+    destination: str
+    sop_instance_uids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryObject:
+    """An object of a claimed delivery; ``status`` is what the destination answered, None when not yet sent."""
+
+    report: ReportObject
+    status: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One destination's objects of one job revision, in the order of sending.
+
+    ``fencing_token`` grows with every claim and is checked at every write; ``created_at`` tells how long it waits.
+    """
+
+    delivery_id: int
+    job_id: int
+    study_instance_uid: str
+    revision: int
+    destination: str
+    state: DeliveryState
+    attempts: int
+    fencing_token: int
+    created_at: datetime
+    not_before: datetime | None
+    objects: tuple[DeliveryObject, ...]
+    outcome: str | None = None
+    detail: str | None = None
+
+    @property
+    def unsent(self) -> tuple[ReportObject, ...]:
+        """Objects that the destination has not yet accepted."""
+        return tuple(entry.report for entry in self.objects if entry.status is None)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One row of a study's history."""
+
+    at: datetime
+    who: str
+    event: str
+    from_state: JobState | None
+    to_state: JobState | None
+    revision: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobSummary:
+    """A job as lists show it."""
+
+    job_id: int
+    study_instance_uid: str
+    state: JobState
+    revision: int
+    attempts: int
+    source_ae: str
+    instances: int
+    code: str | None
+    detail: str | None
+    not_before: datetime | None
+    first_received_at: datetime
+    last_received_at: datetime
+    changed_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """Bytes kept apart because another content is stored under their UID."""
+
+    sop_instance_uid: str
+    study_instance_uid: str
+    path: Path
+    size_bytes: int
+    sha256: str
+    reason: str
+    source_ae: str
+    received_at: datetime

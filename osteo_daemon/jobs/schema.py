@@ -1,0 +1,243 @@
+"""Tables of the job store, typed; the migrations under ``migrations/`` create the same (a test compares both).
+
+Times are UTC. Strings that come from a peer (AE titles, UIDs) are stored as received, paths relative to nothing:
+absolute paths inside the spool. No table holds patient identity.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    DateTime,
+    Dialect,
+    Enum,
+    ForeignKey,
+    Index,
+    MetaData,
+    String,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from osteo_daemon.domain.job import JobKind, JobState
+from osteo_daemon.jobs.records import DeliveryState, ReportKind
+
+_UID = String(64)  # PS3.5 9.1: at most 64 characters
+_AE = String(16)  # PS3.5 6.2, VR AE
+_DIGEST = String(64)
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware datetime, kept as UTC: SQLite has no time zones, and text of one zone sorts by time."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """To UTC; a naive value is a bug of the caller."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("a datetime without time zone")
+        value = value.astimezone(UTC)
+        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Back to an aware datetime."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+def _names(kind: type[StrEnum]) -> Enum:
+    # plain text without a CHECK: a new state must not need a table rebuild on SQLite
+    return Enum(kind, native_enum=False, create_constraint=False, length=16, values_callable=_values)
+
+
+def _values(kind: type[StrEnum]) -> list[str]:
+    return [member.value for member in kind]
+
+
+class Base(DeclarativeBase):
+    """Every table of the store."""
+
+    metadata = MetaData(
+        naming_convention={
+            "pk": "pk_%(table_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_name)s",
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        }
+    )
+
+
+class StudyRow(Base):
+    """A study of which at least one object was acknowledged."""
+
+    __tablename__ = "studies"
+
+    study_instance_uid: Mapped[str] = mapped_column(_UID, primary_key=True)
+    source_ae: Mapped[str] = mapped_column(_AE)
+    first_received_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    last_received_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class InstanceRow(Base):
+    """One acknowledged SOP instance and where its bytes lie."""
+
+    __tablename__ = "instances"
+    __table_args__ = (Index(None, "study_instance_uid", "series_instance_uid"),)
+
+    sop_instance_uid: Mapped[str] = mapped_column(_UID, primary_key=True)
+    study_instance_uid: Mapped[str] = mapped_column(ForeignKey("studies.study_instance_uid"))
+    series_instance_uid: Mapped[str] = mapped_column(_UID)
+    sop_class_uid: Mapped[str] = mapped_column(_UID)
+    transfer_syntax_uid: Mapped[str] = mapped_column(_UID)
+    path: Mapped[str] = mapped_column(Text)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str] = mapped_column(_DIGEST)
+    source_ae: Mapped[str] = mapped_column(_AE)
+    received_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class QuarantineRow(Base):
+    """Bytes that arrived under a SOP Instance UID already stored with other pixels; kept, never used."""
+
+    __tablename__ = "quarantine"
+    __table_args__ = (UniqueConstraint("sop_instance_uid", "sha256"),)
+
+    quarantine_id: Mapped[int] = mapped_column(primary_key=True)
+    sop_instance_uid: Mapped[str] = mapped_column(_UID)
+    study_instance_uid: Mapped[str] = mapped_column(_UID, index=True)
+    path: Mapped[str] = mapped_column(Text)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str] = mapped_column(_DIGEST)
+    reason: Mapped[str] = mapped_column(Text)
+    source_ae: Mapped[str] = mapped_column(_AE)
+    received_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class AssociationRow(Base):
+    """An open association that last stored into a study: evidence that the study is not complete."""
+
+    __tablename__ = "associations"
+
+    association_id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    study_instance_uid: Mapped[str] = mapped_column(_UID, index=True)
+    source_ae: Mapped[str] = mapped_column(_AE)
+    changed_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class JobRow(Base):
+    """One job; a study has one screening job that lives through its revisions."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        UniqueConstraint("study_instance_uid", "kind"),
+        Index(None, "state", "priority", "job_id"),
+    )
+
+    job_id: Mapped[int] = mapped_column(primary_key=True)
+    kind: Mapped[JobKind] = mapped_column(_names(JobKind))
+    study_instance_uid: Mapped[str] = mapped_column(ForeignKey("studies.study_instance_uid"))
+    state: Mapped[JobState] = mapped_column(_names(JobState))
+    priority: Mapped[int]  # smaller is earlier
+    revision: Mapped[int]
+    attempts: Mapped[int]
+    fencing_token: Mapped[int]
+    worker: Mapped[str | None] = mapped_column(Text)
+    lease_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    not_before: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    code: Mapped[str | None] = mapped_column(String(64))  # of the last exclusion, hold, error or failure
+    detail: Mapped[str | None] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    changed_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class EventRow(Base):
+    """What happened to a study: when, who, why. Written in the transaction of the change itself."""
+
+    __tablename__ = "events"
+
+    event_id: Mapped[int] = mapped_column(primary_key=True)
+    study_instance_uid: Mapped[str] = mapped_column(_UID, index=True)
+    job_id: Mapped[int | None] = mapped_column(ForeignKey("jobs.job_id"))
+    at: Mapped[datetime] = mapped_column(UtcDateTime)
+    who: Mapped[str] = mapped_column(Text)
+    event: Mapped[str] = mapped_column(String(64))
+    from_state: Mapped[str | None] = mapped_column(String(16))
+    to_state: Mapped[str | None] = mapped_column(String(16))
+    revision: Mapped[int]
+    reason: Mapped[str] = mapped_column(Text)
+
+
+class ResultRow(Base):
+    """The result of one revision of a job, as ``osteo-result/1``."""
+
+    __tablename__ = "results"
+
+    job_id: Mapped[int] = mapped_column(ForeignKey("jobs.job_id"), primary_key=True)
+    revision: Mapped[int] = mapped_column(primary_key=True)
+    document: Mapped[dict[str, Any]] = mapped_column(JSON)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class ReportObjectRow(Base):
+    """A DICOM object built for one revision; what is sent under its UID is always this file."""
+
+    __tablename__ = "report_objects"
+    __table_args__ = (Index(None, "job_id", "revision"),)
+
+    sop_instance_uid: Mapped[str] = mapped_column(_UID, primary_key=True)
+    job_id: Mapped[int] = mapped_column(ForeignKey("jobs.job_id"))
+    revision: Mapped[int]
+    kind: Mapped[ReportKind] = mapped_column(_names(ReportKind))
+    variant: Mapped[str] = mapped_column(String(64))
+    sop_class_uid: Mapped[str] = mapped_column(_UID)
+    path: Mapped[str] = mapped_column(Text)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str] = mapped_column(_DIGEST)
+
+
+class DeliveryRow(Base):
+    """The objects of one job revision on their way to one destination."""
+
+    __tablename__ = "deliveries"
+    __table_args__ = (
+        UniqueConstraint("job_id", "revision", "destination"),
+        Index(None, "state", "not_before"),
+    )
+
+    delivery_id: Mapped[int] = mapped_column(primary_key=True)
+    job_id: Mapped[int] = mapped_column(ForeignKey("jobs.job_id"))
+    revision: Mapped[int]
+    destination: Mapped[str] = mapped_column(String(32))
+    state: Mapped[DeliveryState] = mapped_column(_names(DeliveryState))
+    attempts: Mapped[int]
+    fencing_token: Mapped[int]
+    worker: Mapped[str | None] = mapped_column(Text)
+    lease_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    not_before: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    outcome: Mapped[str | None] = mapped_column(String(64))
+    detail: Mapped[str | None] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    changed_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class DeliveryObjectRow(Base):
+    """One object of a delivery, in the order of sending."""
+
+    __tablename__ = "delivery_objects"
+
+    delivery_id: Mapped[int] = mapped_column(ForeignKey("deliveries.delivery_id"), primary_key=True)
+    sop_instance_uid: Mapped[str] = mapped_column(ForeignKey("report_objects.sop_instance_uid"), primary_key=True)
+    position: Mapped[int]
+    status: Mapped[str | None] = mapped_column(String(64))
+    sent_at: Mapped[datetime | None] = mapped_column(UtcDateTime)

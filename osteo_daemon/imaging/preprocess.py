@@ -20,8 +20,8 @@ from osteo_daemon.imaging.volume import CtVolume
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 
-SUPINE_AXES_LPS: Final[tuple[tuple[float, float, float], ...]] = ((0.0, 0.0, 1.0), (0.0, 1.0, 0.0), (1.0, 0.0, 0.0))
-"""Rows: cranial, posterior, left of an upright column in LPS; what to pass when the vertebra's tilt is not known."""
+SUPINE_AXES_LPS: Final[tuple[tuple[float, float, float], ...]] = ((0.0, 0.0, -1.0), (0.0, 1.0, 0.0), (1.0, 0.0, 0.0))
+"""Rows: caudal, posterior, left of an upright column in LPS; what to pass when the vertebra's tilt is not known."""
 
 STORED_RANGE_HU: Final = (-1024.0, 3071.0)
 """HU outside the 12 bits of a CT scanner are padding or overflow."""
@@ -41,7 +41,7 @@ class VoiSpec:
     and fat.
 
     Attributes:
-        shape: (D, H, W) voxels along the cranial, posterior and left axes of the vertebra; even, so that the
+        shape: (D, H, W) voxels along the caudal, posterior and left axes of the vertebra; even, so that the
             centre lies between the two middle voxels.
         spacing_mm: isotropic distance between voxel centres.
         interpolation_order: of the spline (scipy), 1 linear to 3 cubic.
@@ -105,7 +105,7 @@ def extract_voi(
     Args:
         volume: the scan.
         centre_lps_mm: (3,) centre of the vertebral body in LPS millimetres.
-        axes_lps: (3, 3) unit vectors in LPS, by row: cranial, posterior and left axis of the vertebra.
+        axes_lps: (3, 3) unit vectors in LPS, by row: caudal, posterior and left axis of the vertebra.
         spec: the grid; the default one when None.
 
     Raises:

@@ -59,10 +59,10 @@ def test_a_linear_field_is_reproduced_exactly_in_vertebral_axes(grid: str, turn:
     np.testing.assert_allclose(voi.hu, expected, atol=0.02)
 
 
-def test_axes_are_cranial_posterior_left() -> None:
+def test_axes_are_caudal_posterior_left() -> None:
     voi = extract_voi(scan(GRIDS["axial"]), CENTRE, spec=SPEC)
     means = [np.diff(voi.hu, axis=axis).mean() for axis in range(3)]
-    np.testing.assert_allclose(means, [5.0, -3.0, 2.0], atol=1e-3)
+    np.testing.assert_allclose(means, [-5.0, -3.0, 2.0], atol=1e-3)
 
 
 @pytest.mark.parametrize("order", [1, 3])

@@ -1,0 +1,118 @@
+"""Configuration of the multitask mixture-of-experts network.
+
+The paper (Huang et al., MICCAI 2025, arXiv 2506.20282) says that there is a shared encoder, a learned gate over experts
+and three tasks; sizes, counts and losses are not published. Every one of them is a key here with our own default, and
+a bundle records them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from osteo_daemon.errors import BundleError
+
+CLASSES = ("normal", "osteopenia", "osteoporosis")
+"""Diagnosis classes in ordinal order (WHO: T > -1, -2.5 < T <= -1, T <= -2.5)."""
+
+
+@dataclass(frozen=True, slots=True)
+class MoEConfig:
+    """Shapes and choices of `osteo_daemon.network.multitask.MultitaskMoE`; ours unless the paper is named.
+
+    Attributes:
+        voi_shape: (D, H, W) voxels of the input, along the caudal, posterior and left axes of the vertebra.
+        voi_spacing_mm: isotropic spacing of the input.
+        window_hu: the image path clips to this window and scales it to [-1, 1].
+        stage_channels: channels of the four residual stages (three tasks share them: the paper's shared encoder).
+        stage_blocks: residual blocks of each stage.
+        stem_kernel: kernel of the first convolution, stride 2.
+        norm_groups: groups of group normalisation; it never looks at other samples of the batch.
+        hu_channel: feed statistics of the un-normalised HU beside the image features.
+        hu_width: width of the projected HU statistics.
+        feature_width: width of the fused features that experts and heads see.
+        expert_count: number of residual experts (the paper gives none; 3 simulated devices and one spare).
+        expert_width: hidden width of an expert.
+        top_k: use only the k largest gate weights, renormalised; None is the dense soft gate.
+        gate_per_task: one gate per task instead of one for all.
+        gate_temperature: divides the gate's logits.
+        class_head: "ordinal" (CORAL, Cao 2020) or "softmax".
+        levels: vertebral levels of the level head, cranial to caudal.
+        bmd_levels: levels that DXA measures; BMD is given for these only.
+        level_width: width of the level embedding that conditions BMD and class.
+        bmd_centre_g_cm2: the BMD head predicts ``(BMD - centre) / scale``.
+        bmd_scale_g_cm2: see above.
+        device_count: devices that may supervise the gate in training; the first experts stand for them.
+        dropout: on the fused features, in training only.
+    """
+
+    voi_shape: tuple[int, int, int] = (40, 48, 56)
+    voi_spacing_mm: float = 1.0
+    window_hu: tuple[float, float] = (-200.0, 800.0)
+    stage_channels: tuple[int, int, int, int] = (16, 32, 64, 96)
+    stage_blocks: tuple[int, int, int, int] = (1, 1, 1, 1)
+    stem_kernel: int = 5
+    norm_groups: int = 8
+    hu_channel: bool = True
+    hu_width: int = 32
+    feature_width: int = 128
+    expert_count: int = 4
+    expert_width: int = 64
+    top_k: int | None = None
+    gate_per_task: bool = False
+    gate_temperature: float = 1.0
+    class_head: Literal["ordinal", "softmax"] = "ordinal"
+    levels: tuple[str, ...] = ("T12", "L1", "L2", "L3", "L4", "L5")
+    bmd_levels: tuple[str, ...] = ("L1", "L2", "L3", "L4")
+    level_width: int = 8
+    bmd_centre_g_cm2: float = 1.0
+    bmd_scale_g_cm2: float = 0.2
+    device_count: int = 3
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        checks = {
+            "voi_shape": len(self.voi_shape) == 3 and all(n >= 16 and n % 8 == 0 for n in self.voi_shape),
+            "voi_spacing_mm": self.voi_spacing_mm > 0,
+            "window_hu": len(self.window_hu) == 2 and self.window_hu[0] < self.window_hu[1],
+            "stage_channels": len(self.stage_channels) == 4
+            and all(c % self.norm_groups == 0 for c in self.stage_channels),
+            "stage_blocks": len(self.stage_blocks) == 4 and all(n >= 1 for n in self.stage_blocks),
+            "stem_kernel": self.stem_kernel % 2 == 1,
+            "expert_count": self.expert_count >= 1,
+            "top_k": self.top_k is None or 1 <= self.top_k <= self.expert_count,
+            "gate_temperature": self.gate_temperature > 0,
+            "class_head": self.class_head in ("ordinal", "softmax"),
+            "levels": len(set(self.levels)) == len(self.levels) > 1,
+            "bmd_levels": set(self.bmd_levels) <= set(self.levels),
+            "bmd_scale_g_cm2": self.bmd_scale_g_cm2 > 0,
+            "device_count": 0 <= self.device_count <= self.expert_count,
+            "dropout": 0 <= self.dropout < 1,
+        }
+        for key, good in checks.items():
+            if not good:
+                raise ValueError(f"{key} may not be {getattr(self, key)!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values with every key; `from_json` reads them back."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> MoEConfig:
+        """Read configs/network.json of a bundle: every key must stand there, none may be unknown.
+
+        Raises:
+            BundleError: keys differ or a value is out of range.
+        """
+        names = {field.name for field in fields(cls)}
+        different = sorted(names ^ set(values))
+        if different:
+            raise BundleError(
+                f"configs/network.json differs from the network of this version in: {', '.join(different)}"
+            )
+        try:
+            plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            return cls(**plain)
+        except (TypeError, ValueError) as error:
+            raise BundleError(f"configs/network.json has an unusable value: {error}") from error

@@ -1,0 +1,68 @@
+"""Gated residual experts.
+
+Routing is decided for each sample from its own image features. Expert-choice routing, where experts pick among the
+samples of a batch, is not offered: a patient's result must not depend on who shares the batch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Gate(NamedTuple):
+    """Gate of a batch: ``logits`` (B, E) before top-k, ``weights`` (B, E) that sum to 1."""
+
+    logits: Tensor
+    weights: Tensor
+
+
+class Router(nn.Module):
+    """A linear gate over image features; dense softmax, or the k largest renormalised (Shazeer 2017, without noise)."""
+
+    def __init__(self, width: int, expert_count: int, top_k: int | None, temperature: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.linear = nn.Linear(width, expert_count)
+        self.top_k = top_k
+        self.temperature = temperature
+        # small first logits: all experts start equal
+        nn.init.normal_(self.linear.weight, std=0.01)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, image_features: Tensor) -> Gate:
+        """(B, F) image features to the gate of each sample."""
+        logits = self.linear(self.norm(image_features)) / self.temperature
+        kept = logits
+        if self.top_k is not None and self.top_k < logits.shape[1]:
+            index = logits.topk(self.top_k, dim=1).indices
+            kept = torch.full_like(logits, float("-inf")).scatter(1, index, logits.gather(1, index))
+        return Gate(logits=logits, weights=kept.softmax(dim=1))
+
+
+class Experts(nn.Module):
+    """Expert e maps (B, F) features to a (B, F) residual by a two-layer perceptron of its own."""
+
+    def __init__(self, width: int, hidden: int, expert_count: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)) for _ in range(expert_count)
+        )
+
+    def forward(self, features: Tensor, weights: Tensor) -> Tensor:
+        """Features plus the gate-weighted sum of the experts' residuals: (B, F), (B, E) to (B, F)."""
+        normed = self.norm(features)
+        residuals = torch.stack([expert(normed) for expert in self.experts], dim=1)
+        return features + (weights.unsqueeze(-1) * residuals).sum(1)
+
+
+def gate_entropy(weights: Tensor) -> Tensor:
+    """(B, E) gate weights to (B,) entropies, as a share of the largest possible one: 0 one expert, 1 all alike."""
+    experts = weights.shape[1]
+    if experts == 1:
+        return torch.zeros(weights.shape[0], dtype=weights.dtype, device=weights.device)
+    entropy = -(weights * weights.clamp_min(1e-12).log()).sum(1)
+    return entropy / torch.log(torch.tensor(float(experts), dtype=weights.dtype, device=weights.device))

@@ -1,0 +1,105 @@
+"""The multitask mixture-of-experts network: one vertebra in, diagnosis, BMD and level out."""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from osteo_daemon.network.config import CLASSES, MoEConfig
+from osteo_daemon.network.encoder import HU_STATISTICS, HuStatistics, VertebraEncoder
+from osteo_daemon.network.heads import BmdHead, OrdinalHead, SoftmaxHead
+from osteo_daemon.network.moe import Experts, Gate, Router
+
+UNKNOWN_LEVEL: Final = -1
+"""Level index of a vertebra whose name is not known; it has an embedding of its own."""
+
+
+class MoEOutput(NamedTuple):
+    """What the network says of a batch of B vertebrae, before calibration.
+
+    Attributes:
+        class_logits: (B, K - 1) cumulative (ordinal head) or (B, K) logits.
+        bmd: (B,) BMD in g/cm2 on the scale of the training labels.
+        bmd_log_variance: (B,) log of the variance in (g/cm2)^2.
+        level_logits: (B, L).
+        gate_logits: (B, T, E) per gate (T is 1, or 3 with one gate per task) before top-k.
+        gate_weights: (B, T, E), each row sums to 1.
+        features: (B, F) fused features before the experts, for distances to the training set.
+    """
+
+    class_logits: Tensor
+    bmd: Tensor
+    bmd_log_variance: Tensor
+    level_logits: Tensor
+    gate_logits: Tensor
+    gate_weights: Tensor
+    features: Tensor
+
+
+class MultitaskMoE(nn.Module):
+    """Shared 3D encoder, HU side channel, gated residual experts and three heads.
+
+    Every operation works on one sample at a time, so a result is independent of the batch it is computed in.
+    """
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = VertebraEncoder(config)
+        self.hu_statistics = HuStatistics(config) if config.hu_channel else None
+        side = len(HU_STATISTICS) if config.hu_channel else 0
+        self.hu_projection = nn.Sequential(nn.Linear(side, config.hu_width), nn.GELU()) if side else None
+        fused = self.encoder.width + (config.hu_width if side else 0)
+        width = config.feature_width
+        self.fuse = nn.Sequential(nn.LayerNorm(fused), nn.Linear(fused, width), nn.GELU(), nn.Dropout(config.dropout))
+        gates = 3 if config.gate_per_task else 1
+        self.routers = nn.ModuleList(
+            Router(self.encoder.width, config.expert_count, config.top_k, config.gate_temperature) for _ in range(gates)
+        )
+        self.experts = Experts(width, config.expert_width, config.expert_count)
+        self.level_embedding = nn.Embedding(len(config.levels) + 1, config.level_width)
+        head = OrdinalHead if config.class_head == "ordinal" else SoftmaxHead
+        self.class_head = head(width + config.level_width + side, len(CLASSES))
+        self.bmd_head = BmdHead(width + config.level_width, side)
+        self.level_head = nn.Linear(width, len(config.levels))
+
+    def forward(self, hu: Tensor, level: Tensor) -> MoEOutput:
+        """Predict.
+
+        Args:
+            hu: (B, D, H, W) float HU on the grid of the configuration.
+            level: (B,) long index into the configuration's levels, or `UNKNOWN_LEVEL`.
+
+        Raises:
+            ValueError: the grid is another.
+        """
+        if hu.ndim != 4 or tuple(hu.shape[1:]) != self.config.voi_shape:
+            raise ValueError(f"need (B, {', '.join(map(str, self.config.voi_shape))}) HU, got {tuple(hu.shape)}")
+        image = self.encoder(hu)
+        statistics = None if self.hu_statistics is None else self.hu_statistics(hu.float())
+        parts = [image]
+        if self.hu_projection is not None and statistics is not None:
+            parts.append(self.hu_projection(statistics))
+        features = self.fuse(torch.cat(parts, dim=1))
+
+        gates = [cast(Gate, router(image)) for router in self.routers]
+        mixed = [self.experts(features, gate.weights) for gate in gates]
+        for_class, for_bmd, for_level = mixed * 3 if len(mixed) == 1 else mixed
+
+        known = torch.where(level < 0, torch.full_like(level, len(self.config.levels)), level)
+        embedded = self.level_embedding(known)
+        side = [] if statistics is None else [statistics]
+        class_logits = self.class_head(torch.cat([for_class, embedded, *side], dim=1))
+        bmd, log_variance = self.bmd_head(torch.cat([for_bmd, embedded], dim=1), statistics)
+        scale = self.config.bmd_scale_g_cm2
+        return MoEOutput(
+            class_logits=class_logits,
+            bmd=self.config.bmd_centre_g_cm2 + scale * bmd,
+            bmd_log_variance=log_variance + 2.0 * torch.log(torch.tensor(scale)).to(log_variance),
+            level_logits=self.level_head(for_level),
+            gate_logits=torch.stack([gate.logits for gate in gates], dim=1),
+            gate_weights=torch.stack([gate.weights for gate in gates], dim=1),
+            features=features,
+        )

@@ -160,7 +160,14 @@ class Intake(Database):
             rows = connection.execute(query).all()
         return [
             Quarantined(
-                **{k: v for k, v in row._asdict().items() if k not in ("quarantine_id", "path")}, path=Path(row.path)
+                sop_instance_uid=row.sop_instance_uid,
+                study_instance_uid=row.study_instance_uid,
+                path=Path(row.path),
+                size_bytes=row.size_bytes,
+                sha256=row.sha256,
+                reason=row.reason,
+                source_ae=row.source_ae,
+                received_at=row.received_at,
             )
             for row in rows
         ]
@@ -340,9 +347,7 @@ def _reopen(
     if job.state is JobState.RECEIVING:
         return
     if job.state is JobState.HELD and job.code == HELD_BY_HAND:
-        # what a person stopped, a late slice does not start; the revision still tells that the input changed
-        connection.execute(update(JobRow).where(JobRow.job_id == job.job_id).values(revision=job.revision + 1))
-        return
+        return  # what a person stopped, a late slice does not start; it is screened when they let go
     change_state(
         connection,
         job,

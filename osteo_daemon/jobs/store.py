@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import Row, func, select
 
 from osteo_daemon.domain.job import Job, JobKind, JobState
+from osteo_daemon.errors import IllegalTransition
 from osteo_daemon.jobs.claims import Claims
 from osteo_daemon.jobs.deliveries import Deliveries, to_report_object
 from osteo_daemon.jobs.intake import HELD_BY_HAND, Intake
@@ -72,7 +73,7 @@ class JobStore(Intake, Claims, Deliveries):
         with self._reading() as connection:
             rows = connection.execute(select(JobRow.state, func.count()).group_by(JobRow.state)).all()
         counts = dict.fromkeys(JobState, 0)
-        counts.update({state: count for state, count in rows})
+        counts.update((state, count) for state, count in rows)
         return counts
 
     def events(self, study_instance_uid: str) -> list[Event]:
@@ -143,7 +144,15 @@ class JobStore(Intake, Claims, Deliveries):
             IllegalTransition: it is not held, failed or excluded, or waits already.
         """
         self._by_hand(
-            study_instance_uid, JobState.READY, "study_retried", who, reason, now, attempts=0, not_before=None
+            study_instance_uid,
+            JobState.READY,
+            "study_retried",
+            who,
+            reason,
+            now,
+            sources=frozenset({JobState.HELD, JobState.FAILED, JobState.EXCLUDED}),
+            attempts=0,
+            not_before=None,
         )
 
     def reprocess_study(self, study_instance_uid: str, who: str, reason: str, *, now: datetime | None = None) -> None:
@@ -160,6 +169,9 @@ class JobStore(Intake, Claims, Deliveries):
             who,
             reason,
             now,
+            sources=frozenset(
+                {JobState.REPORTED, JobState.DELIVERED, JobState.EXCLUDED, JobState.HELD, JobState.FAILED}
+            ),
             new_revision=True,
             attempts=0,
             not_before=None,
@@ -174,6 +186,7 @@ class JobStore(Intake, Claims, Deliveries):
         reason: str,
         now: datetime | None,
         *,
+        sources: frozenset[JobState] = frozenset(JobState),
         new_revision: bool = False,
         **values: Any,
     ) -> None:
@@ -181,6 +194,8 @@ class JobStore(Intake, Claims, Deliveries):
             row = connection.execute(_of(study_instance_uid).with_for_update()).one_or_none()
             if row is None:
                 raise KeyError(study_instance_uid)
+            if row.state not in sources:
+                raise IllegalTransition(f"{event}: the study is {row.state}")
             if new_revision:
                 values["revision"] = row.revision + 1
             change_state(

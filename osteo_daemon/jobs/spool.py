@@ -1,0 +1,186 @@
+"""The spool: received objects and report objects as files that survive a power cut before anybody hears of them.
+
+Every write: a unique temporary file in the same file system, write, fsync, rename, fsync of the folder. File names are
+digests of UIDs and of the content, so that no UID can name a path, no name tells of a patient, and other bytes never
+replace those that are there.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from osteo_daemon.errors import ConfigurationError, SpoolFull
+
+Buffer = bytes | bytearray | memoryview
+"""Bytes in memory (collections.abc.Buffer from Python 3.12 on)."""
+
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_NAME_LENGTH = 32
+_CONTENT_LENGTH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A durable file: where it lies, how long it is and the SHA-256 of its bytes (lower-case hexadecimal)."""
+
+    path: Path
+    size_bytes: int
+    sha256: str
+
+
+class Spool:
+    """The node's files below one folder; several processes may write at once.
+
+    Args:
+        root: created when missing; all below it must be one file system.
+        minimum_free_bytes: a write that would leave less free than this is refused before it starts.
+
+    Raises:
+        ConfigurationError: the folder cannot be created or written.
+    """
+
+    def __init__(self, root: Path, *, minimum_free_bytes: int = 0) -> None:
+        self.root = root.resolve()
+        self._minimum_free_bytes = minimum_free_bytes
+        self._temporary = self.root / "tmp"
+        self._known_folders: set[Path] = set()
+        try:
+            for folder in (self._temporary, self.root / "received", self.root / "reports", self.root / "quarantine"):
+                self._make_durable_folder(folder)
+            if not os.access(self._temporary, os.W_OK):
+                raise PermissionError(errno.EACCES, "not writable")
+        except OSError as error:
+            raise ConfigurationError(f"the spool {self.root} cannot be used: {error.strerror}") from error
+
+    def store_instance(
+        self, study_instance_uid: str, series_instance_uid: str, sop_instance_uid: str, parts: Iterable[Buffer]
+    ) -> StoredFile:
+        """Make a received object durable; ``parts`` in their order are its bytes.
+
+        Raises:
+            SpoolFull: no room; nothing is left behind.
+            OSError: the disk failed.
+        """
+        folder = self.root / "received" / _fan_out(study_instance_uid) / _digest(series_instance_uid)
+        return self._store(folder, sop_instance_uid, parts)
+
+    def store_report(self, study_instance_uid: str, sop_instance_uid: str, parts: Iterable[Buffer]) -> StoredFile:
+        """Make a report object durable, before the store commits it.
+
+        Raises:
+            SpoolFull: no room; nothing is left behind.
+            OSError: the disk failed.
+        """
+        return self._store(self.root / "reports" / _fan_out(study_instance_uid), sop_instance_uid, parts)
+
+    def quarantine(self, study_instance_uid: str, sop_instance_uid: str, stored: StoredFile) -> StoredFile:
+        """Move a received file to where nothing reads it.
+
+        Raises:
+            OSError: the disk failed.
+        """
+        target = self.root / "quarantine" / _fan_out(study_instance_uid) / stored.path.name
+        self._make_durable_folder(target.parent)
+        stored.path.rename(target)
+        _sync_folder(target.parent)
+        _sync_folder(stored.path.parent)
+        return StoredFile(target, stored.size_bytes, stored.sha256)
+
+    def discard(self, stored: StoredFile) -> None:
+        """Remove a file that no row names; it need not exist."""
+        stored.path.unlink(missing_ok=True)
+
+    def free_bytes(self) -> int:
+        """Bytes that may still be written before `SpoolFull`."""
+        return max(shutil.disk_usage(self.root).free - self._minimum_free_bytes, 0)
+
+    def remove_leftovers(self) -> int:
+        """Remove temporary files of writers that ended in the middle; returns how many.
+
+        Only for a moment when no other process writes: when the receiver starts.
+        """
+        count = 0
+        for leftover in self._temporary.iterdir():
+            if not _writer_lives(leftover.name):
+                leftover.unlink(missing_ok=True)
+                count += 1
+        return count
+
+    def _store(self, folder: Path, sop_instance_uid: str, parts: Iterable[Buffer]) -> StoredFile:
+        if self._minimum_free_bytes and self.free_bytes() == 0:
+            raise SpoolFull(f"less than {self._minimum_free_bytes} bytes free")
+        temporary = self._temporary / f"{os.getpid()}-{secrets.token_hex(8)}"
+        digest = hashlib.sha256()
+        size = 0
+        try:
+            self._make_durable_folder(folder)
+            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+            try:
+                for part in parts:
+                    view = memoryview(part).cast("B")
+                    digest.update(view)
+                    size += len(view)
+                    while view:
+                        view = view[os.write(handle, view) :]
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+            sha256 = digest.hexdigest()
+            path = folder / f"{_digest(sop_instance_uid)}-{sha256[:_CONTENT_LENGTH]}.dcm"
+            temporary.rename(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            if error.errno in _NO_ROOM:
+                raise SpoolFull(error.strerror or "no room") from error
+            raise
+        _sync_folder(folder)
+        return StoredFile(path, size, sha256)
+
+    def _make_durable_folder(self, folder: Path) -> None:
+        """Create a folder and those above it; each new name is synced in its parent."""
+        if folder in self._known_folders and folder.is_dir():
+            return
+        if not folder.is_dir():
+            self._make_durable_folder(folder.parent)
+            folder.mkdir(mode=0o750, exist_ok=True)
+            _sync_folder(folder.parent)
+        self._known_folders.add(folder)
+
+
+def _digest(uid: str) -> str:
+    return hashlib.sha256(uid.encode("utf-8", "surrogateescape")).hexdigest()[:_NAME_LENGTH]
+
+
+def _fan_out(study_instance_uid: str) -> Path:
+    name = _digest(study_instance_uid)
+    return Path(name[:2]) / name
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _writer_lives(name: str) -> bool:
+    pid = name.partition("-")[0]
+    if not pid.isdigit():
+        return False
+    if int(pid) == os.getpid():
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,256 @@
+"""``osteo``: the command line. Each role is imported only inside its own sub-command, so the receiver never loads torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from osteo_daemon.errors import ConfigurationError, OsteoError
+from osteo_daemon.settings import Settings, load_settings
+
+EXIT_DAMAGED = 3
+"""Exit status of `osteo screen` when the folder can't be used."""
+
+ROLES = ("receiver", "scheduler", "screener", "deliverer")
+
+_EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_config = click.option(
+    "--config",
+    envvar="OSTEO_CONFIG",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Settings file (osteo.toml); without it, defaults and OSTEO_... variables.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="osteo-daemon", prog_name="osteo")
+def cli() -> None:
+    """A DICOM node that screens abdominal CT for osteoporosis and answers with structured reports.
+
+    \b
+    osteo check    is this node ready?
+    osteo serve    run the whole node on this machine
+    osteo run      run one role of it (systemd, containers)
+    osteo screen   screen a folder of DICOM files, no PACS needed
+    osteo studies  what came in and what became of it
+    osteo report   read our reports as text
+    osteo demo     a virtual patient through the whole node
+
+    Exit status: 0 done, 1 the node isn't as it should be, 2 wrong usage or settings, 3 input that can't be used.
+    """
+
+
+@cli.command()
+@_config
+def serve(config: Path | None) -> None:
+    """Run receiver, scheduler, screener and deliverer as child processes; stop with SIGTERM or Ctrl-C."""
+    from osteo_daemon import supervisor
+
+    sys.exit(supervisor.serve(load_settings(config), config))
+
+
+@cli.command()
+@click.argument("role", type=click.Choice(ROLES))
+@_config
+def run(role: str, config: Path | None) -> None:
+    """Run one ROLE in the foreground; stop with SIGTERM or Ctrl-C."""
+    settings = load_settings(config)
+    entry: Callable[[Settings], int]
+    if role == "receiver":
+        from osteo_daemon.receiver import run as entry
+    elif role == "scheduler":
+        from osteo_daemon.scheduler import run as entry
+    elif role == "screener":
+        from osteo_daemon.screener import run as entry
+    else:
+        from osteo_daemon.deliverer import run as entry
+    sys.exit(entry(settings))
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder for the results.")
+@_config
+def screen(folder: Path, out: Path, config: Path | None) -> None:
+    """Screen the DICOM files of one study below FOLDER.
+
+    Writes result.json, report.dcm, segmentation.dcm, picture.dcm, picture.png and manifest.json to the folder of --out
+    (an excluded study: result.json and manifest.json).
+    """
+    from osteo_daemon.folder import screen_folder
+
+    screen_folder(load_settings(config), folder, out)
+
+
+@cli.command()
+@_config
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def check(config: Path | None, as_json: bool) -> None:
+    """Verify settings, folders, disk, model digests and GPU, and C-ECHO every destination."""
+    from osteo_daemon.readiness import check_node
+
+    findings = check_node(load_settings(config))
+    if as_json:
+        click.echo(json.dumps([{"check": f.name, "ok": f.ok, "detail": f.detail} for f in findings], indent=2))
+    else:
+        for finding in findings:
+            click.echo(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name}: {finding.detail}")
+    sys.exit(0 if all(finding.ok for finding in findings) else 1)
+
+
+@cli.group()
+def studies() -> None:
+    """What came in and what became of it."""
+
+
+@studies.command("list")
+@_config
+@click.option("--state", help="Only studies in this state (READY, HELD, FAILED, ...).")
+@click.option("--limit", default=50, show_default=True, help="Most rows.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_studies(config: Path | None, state: str | None, limit: int, as_json: bool) -> None:
+    """List studies, the newest first."""
+    from osteo_daemon.domain.job import JobState
+
+    try:
+        wanted = None if state is None else JobState(state.upper())
+    except ValueError:
+        raise click.UsageError(f"--state {state}: one of {', '.join(JobState)}") from None
+    rows = [
+        {
+            "study_instance_uid": job.study_instance_uid,
+            "state": job.state.value,
+            "revision": job.revision,
+            "attempts": job.attempts,
+            "instances": job.instances,
+            "source_ae": job.source_ae,
+            "changed_at": job.changed_at.isoformat(timespec="seconds"),
+            "code": job.code,
+            "detail": job.detail,
+        }
+        for job in _store(config).recent(state=wanted, limit=limit)
+    ]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        why = f"  {row['code']}: {row['detail']}" if row["code"] else ""
+        click.echo(
+            f"{row['state']:<10} r{row['revision']} {row['instances']:>5} images  {row['changed_at']}  "
+            f"{row['study_instance_uid']}{why}"
+        )
+
+
+@studies.command("show")
+@click.argument("study_instance_uid")
+@_config
+def show_study(study_instance_uid: str, config: Path | None) -> None:
+    """Print one study as JSON: its job, its history, its result and its report objects."""
+    store = _store(config)
+    jobs = store.recent(study_instance_uid=study_instance_uid, limit=1)
+    if not jobs:
+        raise click.ClickException(f"no study {study_instance_uid}; see osteo studies list")
+    document = {
+        "study_instance_uid": study_instance_uid,
+        "state": jobs[0].state.value,
+        "revision": jobs[0].revision,
+        "events": [
+            {
+                "at": event.at.isoformat(),
+                "who": event.who,
+                "event": event.event,
+                "to_state": None if event.to_state is None else event.to_state.value,
+                "reason": event.reason,
+            }
+            for event in store.events(study_instance_uid)
+        ],
+        "result": store.result(study_instance_uid),
+        "report_objects": [
+            {"kind": entry.kind.value, "sop_instance_uid": entry.sop_instance_uid, "sha256": entry.sha256}
+            for entry in store.report_objects(study_instance_uid)
+        ],
+    }
+    click.echo(json.dumps(document, indent=2))
+
+
+def _by_hand(name: str, help_text: str) -> None:
+    @studies.command(name, help=help_text)
+    @click.argument("study_instance_uid")
+    @click.option("--reason", required=True, help="Why; kept in the study's history.")
+    @_config
+    def act(study_instance_uid: str, reason: str, config: Path | None) -> None:
+        store: Any = _store(config)
+        try:
+            getattr(store, f"{name}_study")(study_instance_uid, "operator", reason)
+        except KeyError:
+            raise click.ClickException(f"no study {study_instance_uid}; see osteo studies list") from None
+        click.echo(f"{name}: {study_instance_uid}")
+
+
+_by_hand("hold", "Stop a study; nothing is deleted.")
+_by_hand("retry", "Let a held, failed or excluded study run again.")
+_by_hand("reprocess", "Screen a finished study again under a new revision.")
+
+
+def _store(config: Path | None) -> Any:
+    from osteo_daemon.jobs.store import JobStore
+
+    settings = load_settings(config)
+    if not (settings.state_dir / "jobs.sqlite").exists():
+        raise ConfigurationError(f"{settings.state_dir} holds no job store; has the node run with these settings?")
+    return JobStore(settings.database_url)
+
+
+@cli.group()
+def report() -> None:
+    """Read our reports."""
+
+
+@report.command("show")
+@click.argument("file", type=_EXISTING_FILE)
+def show_report(file: Path) -> None:
+    """Print one of our structured reports as text."""
+    from osteo_daemon.dicom.report_reader import format_report, read_report
+
+    click.echo(format_report(read_report(file)))
+
+
+@cli.command()
+@click.option("--out", default=Path("demo-output"), show_default=True, type=click.Path(file_okay=False, path_type=Path))
+def demo(out: Path) -> None:
+    """Send a virtual patient through the whole node and show the report; a local test PACS takes the results."""
+    from osteo_daemon.demo import run_demo
+
+    sys.exit(run_demo(out))
+
+
+@cli.command("test-pacs")
+@click.option("--port", required=True, type=int)
+@click.option("--ae-title", default="TESTPACS", show_default=True)
+@click.option("--folder", required=True, type=click.Path(file_okay=False, path_type=Path))
+def test_pacs(port: int, ae_title: str, folder: Path) -> None:
+    """A small PACS on loopback that keeps structured reports, segmentations and pictures: for trying the node out."""
+    from osteo_daemon.dicom.test_pacs import serve_test_pacs
+
+    serve_test_pacs(ae_title, port, folder)
+
+
+def main() -> None:
+    """Entry point of ``osteo``: errors of the product become one line and an exit status."""
+    try:
+        cli(standalone_mode=True)
+    except ConfigurationError as error:
+        click.echo(f"osteo: {error}", err=True)
+        sys.exit(2)
+    except OsteoError as error:
+        click.echo(f"osteo: {error}", err=True)
+        sys.exit(EXIT_DAMAGED)
+
+
+if __name__ == "__main__":
+    main()

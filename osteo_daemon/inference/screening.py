@@ -1,0 +1,336 @@
+"""One study's way from DICOM files to a `ScreeningResult`: select, locate, measure, predict, decide."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydicom.dataset import Dataset
+
+from osteo_daemon.domain.decision import decide
+from osteo_daemon.domain.eligibility import CLASSIFICATION_AGE_YEARS, MINIMUM_AGE_YEARS, ExclusionCode, age_years
+from osteo_daemon.domain.findings import (
+    MEASURED_LEVELS,
+    Exclusion,
+    Level,
+    ModelReference,
+    NetworkFinding,
+    Outcome,
+    QualityFlag,
+    ScreeningResult,
+    Severity,
+    VertebraFinding,
+)
+from osteo_daemon.errors import ConfigurationError, Damaged, NotEligible
+from osteo_daemon.imaging.selection import Candidate, Rejection, select_series
+from osteo_daemon.imaging.series import ct_slices, one_study, read_headers, read_volume
+from osteo_daemon.imaging.volume import CtVolume
+from osteo_daemon.inference.bundle import ModelBundle, find_bundle
+from osteo_daemon.inference.density import Measurement, measure
+from osteo_daemon.inference.localize import SpineLocalizer, Vertebra
+from osteo_daemon.inference.quality import ScanQuality, assess, correct, tube_voltage
+from osteo_daemon.inference.vertebra_network import Prediction, VertebraNetwork
+from osteo_daemon.settings import Settings
+
+Progress = Callable[[str], None]
+
+LEVEL_DISAGREEMENT_PROBABILITY = 0.8
+"""The network contradicts the localiser's name when it gives this much to another level."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Screening:
+    """A result with what its report is built from.
+
+    Attributes:
+        result: what was found, or why the study was not screened.
+        headers: headers without pixels: of the screened series in the order of the volume's D axis, or of any one
+            image of an excluded study.
+        volume: the screened series; None for an excluded study.
+        measurements: regions of each measured level.
+        manifest: versions, bundle digests, device, durations, rejected series, measured scan quality.
+    """
+
+    result: ScreeningResult
+    headers: tuple[Dataset, ...]
+    volume: CtVolume | None
+    measurements: Mapping[Level, Measurement]
+    manifest: Mapping[str, Any]
+
+
+@dataclass(slots=True)
+class _Clock:
+    """Seconds spent in each stage of one screening."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+
+
+class StudyScreener:
+    """Screens studies one after another with warm models."""
+
+    def __init__(self, localizer: ModelBundle, network: ModelBundle | None, device: torch.device) -> None:
+        self.device = device
+        self.models = tuple(
+            ModelReference(bundle.name, bundle.version, bundle.sha256) for bundle in (localizer, network) if bundle
+        )
+        self._localize = SpineLocalizer.from_bundle(localizer, device)
+        self._network = None if network is None else VertebraNetwork.from_bundle(network, device)
+
+    @classmethod
+    def load(cls, settings: Settings) -> StudyScreener:
+        """Load and verify the bundles that the settings name.
+
+        Raises:
+            BundleError: a bundle is missing, changed or of another schema.
+        """
+        screener = settings.screener
+        if screener.threads:
+            torch.set_num_threads(screener.threads)
+        localizer = find_bundle(screener.localizer_bundle, settings.models_dir)
+        network = find_bundle(screener.network_bundle, settings.models_dir) if screener.network_enabled else None
+        return cls(localizer, network, choose_device(screener.device))
+
+    def screen(self, paths: Iterable[Path], progress: Progress = lambda _stage: None) -> Screening:
+        """Screen the study whose objects lie at ``paths``.
+
+        Args:
+            paths: every object of one study, in any order; other objects than CT images are passed over.
+            progress: called with the name of each stage as it starts.
+
+        Raises:
+            Damaged: no readable object, several studies, or a slice of the screened series can't be decoded.
+        """
+        clock = _Clock()
+        progress("read headers")
+        with clock.stage("headers"):
+            headers, unreadable = read_headers(paths)
+        if not headers:
+            reasons = "; ".join(entry.reason for entry in unreadable[:3])
+            raise Damaged(f"there is no readable DICOM object{': ' + reasons if reasons else ''}")
+        study_uid = one_study(headers)
+        rejections: list[Rejection] = []
+        try:
+            patient = _Patient.of(headers[0][1])
+            candidates, rejections = select_series(ct_slices(headers))
+            patient.check_age()
+            return self._first_screenable(study_uid, candidates, rejections, patient, len(unreadable), clock, progress)
+        except NotEligible as exclusion:
+            result = ScreeningResult(
+                study_instance_uid=study_uid,
+                series_instance_uid=None,
+                outcome=Outcome.EXCLUDED,
+                exclusion=Exclusion(exclusion.code, exclusion.reason),
+                category=None,
+                models=self.models,
+                durations_s=clock.seconds,
+            )
+            ct = next((header for _, header in headers if header.get("Modality") == "CT"), headers[0][1])
+            return Screening(result, (ct,), None, {}, self._manifest(result, rejections, None))
+
+    def _first_screenable(
+        self,
+        study_uid: str,
+        candidates: Sequence[Candidate],
+        rejections: list[Rejection],
+        patient: _Patient,
+        unreadable: int,
+        clock: _Clock,
+        progress: Progress,
+    ) -> Screening:
+        refusal: NotEligible | None = None
+        for candidate in candidates:
+            try:
+                return self._screen_stack(study_uid, candidate, rejections, patient, unreadable, clock, progress)
+            except NotEligible as error:
+                rejections.append(
+                    Rejection(candidate.stack.series_instance_uid, ExclusionCode(error.code), error.reason)
+                )
+                refusal = refusal or error
+        if refusal is None:
+            raise ValueError("select_series gives at least one candidate")
+        raise refusal
+
+    def _screen_stack(
+        self,
+        study_uid: str,
+        candidate: Candidate,
+        rejections: Sequence[Rejection],
+        patient: _Patient,
+        unreadable: int,
+        clock: _Clock,
+        progress: Progress,
+    ) -> Screening:
+        stack = candidate.stack
+        progress("decode")
+        with clock.stage("decode"):
+            volume = read_volume(stack)
+        progress("find vertebrae")
+        with clock.stage("localize"):
+            localization = self._localize(volume)
+        vertebrae = [vertebra for vertebra in localization.vertebrae if vertebra.level in MEASURED_LEVELS]
+        progress("measure")
+        with clock.stage("measure"):
+            quality = assess(volume, [v.centre_lps_mm for v in vertebrae], [v.axes_lps for v in vertebrae])
+            measurements = {
+                Level(vertebra.level): measure(volume, vertebra.body_region, vertebra.axes_lps)
+                for vertebra in vertebrae
+            }
+        progress("predict")
+        with clock.stage("network"):
+            predictions = self._predict(volume, vertebrae)
+        kvp = tube_voltage(stack.header)
+        findings, correction_flags = [], set[QualityFlag]()
+        for vertebra, prediction in zip(vertebrae, predictions, strict=True):
+            finding, flags = _finding(vertebra, measurements[Level(vertebra.level)], prediction, kvp, patient)
+            findings.append(finding)
+            correction_flags.update(flags)
+        study_flags = [*candidate.quality_flags, *localization.flags, *quality.quality_flags, *patient.quality_flags]
+        study_flags += sorted(correction_flags, key=lambda flag: flag.code)
+        if unreadable:
+            study_flags.append(QualityFlag("unreadable_objects", Severity.CAUTION))
+        decision = decide(findings, study_flags)
+        result = ScreeningResult(
+            study_instance_uid=study_uid,
+            series_instance_uid=stack.series_instance_uid,
+            outcome=Outcome.REPORTED,
+            exclusion=None,
+            category=decision.category,
+            vertebrae=tuple(findings),
+            quality_flags=(*study_flags, *decision.quality_flags),
+            models=self.models,
+            durations_s=clock.seconds,
+        )
+        headers = tuple(item.header for item in stack.slices)
+        return Screening(result, headers, volume, measurements, self._manifest(result, rejections, quality))
+
+    def _predict(self, volume: CtVolume, vertebrae: Sequence[Vertebra]) -> Sequence[Prediction | None]:
+        if self._network is None:
+            return [None] * len(vertebrae)
+        return self._network.predict(volume, [(str(v.level), v.centre_lps_mm, v.axes_lps) for v in vertebrae])
+
+    def _manifest(
+        self, result: ScreeningResult, rejections: Sequence[Rejection], quality: ScanQuality | None
+    ) -> dict[str, Any]:
+        measured = (
+            {}
+            if quality is None
+            else {
+                "air_hu": quality.air_hu,
+                "fat_hu": quality.fat_hu,
+                "vessel_hu": quality.vessel_hu,
+                "noise_hu": quality.noise_hu,
+            }
+        )
+        packages = ("osteo-daemon", "torch", "monai", "pydicom", "highdicom", "numpy", "scipy")
+        return {
+            "schema": "osteo-manifest/1",
+            "outcome": result.outcome.value,
+            "exclusion": None if result.exclusion is None else result.exclusion.code,
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "models": [{"bundle": m.bundle, "version": m.version, "sha256": m.sha256} for m in result.models],
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            "scan_quality": measured,
+            "rejected_series": [
+                {"series_instance_uid": r.series_instance_uid, "code": r.code.value, "reason": r.reason}
+                for r in rejections
+            ],
+            "durations_s": dict(result.durations_s),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Patient:
+    """What the header says of age and sex; a missing one withholds what needs it and is never replaced."""
+
+    age_years: int | None
+    sex: str | None
+
+    @classmethod
+    def of(cls, header: Dataset) -> _Patient:
+        values = (header.get("PatientAge"), header.get("PatientBirthDate"), header.get("StudyDate"))
+        sex = str(header.get("PatientSex") or "").strip().upper()
+        return cls(age_years(*(str(value or "") for value in values)), sex if sex in ("F", "M") else None)
+
+    def check_age(self) -> None:
+        if self.age_years is not None and self.age_years < MINIMUM_AGE_YEARS:
+            reason = f"the patient is younger than {MINIMUM_AGE_YEARS} years"
+            raise NotEligible(ExclusionCode.AGE_BELOW_LIMIT, reason)
+
+    @property
+    def classifiable(self) -> bool:
+        """True when WHO classes and T-scores are defined for this patient."""
+        return self.age_years is not None and self.age_years >= CLASSIFICATION_AGE_YEARS and self.sex is not None
+
+    @property
+    def quality_flags(self) -> tuple[QualityFlag, ...]:
+        flags = []
+        if self.age_years is None:
+            flags.append(QualityFlag("age_missing", Severity.CAUTION))
+        elif self.age_years < CLASSIFICATION_AGE_YEARS:
+            flags.append(QualityFlag("age_below_classification", Severity.INFO))
+        if self.sex is None:
+            flags.append(QualityFlag("sex_missing", Severity.CAUTION))
+        return tuple(flags)
+
+
+def _finding(
+    vertebra: Vertebra, measurement: Measurement, prediction: Prediction | None, kvp: float | None, patient: _Patient
+) -> tuple[VertebraFinding, tuple[QualityFlag, ...]]:
+    flags = [*vertebra.flags, *measurement.quality_flags]
+    corrected, correction_flags = None, tuple[QualityFlag, ...]()
+    if measurement.attenuation is not None:
+        corrected, correction_flags = correct(measurement.attenuation, kvp)
+    network = None
+    if prediction is not None:
+        network = NetworkFinding(
+            status=prediction.status,
+            bmd_g_cm2=prediction.bmd_g_cm2,
+            t_score=prediction.t_score if patient.classifiable else None,
+            class_probabilities=prediction.class_probabilities if patient.classifiable else None,
+            level_probabilities=prediction.level_probabilities,
+            expert_weights=tuple(prediction.expert_weights),
+        )
+        likeliest = max(prediction.level_probabilities, key=lambda level: prediction.level_probabilities[level])
+        if likeliest != vertebra.level and prediction.level_probabilities[likeliest] >= LEVEL_DISAGREEMENT_PROBABILITY:
+            flags.append(QualityFlag("level_disagreement", Severity.INFO))
+    x, y, z = (round(float(value), 1) for value in np.asarray(vertebra.centre_lps_mm))
+    finding = VertebraFinding(
+        level=Level(vertebra.level),
+        centre_lps_mm=(x, y, z),
+        confidence=round(float(vertebra.confidence), 3),
+        attenuation_hu=measurement.attenuation,
+        attenuation_hu_corrected=corrected,
+        network=network,
+        quality_flags=tuple(flags),
+    )
+    return finding, correction_flags
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that the setting ``auto``, ``cpu`` or ``cuda`` means on this machine.
+
+    Raises:
+        ConfigurationError: ``cuda`` is asked for and there is no usable GPU.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError('screener.device is "cuda" and torch sees no GPU; check the driver or set "auto"')
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)

@@ -1,0 +1,104 @@
+"""``osteo check``: is this node ready to serve?"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from osteo_daemon.dicom.verification import echo
+from osteo_daemon.domain.study import RemoteAE
+from osteo_daemon.errors import OsteoError
+from osteo_daemon.inference.bundle import find_bundle
+from osteo_daemon.inference.screening import choose_device
+from osteo_daemon.jobs.store import JobStore
+from osteo_daemon.settings import DestinationSettings, Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The outcome of one check; ``detail`` says what was seen or what to do."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def check_node(settings: Settings) -> list[Finding]:
+    """Check folders, disk, job store, bundles, device, sources and every destination; nothing is changed.
+
+    A folder that isn't there yet is created on the first start; here its nearest parent must be writable.
+    """
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("state folder", lambda: _writable(settings.state_dir)),
+        ("disk", lambda: _disk(settings)),
+        ("job store", lambda: _store(settings)),
+        ("sources", lambda: _sources(settings)),
+        ("localizer bundle", lambda: _bundle(settings, settings.screener.localizer_bundle)),
+    ]
+    if settings.screener.network_enabled:
+        checks.append(("network bundle", lambda: _bundle(settings, settings.screener.network_bundle)))
+    checks.append(("device", lambda: str(choose_device(settings.screener.device))))
+    if not settings.destinations:
+        checks.append(("destinations", _no_destination))
+    for destination in settings.destinations:
+        checks.append((f"destination {destination.name}", lambda d=destination: _echo(settings, d)))  # type: ignore[misc]
+    return [_run(name, probe) for name, probe in checks]
+
+
+def _run(name: str, probe: Callable[[], str]) -> Finding:
+    try:
+        return Finding(name, True, probe())
+    except (OsteoError, OSError) as error:
+        return Finding(name, False, str(error))
+
+
+def _writable(folder: Path) -> str:
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    with tempfile.TemporaryFile(dir=existing) as probe:
+        probe.write(b"osteo")
+        probe.flush()
+        os.fsync(probe.fileno())
+    return f"{folder} is writable" if existing == folder else f"{folder} will be created in {existing}"
+
+
+def _disk(settings: Settings) -> str:
+    existing = next(parent for parent in (settings.spool_dir, *settings.spool_dir.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    needed = settings.receiver.minimum_free_bytes
+    if free < needed:
+        raise OSError(
+            f"{free / 1e9:.1f} GB free, receiver.minimum_free_bytes asks for {needed / 1e9:.1f} GB: make room"
+        )
+    return f"{free / 1e9:.1f} GB free"
+
+
+def _store(settings: Settings) -> str:
+    if not (settings.state_dir / "jobs.sqlite").exists():
+        return "will be created on the first start"
+    counts = JobStore(settings.database_url).counts_by_state()
+    return ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "empty"
+
+
+def _sources(settings: Settings) -> str:
+    if not settings.sources:
+        raise OSError("no [[sources]] entry: every sender will be refused; add the AE title and address of your PACS")
+    return ", ".join(source.ae_title for source in settings.sources)
+
+
+def _no_destination() -> str:
+    raise OSError("no [[destinations]] entry: results stay here; add the PACS that shall get them")
+
+
+def _bundle(settings: Settings, name: str) -> str:
+    bundle = find_bundle(name, settings.models_dir)
+    return f"{bundle.name} {bundle.version} ({bundle.status}), sha256 {bundle.sha256[:12]}, verified"
+
+
+def _echo(settings: Settings, destination: DestinationSettings) -> str:
+    peer = RemoteAE(destination.ae_title, destination.host, destination.port)
+    seconds = echo(peer, settings.receiver.ae_title, timeout_seconds=settings.deliverer.connect_timeout_seconds)
+    return f"{destination.ae_title} at {destination.host}:{destination.port} answered in {seconds * 1000:.0f} ms"

@@ -1,0 +1,75 @@
+"""Fixtures: real CT, free ports, and what to do when something a test needs is not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
+
+
+def missing(what: str) -> None:
+    """Skip outside CI; in CI a missing thing fails, so that nothing is passed over in silence."""
+    if IN_CI:
+        pytest.fail(f"{what}: CI must have it")
+    pytest.skip(what)
+
+
+def require_command(name: str) -> str:
+    """Path of a program; Debian keeps some servers outside an ordinary user's PATH."""
+    found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
+    if found is None:
+        missing(f"{name} is not installed (make system-packages)")
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of the real CT files."""
+    for folder in (os.environ.get("OSTEO_TEST_DATA"), ROOT.parent / "shared" / "data"):
+        if folder and Path(folder).is_dir():
+            return Path(folder)
+    missing("no real CT files: set OSTEO_TEST_DATA to their folder")
+    raise AssertionError
+
+
+@pytest.fixture(scope="session")
+def real_series(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Call with a series' name: its folder of DICOM files, unpacked once."""
+    unpacked = tmp_path_factory.mktemp("real-ct")
+
+    def folder(name: str) -> Path:
+        if (real_data / name).is_dir():
+            return real_data / name
+        if not (unpacked / name).is_dir():
+            with tarfile.open(real_data / f"{name}.tar.xz") as archive:
+                archive.extractall(unpacked, filter="data")
+        return unpacked / name
+
+    return folder
+
+
+@pytest.fixture
+def acrin(real_series: Callable[[str], Path]) -> Path:
+    """The reference series: 99 axial slices from T9 to the femoral heads."""
+    return real_series("acrin_flt_breast_001_abdomen")
+
+
+@pytest.fixture
+def free_port() -> Callable[[], int]:
+    """Call for a TCP port that is free on loopback."""
+
+    def port() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return int(probe.getsockname()[1])
+
+    return port

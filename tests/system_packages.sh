@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Install the Debian packages that the tests talk to, or say in one line what is missing.
+set -euo pipefail
+
+declare -A provided_by=(
+  [storescu]=dcmtk
+  [Orthanc]=orthanc
+  [dciodvfy]=dicom3tools
+  [strace]=strace
+  [java]=default-jre-headless
+)
+missing=()
+for command in "${!provided_by[@]}"; do
+  command -v "$command" >/dev/null || [ -x "/usr/sbin/$command" ] || missing+=("${provided_by[$command]}")
+done
+[ -e /usr/share/java/pixelmed.jar ] || missing+=(libpixelmed-java)
+[ ${#missing[@]} -eq 0 ] && exit 0
+
+if [ "$(id -u)" = 0 ]; then
+  as_root=()
+elif command -v sudo >/dev/null && sudo -n true 2>/dev/null; then
+  as_root=(sudo -n)
+else
+  echo "missing Debian packages: ${missing[*]}; install them with: apt-get install ${missing[*]} (tests that need them are skipped until then)"
+  exit 0
+fi
+"${as_root[@]}" apt-get update -qq
+"${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null

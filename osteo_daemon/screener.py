@@ -1,0 +1,216 @@
+"""The screening role: claim a study, screen it, spool its report objects, commit, again."""
+
+from __future__ import annotations
+
+import random
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from os import getpid
+from types import FrameType, TracebackType
+
+from osteo_daemon.dicom.report_objects import BuiltObject
+from osteo_daemon.domain.findings import Outcome
+from osteo_daemon.domain.job import Job
+from osteo_daemon.errors import ConfigurationError, Damaged, LeaseLost, Transient
+from osteo_daemon.inference.screening import Screening, StudyScreener
+from osteo_daemon.jobs.records import NewDelivery, ReportKind, ReportObject
+from osteo_daemon.jobs.spool import Spool
+from osteo_daemon.jobs.store import JobStore
+from osteo_daemon.log import configure_logging, get_logger
+from osteo_daemon.reporting import PreviousReport, build_report
+from osteo_daemon.settings import Settings
+
+HEARTBEATS_PER_LEASE = 3
+"""Two heartbeats may fail before a lease runs out."""
+
+
+class _Stopped(BaseException):
+    """SIGTERM came: leave the study where it is."""
+
+
+def run(settings: Settings) -> int:
+    """Screen studies until SIGTERM or SIGINT; returns the exit status.
+
+    Raises:
+        BundleError: a model bundle is missing or changed.
+        ConfigurationError: the job store or the spool can't be used, or the GPU asked for isn't there.
+    """
+    configure_logging(settings.log, "screener")
+    worker = Worker(settings)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, worker.stop)
+    worker.work()
+    return 0
+
+
+class Worker:
+    """One screening process: one study at a time, models warm."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._log = get_logger()
+        self._store = JobStore(settings.database_url)
+        self._spool = Spool(settings.spool_dir)
+        self._name = f"screener-{socket.gethostname()}-{getpid()}"
+        self._stopping = threading.Event()
+        self._interruptible = False
+        start = time.perf_counter()
+        self._screener = StudyScreener.load(settings)
+        self._log.info(
+            "screener_ready", device=str(self._screener.device), duration_s=round(time.perf_counter() - start, 2)
+        )
+        for model in self._screener.models:
+            self._log.info("model_loaded", bundle=model.bundle, version=model.version, digest=model.sha256)
+
+    def stop(self, _number: int, _frame: FrameType | None) -> None:
+        """Signal handler: finish at once; a study in hand goes back without losing an attempt."""
+        self._stopping.set()
+        if self._interruptible:
+            # only the long computing parts are cut off, never a transaction
+            self._interruptible = False
+            raise _Stopped
+
+    def work(self) -> None:
+        """Claim and screen until `stop`."""
+        screener = self._settings.screener
+        while not self._stopping.is_set():
+            try:
+                job = self._store.claim(self._name, screener.lease_seconds, screener.maximum_attempts)
+            except Transient as error:
+                self._log.warning("claim_failed", error=type(error).__name__)
+                job = None
+            if job is None:
+                self._stopping.wait(screener.poll_seconds)
+                continue
+            self._one(job)
+        self._log.info("screener_stopped")
+
+    def _one(self, job: Job) -> None:
+        start = time.perf_counter()
+        log = self._log.bind(job_id=job.job_id, study_instance_uid=job.study_instance_uid, revision=job.revision)
+        log.info("screening_started", attempt=job.attempts)
+        outcome = "released"
+        try:
+            with _Heartbeat(self._store, job, self._settings.screener.lease_seconds):
+                outcome = self._screen(job)
+        except _Stopped:
+            with suppress(LeaseLost):
+                self._store.release(job)
+        except LeaseLost:
+            outcome = "lease_lost"
+        except Damaged as error:
+            outcome = "held"
+            self._end(self._store.hold, job, type(error).__name__, error.detail)
+        except (ConfigurationError, Transient) as error:
+            outcome = "retry"
+            self._end(self._retry, job, type(error).__name__, error.detail)
+        except Exception as error:  # noqa: BLE001 - the process's loop edge: one study must not end the worker
+            outcome = "retry"
+            # only the class: a library's message may quote what it was given
+            log.error("screening_crashed", error=type(error).__name__, detail=_where(error.__traceback__))
+            self._end(self._retry, job, type(error).__name__, "an error inside the program, see its log")
+        log.info("screening_ended", outcome=outcome, duration_s=round(time.perf_counter() - start, 2))
+
+    def _screen(self, job: Job) -> str:
+        instances = self._store.instances(job)
+        self._interruptible = True
+        if self._stopping.is_set():
+            raise _Stopped
+        screening = self._screener.screen(instance.path for instance in instances)
+        if screening.result.exclusion is not None:
+            self._interruptible = False
+            exclusion = screening.result.exclusion
+            self._store.exclude(job, exclusion.code, exclusion.reason, screening.result.to_json())
+            return exclusion.code
+        built = build_report(
+            screening, self._settings, datetime.now(UTC), revision=job.revision, predecessors=self._predecessors(job)
+        )
+        self._interruptible = False
+        objects = {entry.sop_instance_uid: self._keep(job, entry) for entry in built.objects}
+        deliveries = [
+            NewDelivery(destination.name, tuple(entry.sop_instance_uid for entry in built.for_destination(destination)))
+            for destination in self._settings.destinations
+        ]
+        self._store.commit_report(job, screening.result.to_json(), list(objects.values()), deliveries)
+        return _summary(screening)
+
+    def _keep(self, job: Job, entry: BuiltObject) -> ReportObject:
+        stored = self._spool.store_report(job.study_instance_uid, entry.sop_instance_uid, [entry.data])
+        return ReportObject(
+            kind=ReportKind(entry.kind),
+            sop_class_uid=entry.sop_class_uid,
+            sop_instance_uid=entry.sop_instance_uid,
+            path=stored.path,
+            size_bytes=stored.size_bytes,
+            sha256=stored.sha256,
+            variant=entry.variant,
+        )
+
+    def _predecessors(self, job: Job) -> dict[str, PreviousReport]:
+        # report_objects lists the oldest revision first: the last of each variant is the one to be replaced
+        return {
+            entry.variant: PreviousReport.read(entry.path)
+            for entry in self._store.report_objects(job.study_instance_uid)
+            if entry.kind is ReportKind.SR
+        }
+
+    def _retry(self, job: Job, code: str, detail: str) -> None:
+        delay = self._settings.screener.retry_base_seconds * 2 ** (job.attempts - 1)
+        # jitter: several workers that failed for one reason don't come back at one moment
+        not_before = datetime.now(UTC) + timedelta(seconds=delay * random.uniform(0.8, 1.2))  # noqa: S311
+        self._store.retry_later(job, code, detail, not_before)
+
+    def _end(self, act: Callable[[Job, str, str], None], job: Job, code: str, detail: str) -> None:
+        self._interruptible = False
+        try:
+            act(job, code, detail)
+        except (LeaseLost, Transient) as error:
+            # the lease runs out by itself and another worker takes the study
+            self._log.warning("outcome_not_written", error=type(error).__name__)
+
+
+class _Heartbeat:
+    """Keeps a job's lease alive from a thread of its own while the study is screened."""
+
+    def __init__(self, store: JobStore, job: Job, lease_seconds: float) -> None:
+        self._store, self._job, self._lease_seconds = store, job, lease_seconds
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._done.wait(self._lease_seconds / HEARTBEATS_PER_LEASE):
+            try:
+                self._store.heartbeat(self._job, self._lease_seconds)
+            except LeaseLost:
+                return  # the commit's fencing check refuses what this worker still makes
+            except Transient:
+                continue
+
+
+def _summary(screening: Screening) -> str:
+    category = screening.result.category
+    return Outcome.REPORTED.value if category is None else f"{Outcome.REPORTED.value}, {category.value}"
+
+
+def _where(trace: TracebackType | None) -> str:
+    """File and line of the innermost frames: says where without quoting a value."""
+    frames: list[str] = []
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        frames.append(f"{code.co_filename.rsplit('/', 1)[-1]}:{trace.tb_lineno}")
+        trace = trace.tb_next
+    return " > ".join(frames[-4:])

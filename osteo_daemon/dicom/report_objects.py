@@ -1,0 +1,334 @@
+"""From a screening result to the DICOM objects of every destination, the same bytes for the same input."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+from typing import Protocol
+
+import highdicom as hd
+import numpy as np
+import numpy.typing as npt
+import pydicom
+from pydicom.dataset import Dataset
+from pydicom.uid import UID
+
+from osteo_daemon.dicom import codes
+from osteo_daemon.dicom.outline import NativeMask, on_native_grid
+from osteo_daemon.dicom.picture import SECONDARY_CAPTURE_CLASS_UID, draw_picture, encode_png, picture_dataset
+from osteo_daemon.dicom.report import SR_CLASSES, ReportAnatomy, SegmentReference, report_content, report_dataset
+from osteo_daemon.dicom.report_source import ReportSource, VertebraRegions, clean_headers
+from osteo_daemon.dicom.reported_values import as_reported, result_digest
+from osteo_daemon.dicom.segmentation import SEGMENTATION_CLASS_UID, plan_segments, segmentation_dataset
+from osteo_daemon.dicom.uids import (
+    IMPLEMENTATION_CLASS_UID,
+    implementation_version_name,
+    result_instance_uid,
+    result_series_uid,
+)
+from osteo_daemon.domain.findings import Level, ModelReference, Outcome, ScreeningResult
+from osteo_daemon.imaging.volume import CtVolume
+from osteo_daemon.settings import DestinationSettings, SiteSettings
+
+SENDING_ORDER = ("seg", "sr", "sc")
+"""The SR points to the segmentation, which must be there first."""
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltObject:
+    """A finished DICOM object.
+
+    Attributes:
+        kind: ``seg``, ``sr`` or ``sc``.
+        variant: which form of the object, "" when there is only one; see `sr_variant`.
+        data: the Part 10 file, byte for byte as it is spooled and sent.
+    """
+
+    kind: str
+    variant: str
+    sop_class_uid: str
+    sop_instance_uid: str
+    series_instance_uid: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltReport:
+    """All objects of one screening, and the picture as PNG (None when there is none)."""
+
+    objects: tuple[BuiltObject, ...]
+    picture_png: bytes | None
+
+    def for_destination(self, destination: DestinationSettings) -> tuple[BuiltObject, ...]:
+        """The objects that one destination gets, in the order of sending."""
+        has_segmentation = any(built.kind == "seg" for built in self.objects)
+        variant = sr_variant(destination.sr_class, has_segmentation and "seg" in destination.objects)
+        return tuple(
+            built
+            for kind in SENDING_ORDER
+            for built in self.objects
+            if kind in destination.objects and built.kind == kind and built.variant in ("", variant)
+        )
+
+
+class Predecessor(Protocol):
+    """A report object that the new one replaces."""
+
+    @property
+    def sop_class_uid(self) -> str:
+        """SOP Class UID."""
+
+    @property
+    def sop_instance_uid(self) -> str:
+        """SOP Instance UID."""
+
+    @property
+    def series_instance_uid(self) -> str:
+        """Series Instance UID."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReportRequest:
+    """Everything that a report is made from.
+
+    Attributes:
+        created: when the result was made, with a time zone; the only source of times in the objects. A second build
+            for the same revision must be given the same moment.
+        volume: None for an excluded study without a usable volume.
+        network_bundle: name of the bundle (among ``result.models``) behind the network values.
+        effective_settings: a canonical description of all settings that shaped the result; goes into the UIDs.
+        predecessors: reports of earlier revisions, by SR variant (`sr_variant`).
+    """
+
+    result: ScreeningResult
+    source: ReportSource
+    volume: CtVolume | None
+    regions: Mapping[Level, VertebraRegions]
+    site: SiteSettings
+    software_version: str
+    created: datetime
+    revision: int = 1
+    network_bundle: str | None = None
+    effective_settings: str = ""
+    predecessors: Mapping[str, Predecessor] = field(default_factory=dict)
+
+
+def sr_variant(sr_class: str, refers_to_segmentation: bool) -> str:
+    """Name of a form of the structured report: its class, and whether it points to the segmentation."""
+    return f"{sr_class}+seg" if refers_to_segmentation else sr_class
+
+
+def needed_variants(destinations: Iterable[DestinationSettings]) -> tuple[str, ...]:
+    """SR variants that these destinations need, sorted; the default one when there is no destination."""
+    wanted = {sr_variant(entry.sr_class, "seg" in entry.objects) for entry in destinations if "sr" in entry.objects}
+    return tuple(sorted(wanted)) or (sr_variant("comprehensive-3d", refers_to_segmentation=True),)
+
+
+def build_report_objects(request: ReportRequest, variants: Iterable[str] = ("comprehensive-3d+seg",)) -> BuiltReport:
+    """Build segmentation, structured reports and picture.
+
+    An excluded study gets structured reports alone: they hold the reason and no number. So does a study in which no
+    vertebra has a centre; a segmentation needs at least one region.
+
+    Args:
+        variants: forms of the structured report, see `sr_variant` and `needed_variants`.
+
+    Raises:
+        ValueError: the volume and the headers do not match, or ``created`` has no time zone.
+        Damaged: the source headers lack what a report must refer to.
+    """
+    if request.created.tzinfo is None:
+        raise ValueError("the moment of creation needs a time zone")
+    builder = _Builder(request)
+    segmentation, segments = builder.segmentation()
+    wanted = {variant if segmentation is not None else variant.removesuffix("+seg") for variant in variants}
+    reports = [builder.report(variant, segmentation, segments) for variant in sorted(wanted)]
+    picture, png = builder.picture()
+    objects = [*([segmentation.built] if segmentation else []), *reports, *([picture] if picture else [])]
+    return BuiltReport(tuple(objects), png)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Segmentation:
+    built: BuiltObject
+    dataset: Dataset
+
+
+class _Builder:
+    def __init__(self, request: ReportRequest) -> None:
+        volume, headers = request.volume, clean_headers(request.source)
+        if volume is not None:
+            slice_shape = (int(headers[0].Rows), int(headers[0].Columns))
+            if volume.voxels.shape != (len(headers), *slice_shape):
+                raise ValueError(
+                    f"the volume is {volume.voxels.shape}, the source {len(headers)} slices of {slice_shape}"
+                )
+        self.request = request
+        self.headers = headers
+        self.result = as_reported(request.result)
+        self.digest = result_digest(request.result, request.effective_settings)
+        bodies: dict[Level, NativeMask] = {}
+        trabecular: dict[Level, NativeMask] = {}
+        if volume is not None:
+            for finding in self.result.vertebrae:
+                regions = request.regions.get(finding.level)
+                for masks, region in (
+                    () if regions is None else ((bodies, regions.body), (trabecular, regions.trabecular))
+                ):
+                    native = None if region is None else on_native_grid(region, volume)
+                    if native is not None:
+                        masks[finding.level] = native
+        self.anatomy = ReportAnatomy(headers, volume, bodies, trabecular)
+        offset = request.site.timezone_offset
+        minutes = int(offset[1:3]) * 60 + int(offset[3:5])
+        zone = timezone(timedelta(minutes=-minutes if offset[0] == "-" else minutes))
+        self.created = request.created.astimezone(zone)
+
+    def segmentation(self) -> tuple[_Segmentation | None, dict[Level, SegmentReference]]:
+        segments = plan_segments(self.anatomy.bodies, self.anatomy.trabecular)
+        if not segments:
+            return None, {}
+        series_uid, instance_uid = self._uids("seg", SEGMENTATION_CLASS_UID, "")
+        dataset = segmentation_dataset(
+            segments,
+            self.headers,
+            series_instance_uid=series_uid,
+            sop_instance_uid=instance_uid,
+            instance_number=self.request.revision,
+            software_version=self.request.software_version,
+            device_serial_number=self.request.site.device_serial_number,
+            institution=self.request.site.institution,
+            contributing_equipment=self._equipment(),
+        )
+        references = {
+            segment.level: SegmentReference(SEGMENTATION_CLASS_UID, instance_uid, number)
+            for number, segment in enumerate(segments, start=1)
+            if not segment.trabecular
+        }
+        return _Segmentation(self._finish("seg", "", dataset), dataset), references
+
+    def report(
+        self, variant: str, segmentation: _Segmentation | None, segments: Mapping[Level, SegmentReference]
+    ) -> BuiltObject:
+        sr_class = variant.removesuffix("+seg")
+        refers = variant.endswith("+seg") and segmentation is not None
+        content, slices = report_content(
+            self.result,
+            self.anatomy,
+            network_model=self._network_model(),
+            segments=segments if refers else {},
+            software_version=self.request.software_version,
+            device_serial_number=self.request.site.device_serial_number,
+        )
+        evidence = [*slices, segmentation.dataset] if refers and segmentation is not None else [*slices]
+        series_uid, instance_uid = self._uids("sr", SR_CLASSES[sr_class][1], variant)
+        dataset = report_dataset(
+            content,
+            evidence,
+            sr_class=sr_class,
+            series_instance_uid=series_uid,
+            sop_instance_uid=instance_uid,
+            instance_number=self.request.revision,
+            is_complete=all(finding.attenuation_hu is not None for finding in self.result.vertebrae),
+            software_version=self.request.software_version,
+            device_serial_number=self.request.site.device_serial_number,
+            institution=self.request.site.institution,
+            previous_versions=self._predecessors(variant),
+            contributing_equipment=self._equipment(),
+        )
+        return self._finish("sr", variant, dataset)
+
+    def picture(self) -> tuple[BuiltObject | None, bytes | None]:
+        volume = self.request.volume
+        if volume is None or not self.result.vertebrae or self.result.outcome is not Outcome.REPORTED:
+            return None, None
+        pixels: npt.NDArray[np.uint8] = draw_picture(
+            self.result,
+            volume,
+            self.anatomy.bodies,
+            self.anatomy.trabecular,
+            software_version=self.request.software_version,
+        )
+        series_uid, instance_uid = self._uids("sc", SECONDARY_CAPTURE_CLASS_UID, "")
+        dataset = picture_dataset(
+            pixels,
+            self.headers[0],
+            series_instance_uid=series_uid,
+            sop_instance_uid=instance_uid,
+            instance_number=self.request.revision,
+            software_version=self.request.software_version,
+            device_serial_number=self.request.site.device_serial_number,
+            institution=self.request.site.institution,
+            contributing_equipment=self._equipment(),
+        )
+        return self._finish("sc", "", dataset), encode_png(pixels)
+
+    def _network_model(self) -> ModelReference | None:
+        return next((model for model in self.result.models if model.bundle == self.request.network_bundle), None)
+
+    def _uids(self, kind: str, sop_class_uid: str, variant: str) -> tuple[str, str]:
+        study, version = self.result.study_instance_uid, self.request.software_version
+        return (
+            result_series_uid(kind, study, version),
+            result_instance_uid(sop_class_uid, variant, study, self.request.revision, self.digest, version),
+        )
+
+    def _predecessors(self, variant: str) -> list[Dataset] | None:
+        predecessor = self.request.predecessors.get(variant)
+        if predecessor is None:
+            return None
+        reference = Dataset()
+        reference.StudyInstanceUID = self.result.study_instance_uid
+        reference.SeriesInstanceUID = predecessor.series_instance_uid
+        reference.SOPClassUID = predecessor.sop_class_uid
+        reference.SOPInstanceUID = predecessor.sop_instance_uid
+        return [reference]
+
+    def _equipment(self) -> list[hd.ContributingEquipment]:
+        # the Device UID stands in the report's observer context: validators of today do not know it here
+        item = hd.ContributingEquipment(
+            manufacturer="osteo_daemon",
+            purpose_of_reference=codes.PROCESSING_EQUIPMENT,
+            manufacturer_model_name="osteo_daemon",
+            software_versions=[
+                self.request.software_version,
+                *(f"{model.bundle} {model.version}"[:64] for model in self.result.models),
+            ],
+            device_serial_number=self.request.site.device_serial_number,
+            institution_name=self.request.site.institution or None,
+            station_name=self.request.site.station_name[:16] or None,
+            contribution_datetime=self.created,
+            contribution_description="Automated measurement of vertebral attenuation",
+        )
+        return [item]
+
+    def _finish(self, kind: str, variant: str, dataset: Dataset) -> BuiltObject:
+        date, time = self.created.strftime("%Y%m%d"), self.created.strftime("%H%M%S.%f")
+        for prefix in ("InstanceCreation", "Content", "Series"):
+            setattr(dataset, f"{prefix}Date", date)
+            setattr(dataset, f"{prefix}Time", time)
+        dataset.TimezoneOffsetFromUTC = self.request.site.timezone_offset
+        if self.request.site.station_name:
+            dataset.StationName = self.request.site.station_name[:16]
+        dataset.file_meta.ImplementationClassUID = UID(IMPLEMENTATION_CLASS_UID)
+        dataset.file_meta.ImplementationVersionName = implementation_version_name(self.request.software_version)
+        _declare_private_scheme(dataset)
+        buffer = io.BytesIO()
+        pydicom.dcmwrite(buffer, dataset, enforce_file_format=True)
+        return BuiltObject(
+            kind=kind,
+            variant=variant,
+            sop_class_uid=str(dataset.SOPClassUID),
+            sop_instance_uid=str(dataset.SOPInstanceUID),
+            series_instance_uid=str(dataset.SeriesInstanceUID),
+            data=buffer.getvalue(),
+        )
+
+
+def _declare_private_scheme(dataset: Dataset) -> None:
+    item = Dataset()
+    item.CodingSchemeDesignator = codes.SCHEME
+    item.CodingSchemeName = codes.SCHEME_NAME
+    dataset.CodingSchemeIdentificationSequence = [item]

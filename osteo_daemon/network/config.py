@@ -116,3 +116,91 @@ class MoEConfig:
             return cls(**plain)
         except (TypeError, ValueError) as error:
             raise BundleError(f"configs/network.json has an unusable value: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """From the network's raw output to calibrated values; fitted on validation patients, kept in inference.json.
+
+    Attributes:
+        class_temperature: divides the class logits (Guo 2017).
+        level_temperature: divides the level logits.
+        bmd_slope, bmd_intercept_g_cm2: ``BMD = slope * raw + intercept``; 1 and 0 unless a site recalibrates.
+        bmd_sd_factor: on the predicted standard deviation, so that standardised residuals have unit variance.
+        bmd_interval_90: half width of the 90 % prediction interval in calibrated standard deviations (split conformal).
+    """
+
+    class_temperature: float = 1.0
+    level_temperature: float = 1.0
+    bmd_slope: float = 1.0
+    bmd_intercept_g_cm2: float = 0.0
+    bmd_sd_factor: float = 1.0
+    bmd_interval_90: float = 1.645
+
+    def __post_init__(self) -> None:
+        for key in ("class_temperature", "level_temperature", "bmd_slope", "bmd_sd_factor", "bmd_interval_90"):
+            if not 0 < getattr(self, key) < 100:
+                raise ValueError(f"{key} must lie between 0 and 100, got {getattr(self, key)}")
+
+    def to_json(self) -> dict[str, float]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Calibration:
+        """Read the calibration of a bundle's inference.json.
+
+        Raises:
+            BundleError: a key is unknown or missing, or a value is out of range.
+        """
+        names = {field.name for field in fields(cls)}
+        if names != set(values):
+            raise BundleError(f"configs/inference.json: calibration needs exactly the keys {', '.join(sorted(names))}")
+        try:
+            return cls(**{key: float(value) for key, value in values.items()})
+        except (TypeError, ValueError) as error:
+            raise BundleError(f"configs/inference.json has an unusable calibration: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class BmdScale:
+    """On which scale BMD is given and against which reference T-scores are computed; kept in inference.json.
+
+    Attributes:
+        name: of the scale, as reports print it.
+        reference: of the T-score, as reports print it.
+        reference_mean_g_cm2, reference_sd_g_cm2: young adults, mean of L1-L4, on this scale.
+        level_offset_g_cm2: reference of a level minus the reference of the mean of L1-L4.
+    """
+
+    name: str
+    reference: str
+    reference_mean_g_cm2: float
+    reference_sd_g_cm2: float
+    level_offset_g_cm2: Mapping[str, float]
+
+    def t_score(self, bmd_g_cm2: float, level: str) -> float | None:
+        """T-score of one level, None when the reference does not know it."""
+        if level not in self.level_offset_g_cm2:
+            return None
+        mean = self.reference_mean_g_cm2 + self.level_offset_g_cm2[level]
+        return (bmd_g_cm2 - mean) / self.reference_sd_g_cm2
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "level_offset_g_cm2": dict(self.level_offset_g_cm2)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> BmdScale:
+        """Read the scale of a bundle's inference.json.
+
+        Raises:
+            BundleError: a key is unknown or missing, or the reference has no spread.
+        """
+        try:
+            scale = cls(**values)
+            if not (scale.reference_sd_g_cm2 > 0 and isinstance(scale.level_offset_g_cm2, Mapping)):
+                raise ValueError("reference_sd_g_cm2 must be positive and level_offset_g_cm2 an object")
+        except (TypeError, ValueError) as error:
+            raise BundleError(f"configs/inference.json has an unusable bmd_scale: {error}") from error
+        return scale

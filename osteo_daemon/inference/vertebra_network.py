@@ -1,0 +1,178 @@
+"""The network channel: calibrated values of the multitask mixture-of-experts for each vertebra."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from osteo_daemon.errors import BundleError
+from osteo_daemon.imaging.preprocess import VoiSpec, extract_voi
+from osteo_daemon.imaging.volume import CtVolume
+from osteo_daemon.inference.bundle import ModelBundle
+from osteo_daemon.network.config import CLASSES, BmdScale, Calibration, MoEConfig
+from osteo_daemon.network.heads import class_probabilities
+from osteo_daemon.network.moe import gate_entropy
+from osteo_daemon.network.multitask import UNKNOWN_LEVEL, MultitaskMoE
+
+MINIMUM_COVERAGE: Final = 0.8
+"""With less of the VOI inside the scan, diagnosis and BMD are withheld: the rest repeats the scan's edge."""
+
+VertebraPlace = tuple[str, npt.ArrayLike, npt.ArrayLike]
+"""Level name, (3,) centre of the body in LPS mm, (3, 3) unit vectors in LPS by row: caudal, posterior, left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Calibrated values of one vertebra.
+
+    Diagnosis and BMD are None for levels that DXA does not measure and for VOIs that the scan does not cover.
+
+    Attributes:
+        level: the level that the caller gave.
+        class_probabilities: ``normal``, ``osteopenia``, ``osteoporosis``; sums to 1.
+        bmd_g_cm2: areal BMD on the bundle's declared scale.
+        bmd_sd_g_cm2: calibrated standard deviation of that prediction.
+        bmd_interval_90_g_cm2: 90 % prediction interval.
+        t_score: against the bundle's declared reference for this level. The caller withholds it where age or sex is
+            missing or below the limit.
+        level_probabilities: level to probability, from the image alone; sums to 1.
+        expert_weights: gate weight per expert (mean over the tasks' gates); sums to 1.
+        gate_entropy: of those weights, 0 one expert to 1 all alike.
+        coverage: share of the VOI inside the scan.
+    """
+
+    level: str
+    class_probabilities: Mapping[str, float] | None
+    bmd_g_cm2: float | None
+    bmd_sd_g_cm2: float | None
+    bmd_interval_90_g_cm2: tuple[float, float] | None
+    t_score: float | None
+    level_probabilities: Mapping[str, float]
+    expert_weights: tuple[float, ...]
+    gate_entropy: float
+    coverage: float
+
+
+class VertebraNetwork:
+    """A loaded bundle, ready to predict; make one per process and keep it warm.
+
+    Attributes:
+        bundle: where the weights came from; its status and digest belong beside every value.
+        scale: of BMD and T-scores.
+    """
+
+    def __init__(
+        self,
+        bundle: ModelBundle,
+        network: MultitaskMoE,
+        voi: VoiSpec,
+        calibration: Calibration,
+        scale: BmdScale,
+        device: torch.device,
+    ) -> None:
+        self.bundle = bundle
+        self.scale = scale
+        self.voi = voi
+        self.device = device
+        self._network = network.to(device).eval()
+        self._calibration = calibration
+
+    @classmethod
+    def from_bundle(cls, bundle: ModelBundle, device: str | torch.device = "cpu") -> VertebraNetwork:
+        """Build the network that the bundle describes and load its weights.
+
+        Raises:
+            BundleError: a configuration is incomplete, or weights and configuration do not belong together.
+        """
+        config = MoEConfig.from_json(bundle.network)
+        for key in ("voi", "calibration", "bmd_scale"):
+            if not isinstance(bundle.inference.get(key), Mapping):
+                raise BundleError(f"configs/inference.json of {bundle.name} has no {key}; use a bundle of this version")
+        voi = VoiSpec.from_json(bundle.inference["voi"])
+        if voi.shape != config.voi_shape or voi.spacing_mm != config.voi_spacing_mm:
+            raise BundleError(f"configs/inference.json and network.json of {bundle.name} disagree about the VOI")
+        network = MultitaskMoE(config)
+        try:
+            network.load_state_dict(bundle.load_weights())
+        except RuntimeError as error:
+            raise BundleError(f"the weights of {bundle.name} do not fit its configs/network.json") from error
+        return cls(
+            bundle,
+            network,
+            voi,
+            Calibration.from_json(bundle.inference["calibration"]),
+            BmdScale.from_json(bundle.inference["bmd_scale"]),
+            torch.device(device),
+        )
+
+    def predict(self, volume: CtVolume, vertebrae: Sequence[VertebraPlace], batch_size: int = 6) -> list[Prediction]:
+        """Predict each vertebra, in the order given.
+
+        A batch is always filled up to ``batch_size``, so that the same arithmetic runs for any number of vertebrae.
+
+        Args:
+            volume: the scan.
+            vertebrae: level, centre and axes of each.
+            batch_size: vertebrae computed at once.
+
+        Raises:
+            ValueError: a VOI lies outside the scan, or axes are not orthonormal.
+        """
+        predictions: list[Prediction] = []
+        levels = self._network.config.levels
+        for start in range(0, len(vertebrae), batch_size):
+            chunk = vertebrae[start : start + batch_size]
+            vois = [extract_voi(volume, centre, axes, self.voi) for _, centre, axes in chunk]
+            hu = np.zeros((batch_size, *self.voi.shape), dtype=np.float32)
+            index = torch.full((batch_size,), UNKNOWN_LEVEL)
+            for row, (voi, (level, _, _)) in enumerate(zip(vois, chunk, strict=True)):
+                hu[row] = voi.hu
+                if level in levels:
+                    index[row] = levels.index(level)
+            answers = self._run(torch.from_numpy(hu), index)
+            predictions += [
+                self._prediction(chunk[row][0], voi.coverage, {name: value[row] for name, value in answers.items()})
+                for row, voi in enumerate(vois)
+            ]
+        return predictions
+
+    def _run(self, hu: Tensor, level: Tensor) -> dict[str, Tensor]:
+        """Calibrated tensors of one batch on the CPU."""
+        calibration = self._calibration
+        with torch.inference_mode():
+            out = self._network(hu.to(self.device), level.to(self.device))
+            weights = out.gate_weights.mean(1)
+            sd = (0.5 * out.bmd_log_variance).exp() * calibration.bmd_sd_factor
+            answers = {
+                "class": class_probabilities(out.class_logits, len(CLASSES), calibration.class_temperature),
+                "bmd": calibration.bmd_slope * out.bmd + calibration.bmd_intercept_g_cm2,
+                "sd": sd * abs(calibration.bmd_slope),
+                "level": (out.level_logits / calibration.level_temperature).softmax(1),
+                "weights": weights,
+                "entropy": gate_entropy(weights),
+            }
+            return {name: value.double().cpu() for name, value in answers.items()}
+
+    def _prediction(self, level: str, coverage: float, answer: Mapping[str, Tensor]) -> Prediction:
+        config = self._network.config
+        given = level in config.bmd_levels and coverage >= MINIMUM_COVERAGE
+        bmd, sd = float(answer["bmd"]), float(answer["sd"])
+        half = self._calibration.bmd_interval_90 * sd
+        return Prediction(
+            level=level,
+            class_probabilities=dict(zip(CLASSES, answer["class"].tolist(), strict=True)) if given else None,
+            bmd_g_cm2=bmd if given else None,
+            bmd_sd_g_cm2=sd if given else None,
+            bmd_interval_90_g_cm2=(bmd - half, bmd + half) if given else None,
+            t_score=self.scale.t_score(bmd, level) if given else None,
+            level_probabilities=dict(zip(config.levels, answer["level"].tolist(), strict=True)),
+            expert_weights=tuple(answer["weights"].tolist()),
+            gate_entropy=float(answer["entropy"]),
+            coverage=coverage,
+        )

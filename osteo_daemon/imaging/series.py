@@ -128,6 +128,8 @@ def read_header(path: Path) -> Dataset:
             if not meta.get(fallback):
                 raise NotDicom(f"{path.name} has no {keyword}")
             setattr(header, keyword, meta.get(fallback))
+    if header.SOPClassUID == CTImageStorage and "Rows" not in header:
+        raise NotDicom(f"{path.name} is cut off before its pixels")
     return header
 
 

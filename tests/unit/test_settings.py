@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from osteo_daemon.errors import ConfigurationError
+from osteo_daemon.settings import DestinationSettings, Settings, SourceSettings, load_settings
+from tests.conftest import ROOT
+
+EXAMPLE = ROOT / "deploy" / "osteo.example.toml"
+
+
+def test_example_holds_the_defaults() -> None:
+    settings = load_settings(EXAMPLE, {})
+    assert settings.model_copy(update={"sources": (), "destinations": ()}) == Settings()
+    assert settings.destinations[0].ae_title == "PACS"
+
+
+def test_example_names_every_key() -> None:
+    text = EXAMPLE.read_text()
+    sections = [Settings, DestinationSettings, SourceSettings]
+    sections += [
+        field.annotation for field in Settings.model_fields.values() if hasattr(field.annotation, "model_fields")
+    ]
+    names = {name for section in sections for name in section.model_fields}
+    assert not {name for name in names if f"{name} = " not in text and f"[{name}]" not in text}
+
+
+def test_environment_overrides_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "osteo.toml"
+    path.write_text("[receiver]\nport = 1\n")
+    settings = load_settings(path, {"OSTEO_RECEIVER__PORT": "11113", "OSTEO_STATE_DIR": "/x", "PATH": "/bin"})
+    assert (settings.receiver.port, settings.state_dir) == (11113, Path("/x"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[receiver]\nport = 99999", r"receiver\.port \(is 99999\)"),
+        ("[receiver]\nae_title = 'A TITLE THAT IS TOO LONG'", "1 to 16 printable ASCII"),
+        ("[receiver]\nprot = 1", "receiver.prot is not a setting"),
+        ("[[sources]]\nae_title = 'A'\naddresses = ['300.1.1.1']", "sources.0.addresses.0"),
+        ("[[sources]]\nae_title = 'A'\naddresses = []", "sources.0.addresses"),
+        (
+            "[[sources]]\nae_title='A'\naddresses=['10.0.0.1']\n[[sources]]\nae_title='A'\naddresses=['10.0.0.2']",
+            "share one",
+        ),
+        ("[site]\ntimezone_offset = 'CET'", "site.timezone_offset"),
+        ("state_dir = ", "is not TOML"),
+    ],
+)
+def test_wrong_values_are_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "osteo.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigurationError, match=message):
+        load_settings(path, {})
+
+
+def test_missing_file_says_where_an_example_is(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"osteo\.example\.toml"):
+        load_settings(tmp_path / "none.toml", {})
+
+
+def test_nobody_may_send_by_default() -> None:
+    assert Settings().sources == ()
+    assert Settings().receiver.address == "127.0.0.1"

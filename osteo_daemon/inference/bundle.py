@@ -238,18 +238,18 @@ def write_bundle(
     return read_bundle(root)
 
 
-def find_bundle(name: str, models_dir: str | Path | None = None) -> Path:
-    """The folder of the bundle ``name``: a site's own in ``models_dir`` first, else the shipped one. Not verified yet.
+def find_bundle(name: str, models_dir: str | Path | None = None) -> ModelBundle:
+    """Find, read and verify the bundle ``name``: a site's own in ``models_dir`` first, else the shipped one.
 
     Raises:
-        BundleError: there is none of that name.
+        BundleError: there is none of that name, or the first one found is damaged.
     """
     if not _NAME.fullmatch(name):
         raise BundleError(f"the name {name!r} is not of the form {_NAME.pattern}")
     places = [*([Path(models_dir)] if models_dir is not None else []), *_shipped_places()]
     for place in places:
         if (place / name / MANIFEST_NAME).is_file():
-            return place / name
+            return read_bundle(place / name)
     raise BundleError(f"no bundle {name!r} in {', '.join(map(str, places))}; install the package again or set its path")
 
 

@@ -164,10 +164,13 @@ def test_writer_refuses(tmp_path: Path, changes: dict[str, object]) -> None:
 def test_find_prefers_the_site_and_names_the_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle_module, "_shipped_places", lambda: [tmp_path / "shipped"])
     make(tmp_path / "shipped" / "toy")
-    assert find_bundle("toy") == tmp_path / "shipped" / "toy"
-    assert find_bundle("toy", tmp_path / "site") == tmp_path / "shipped" / "toy"
+    assert find_bundle("toy").path == tmp_path / "shipped" / "toy"
+    assert find_bundle("toy", tmp_path / "site").path == tmp_path / "shipped" / "toy"
     make(tmp_path / "site" / "toy")
-    assert find_bundle("toy", tmp_path / "site") == tmp_path / "site" / "toy"
+    assert find_bundle("toy", tmp_path / "site").path == tmp_path / "site" / "toy"
+    (tmp_path / "site" / "toy" / "LICENSE").unlink()
+    with pytest.raises(BundleError, match="LICENSE"):  # a damaged site bundle is never silently passed over
+        find_bundle("toy", tmp_path / "site")
     with pytest.raises(BundleError, match="shipped"):
         find_bundle("absent", tmp_path / "site")
     with pytest.raises(BundleError, match="form"):

@@ -66,6 +66,14 @@ class PixelDataUnreadable(Damaged):
     """The pixel data cannot be decoded"""
 
 
+class UnsupportedSopClass(Damaged):
+    """The SOP class is not one that this node stores"""
+
+
+class DataSetMismatch(Damaged):
+    """The data set is not the object that the command announces"""
+
+
 class ConflictingInstance(Damaged):
     """Other pixels arrived under a SOP Instance UID that is already stored"""
 

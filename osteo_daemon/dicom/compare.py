@@ -1,0 +1,124 @@
+"""Whether two objects under one SOP Instance UID show the same image: compared in a child with bounded memory and time.
+
+What decides: decoded pixels and everything that gives them place and meaning. A decoder meets bytes from the network
+here, so it never runs in the process that answers the PACS.
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import threading
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from osteo_daemon.errors import NotDicom
+
+_MEMORY_BYTES = 4 << 30
+_CPU_SECONDS = 60
+_WALL_SECONDS = 90.0
+_ONE_AT_A_TIME = threading.Lock()
+
+_IMAGE_ELEMENTS = (
+    "NumberOfFrames",
+    "Rows",
+    "Columns",
+    "SamplesPerPixel",
+    "BitsStored",
+    "PixelRepresentation",
+    "PhotometricInterpretation",
+    "PixelPaddingValue",
+    "RescaleSlope",
+    "RescaleIntercept",
+    "RescaleType",
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+    "PixelSpacing",
+    "SliceThickness",
+    "SpacingBetweenSlices",
+    "PatientPosition",
+    "FrameOfReferenceUID",
+    "GantryDetectorTilt",
+    "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
+)
+
+
+class Comparison(StrEnum):
+    """How two objects under one UID relate."""
+
+    IDENTICAL = "identical data set"
+    SAME_IMAGE = "same pixels and geometry"
+    DIFFERENT = "other pixels or geometry"
+    UNDECIDED = "could not be compared"
+
+
+def compare_objects(stored: Path, received: Path) -> Comparison:
+    """Compare two Part 10 files; UNDECIDED when the child needs too much or cannot read one of them."""
+    with _ONE_AT_A_TIME:
+        try:
+            child = subprocess.run(
+                [sys.executable, "-m", "osteo_daemon.dicom.compare", str(stored), str(received)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                timeout=_WALL_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return Comparison.UNDECIDED
+    word = child.stdout.decode("ascii", "replace").strip()
+    if child.returncode != 0 or word not in Comparison.__members__:
+        return Comparison.UNDECIDED
+    return Comparison[word]
+
+
+def compare_files(stored: Path, received: Path) -> Comparison:
+    """The comparison itself, in this process; for the child and for tests.
+
+    Raises:
+        NotDicom: a file cannot be read.
+    """
+    first, second = _read(stored), _read(received)
+    if first.file_meta.TransferSyntaxUID == second.file_meta.TransferSyntaxUID and first == second:
+        return Comparison.IDENTICAL
+    if any(first.get(name) != second.get(name) for name in _IMAGE_ELEMENTS):
+        return Comparison.DIFFERENT
+    if "PixelData" not in first and "PixelData" not in second:
+        # a document has no pixels: its content is what counts, and any change of it is another object
+        return Comparison.DIFFERENT
+    if ("PixelData" in first) != ("PixelData" in second):
+        return Comparison.DIFFERENT
+    return Comparison.SAME_IMAGE if _same_pixels(first, second) else Comparison.DIFFERENT
+
+
+def _read(path: Path) -> Any:
+    from pydicom import dcmread
+    from pydicom.errors import InvalidDicomError
+
+    try:
+        return dcmread(path)
+    except (InvalidDicomError, OSError, ValueError, KeyError, NotImplementedError) as error:
+        raise NotDicom(type(error).__name__) from error
+
+
+def _same_pixels(first: Any, second: Any) -> bool:
+    import numpy as np
+    from pydicom.pixels.utils import pixel_array
+
+    return bool(np.array_equal(pixel_array(first, raw=True), pixel_array(second, raw=True)))
+
+
+def _main(arguments: list[str]) -> int:
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (_CPU_SECONDS, _CPU_SECONDS))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    sys.stdout.write(compare_files(Path(arguments[0]), Path(arguments[1])).name)
+    sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1:]))

@@ -1,0 +1,270 @@
+"""Storage and Verification SCP: hands each received object, raw, to a callback and answers with what became of it.
+
+The callback returns only when the object is durable: success means durable. Nothing is decoded here.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from pydicom.dataset import Dataset
+from pynetdicom import AE, _config, evt
+
+from osteo_daemon.dicom.contexts import ACCOMPANYING_CLASSES, SCREENED_CLASSES, supported_contexts
+from osteo_daemon.dicom.header import Identifiers, file_header, read_identifiers
+from osteo_daemon.dicom.listener import HardenedServer, ListenerLimits, Network, allowed
+from osteo_daemon.dicom.status import StoreStatus, status_of
+from osteo_daemon.dicom.uids import IMPLEMENTATION_CLASS_UID
+from osteo_daemon.errors import ConfigurationError, DataSetMismatch, OsteoError, UnsupportedSopClass
+from osteo_daemon.log import get_logger
+from osteo_daemon.settings import ReceiverSettings, SourceSettings
+
+_IDLE_SECONDS = 2.0
+_POLL_SECONDS = 0.05
+
+# A-ASSOCIATE-RJ (PS3.8 table 9-21): result, source, reason
+_CALLED_UNKNOWN = (0x01, 0x01, 0x07)
+_CALLING_UNKNOWN = (0x01, 0x01, 0x03)
+_LIMIT_EXCEEDED = (0x02, 0x03, 0x02)
+
+_STORED_CLASSES = frozenset((*SCREENED_CLASSES, *ACCOMPANYING_CLASSES))
+
+
+@dataclass(frozen=True, slots=True)
+class ReceivedObject:
+    """One object as it came: its UIDs, its sender, and the bytes of a Part 10 file in two parts."""
+
+    identifiers: Identifiers
+    transfer_syntax_uid: str
+    source_ae: str
+    address: str
+    association_id: str
+    screenable: bool
+    parts: tuple[bytes, memoryview]
+
+
+class StorageScp:
+    """A listener for one AE title.
+
+    Args:
+        settings: address, port, limits; port 0 takes a free one (see `port`).
+        sources: who may associate; nobody when empty.
+        store: makes an object durable; its OsteoError decides the answer.
+        closed: called with the association id when an association has ended.
+
+    Raises:
+        ConfigurationError: the address cannot be listened on.
+    """
+
+    def __init__(
+        self,
+        settings: ReceiverSettings,
+        sources: tuple[SourceSettings, ...],
+        store: Callable[[ReceivedObject], None],
+        closed: Callable[[str], None] = lambda _association_id: None,
+    ) -> None:
+        _config.LOG_HANDLER_LEVEL = "none"  # its own event log prints titles and addresses of every PDU
+        self._settings = settings
+        self._store = store
+        self._closed = closed
+        self._networks: MappingProxyType[str, tuple[Network, ...]] = MappingProxyType(
+            {
+                source.ae_title: tuple(ipaddress.ip_network(entry, strict=False) for entry in source.addresses)
+                for source in sources
+            }
+        )
+        self._busy: dict[str, float] = {}
+        self._lock = threading.Lock()
+        entity = AE(ae_title=settings.ae_title)
+        entity.supported_contexts = supported_contexts()
+        entity.implementation_class_uid = IMPLEMENTATION_CLASS_UID
+        entity.implementation_version_name = "OSTEO_DAEMON"
+        entity.maximum_pdu_size = settings.maximum_pdu_bytes
+        entity.acse_timeout = settings.acse_timeout_seconds
+        entity.dimse_timeout = settings.dimse_timeout_seconds
+        entity.network_timeout = settings.network_timeout_seconds
+        # counted here instead: the library's count includes connections that never said a word
+        entity.maximum_associations = 1 << 30
+        limits = ListenerLimits(
+            networks=tuple(network for networks in self._networks.values() for network in networks),
+            associate_seconds=settings.acse_timeout_seconds,
+            pdu_seconds=settings.dimse_timeout_seconds,
+            maximum_pdu_bytes=settings.maximum_pdu_bytes,
+        )
+        handlers = [
+            (evt.EVT_REQUESTED, self._on_requested),
+            (evt.EVT_C_STORE, self._on_store),
+            (evt.EVT_C_ECHO, self._on_echo),
+            (evt.EVT_CONN_CLOSE, self._on_closed),
+            (evt.EVT_ABORTED, self._on_aborted),
+        ]
+        try:
+            self._server: HardenedServer = entity.make_server(
+                (settings.address, settings.port),
+                ae_title=settings.ae_title,
+                evt_handlers=handlers,
+                server_class=HardenedServer,
+                limits=limits,
+            )
+        except OSError as error:
+            where = f"{settings.address} port {settings.port}"
+            raise ConfigurationError(f"receiver: cannot listen on {where}: {error.strerror}") from error
+        entity._servers.append(self._server)  # as AE.start_server does; shutdown() takes it out again
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(_POLL_SECONDS,), name="listener")
+
+    @property
+    def port(self) -> int:
+        """The port listened on."""
+        return int(self._server.server_address[1])
+
+    def start(self) -> None:
+        """Accept associations in threads of their own."""
+        self._thread.start()
+
+    def stop(self, grace_seconds: float) -> None:
+        """Stop accepting; let associations finish; end those that are idle, and all when the grace is over."""
+        self._server.shutdown()
+        self._thread.join()
+        deadline = time.monotonic() + grace_seconds
+        while associations := [entry for entry in self._server.active_associations if entry.is_established]:
+            now = time.monotonic()
+            for association in associations:
+                if now > deadline or self._idle(association, now):
+                    association.abort(block=False)
+            if now > deadline + _IDLE_SECONDS:
+                break
+            time.sleep(_POLL_SECONDS)
+        self._server.hang_up_all()
+
+    def _idle(self, association: Any, now: float) -> bool:
+        if association.dimse.message is not None or association.dimse.msg_queue.qsize():
+            return False
+        with self._lock:
+            last = self._busy.get(_association_id(association), 0.0)
+        return now - last > _IDLE_SECONDS
+
+    def _on_requested(self, event: Any) -> None:
+        """Called AE title, calling AE title and address must agree with the settings (PS3.8 9.3.4)."""
+        association = event.assoc
+        request = association.requestor.primitive
+        calling, called = request.calling_ae_title.strip(), request.called_ae_title.strip()
+        host = association.requestor.address
+        refusal: tuple[int, int, int]
+        if called != self._settings.ae_title:
+            refusal, reason = _CALLED_UNKNOWN, "called AE title is not ours"
+        elif calling not in self._networks:
+            refusal, reason = _CALLING_UNKNOWN, "calling AE title is not among the sources"
+        elif not allowed(host, self._networks[calling]):
+            refusal, reason = _CALLING_UNKNOWN, "calling AE title comes from an address that is not its own"
+        elif self._server.established >= self._settings.maximum_associations:
+            refusal, reason = _LIMIT_EXCEEDED, "too many associations"
+        else:
+            return
+        get_logger().warning(
+            "association_refused",
+            ae_title=_printable(calling),
+            called_ae_title=_printable(called),
+            address=host,
+            reason=reason,
+        )
+        association.acse.send_reject(*refusal)
+        association.kill()
+
+    def _on_echo(self, event: Any) -> int:
+        return StoreStatus.SUCCESS
+
+    def _on_store(self, event: Any) -> Dataset:
+        identifier = _association_id(event.assoc)
+        with self._lock:
+            self._busy[identifier] = time.monotonic()
+        source_ae = event.assoc.requestor.ae_title.strip()
+        uid = str(event.request.AffectedSOPInstanceUID or "")
+        try:
+            self._store(self._received(event, identifier, source_ae))
+            return _answer(StoreStatus.SUCCESS)
+        except OsteoError as error:
+            status, reason = status_of(error), str(error)
+        except OSError as error:
+            status, reason = StoreStatus.OUT_OF_RESOURCES, f"the spool failed: {error.strerror}"
+        except Exception as error:  # noqa: BLE001
+            # the edge of this role's loop: the sender must hear a failure, and the next object is another chance
+            get_logger().error("store_failed", error=type(error).__name__, detail=_where(error))
+            status, reason = StoreStatus.PROCESSING_FAILURE, "an error of this node"
+        finally:
+            with self._lock:
+                self._busy[identifier] = time.monotonic()
+        get_logger().warning(
+            "object_refused",
+            ae_title=_printable(source_ae),
+            sop_instance_uid=_printable(uid),
+            status=f"0x{status:04X}",
+            reason=reason,
+        )
+        return _answer(status, reason)
+
+    def _received(self, event: Any, association_id: str, source_ae: str) -> ReceivedObject:
+        request, context = event.request, event.context
+        sop_class = str(request.AffectedSOPClassUID)
+        if sop_class != context.abstract_syntax or sop_class not in _STORED_CLASSES:
+            raise UnsupportedSopClass(f"{_printable(sop_class)} under a context for {context.abstract_syntax}")
+        data_set = request.DataSet.getbuffer()
+        identifiers = read_identifiers(data_set, str(context.transfer_syntax))
+        if identifiers.sop_class_uid != sop_class:
+            raise DataSetMismatch("SOP Class UID differs between command and data set")
+        if identifiers.sop_instance_uid != str(request.AffectedSOPInstanceUID):
+            raise DataSetMismatch("SOP Instance UID differs between command and data set")
+        header = file_header(sop_class, identifiers.sop_instance_uid, str(context.transfer_syntax))
+        return ReceivedObject(
+            identifiers=identifiers,
+            transfer_syntax_uid=str(context.transfer_syntax),
+            source_ae=source_ae,
+            address=event.assoc.requestor.address,
+            association_id=association_id,
+            screenable=sop_class in SCREENED_CLASSES,
+            parts=(header, data_set),
+        )
+
+    def _on_aborted(self, event: Any) -> None:
+        get_logger().info("association_aborted", ae_title=_printable(event.assoc.requestor.ae_title))
+
+    def _on_closed(self, event: Any) -> None:
+        identifier = _association_id(event.assoc)
+        with self._lock:
+            stored = self._busy.pop(identifier, None) is not None
+        if stored:
+            self._closed(identifier)
+
+
+def _association_id(association: Any) -> str:
+    identifier: str | None = getattr(association, "osteo_id", None)
+    if identifier is None:
+        identifier = association.osteo_id = uuid.uuid4().hex
+    return identifier
+
+
+def _answer(status: StoreStatus, comment: str = "") -> Dataset:
+    answer = Dataset()
+    answer.Status = int(status)
+    if comment:
+        answer.ErrorComment = comment[:64]  # (0000,0902) is LO
+    return answer
+
+
+def _where(error: BaseException) -> str:
+    # file and line, never the message: it may quote what a peer sent
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+
+
+def _printable(text: str) -> str:
+    # what a stranger sent goes into a log line: no control characters, no novel
+    return "".join(character if character.isprintable() else "?" for character in text[:64])

@@ -1,0 +1,161 @@
+"""`osteo serve`: every role as a child process of one supervisor, on one machine.
+
+A role that dies is started again after a back-off; SIGTERM ends the children gracefully within a deadline; children
+never outlive the supervisor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from osteo_daemon.errors import ConfigurationError
+from osteo_daemon.log import configure_logging, get_logger
+from osteo_daemon.settings import Settings
+
+ROLES = ("receiver", "scheduler", "screener", "deliverer")
+"""Started in this order, ended in it too: what takes work in ends first."""
+
+STOP_SECONDS = 30.0
+"""How long the children may take to end before they are killed."""
+
+CONFIGURATION_EXIT = 2
+"""Exit status of a role that refuses to start (see `osteo_daemon.cli`)."""
+
+_POLL_SECONDS = 0.1
+_BACKOFF_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+_STABLE_SECONDS = 60.0
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class _Child:
+    role: str
+    command: Sequence[str]
+    process: subprocess.Popen[bytes] | None = None
+    started_at: float = 0.0
+    start_at: float = 0.0
+    failures: int = 0
+
+
+@dataclass
+class Supervisor:
+    """Keeps one process per role alive.
+
+    Attributes:
+        commands: role name to argument list.
+        stop_seconds: as `STOP_SECONDS`.
+        backoff_seconds: wait before the first, second, ... restart in a row; the last one repeats.
+    """
+
+    commands: Mapping[str, Sequence[str]]
+    stop_seconds: float = STOP_SECONDS
+    backoff_seconds: Sequence[float] = _BACKOFF_SECONDS
+    clock: Callable[[], float] = time.monotonic
+    _children: list[_Child] = field(default_factory=list)
+    _ended_by: int = 0
+
+    def run(self) -> int:
+        """Supervise until SIGTERM or SIGINT.
+
+        Returns:
+            0 after a stop; `CONFIGURATION_EXIT` when a role refuses to start: the others are ended too.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._end)
+        self._children = [_Child(role, command) for role, command in self.commands.items()]
+        exit_code = 0
+        while not self._ended_by and not exit_code:
+            for child in self._children:
+                exit_code = exit_code or self._tend(child)
+            time.sleep(_POLL_SECONDS)
+        if self._ended_by:
+            get_logger().info("stopping", signal=signal.Signals(self._ended_by).name)
+        self._stop()
+        get_logger().info("stopped", exit_code=exit_code)
+        return exit_code
+
+    def pids(self) -> dict[str, int]:
+        """Process id of each running role."""
+        return {child.role: child.process.pid for child in self._children if child.process is not None}
+
+    def _end(self, signum: int, _frame: FrameType | None) -> None:
+        self._ended_by = signum
+
+    def _tend(self, child: _Child) -> int:
+        """Start, watch, restart; a non-zero return ends the supervisor."""
+        now = self.clock()
+        if child.process is None:
+            if now >= child.start_at:
+                child.process = _start(child.command)
+                child.started_at = now
+                get_logger().info("role_started", role=child.role, pid=child.process.pid)
+            return 0
+        code = child.process.poll()
+        if code is None:
+            return 0
+        child.process = None
+        if code == CONFIGURATION_EXIT:
+            get_logger().error("role_refused_to_start", role=child.role, exit_code=code)
+            return code
+        stable = now - child.started_at >= _STABLE_SECONDS
+        child.failures = 1 if stable else child.failures + 1
+        wait = self.backoff_seconds[min(child.failures, len(self.backoff_seconds)) - 1]
+        child.start_at = now + wait
+        get_logger().warning("role_ended", role=child.role, exit_code=code, wait_s=wait, count=child.failures)
+        return 0
+
+    def _stop(self) -> None:
+        """SIGTERM to all, then SIGKILL to those that are left when the time is over."""
+        running = [child for child in self._children if child.process is not None]
+        for child in running:
+            if child.process is not None:
+                child.process.terminate()
+        deadline = self.clock() + self.stop_seconds
+        for child in running:
+            if child.process is None:
+                continue
+            try:
+                child.process.wait(max(deadline - self.clock(), 0.0))
+            except subprocess.TimeoutExpired:
+                get_logger().warning("role_killed", role=child.role, wait_s=self.stop_seconds)
+                child.process.kill()
+                child.process.wait()
+            child.process = None
+
+
+def serve(settings: Settings, config_path: Path | None) -> int:
+    """Run every role on this machine until SIGTERM or SIGINT; returns the exit status."""
+    configure_logging(settings.log, "supervisor")
+    arguments = [] if config_path is None else ["--config", str(config_path.resolve())]
+    commands = {role: [sys.executable, "-m", "osteo_daemon.cli", "run", role, *arguments] for role in ROLES}
+    return Supervisor(commands).run()
+
+
+def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    supervisor = os.getpid()
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+    except OSError as error:
+        raise ConfigurationError("osteo serve needs Linux; run each role by itself") from error
+
+    def die_with_supervisor() -> None:
+        # between fork and exec: the kernel sends SIGTERM when the supervisor goes, however it goes
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != supervisor:
+            os._exit(0)
+
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        preexec_fn=die_with_supervisor,
+        start_new_session=True,  # Ctrl-C reaches the supervisor alone, which ends the roles in order
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -201,6 +201,22 @@ def train(args: argparse.Namespace) -> None:
     log({"event": "end", "step": step, "seconds": round(time.monotonic() - started)})
 
 
+def restart_with_kept_memory() -> None:
+    """Start this program anew with settings that glibc and OpenMP read only at the start of a process.
+
+    Every step allocates the same few hundred megabytes. By default glibc gives them back and half of the time goes
+    into page faults; threads that wait actively then steal the cores from the workers. Together: 0.9 to 3.5 steps/s.
+    """
+    wanted = {
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": "100000000000",
+        "MALLOC_TOP_PAD_": "536870912",
+        "OMP_WAIT_POLICY": "passive",
+    }
+    if any(name not in os.environ for name in wanted):
+        os.execve(sys.executable, [sys.executable, "-m", "train.localizer", *sys.argv[1:]], {**wanted, **os.environ})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of the labelled torso (NIfTI)")
@@ -215,7 +231,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--save-seconds", type=float, default=120.0)
-    train(parser.parse_args())
+    args = parser.parse_args()
+    restart_with_kept_memory()
+    train(args)
 
 
 if __name__ == "__main__":

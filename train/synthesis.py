@@ -7,6 +7,7 @@ others get a random value per tissue (the idea of SynthSeg, Billot et al., Med I
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -134,7 +135,7 @@ def _implants(hu: Tensor, tissue: Tensor, q: Tensor, torso: Torso, rng: np.rando
             head = plane.centre + np.array([6.0 + 40 * plane.normal[1] * -1, 48.0, side * 23.0])
             heads.append(head)
             metal = metal + torch.sigmoid((float(rng.uniform(2.5, 3.8)) - _segment_distance(q, tip, head)) * 1.5)
-        for a, b in zip(heads, heads[1:], strict=False):
+        for a, b in pairwise(heads):
             metal = metal + torch.sigmoid((3.5 - _segment_distance(q, a, b)) * 1.5)
     metal = metal.clamp(0, 1)
     streaks = F.avg_pool3d(metal[None, None], (3, 9, 25), stride=1, padding=(1, 4, 12))[0, 0]

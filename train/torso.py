@@ -1,13 +1,14 @@
 """The one labelled torso: CT, tissue labels and the planes of its spinal column.
 
-Frame of all training code: millimetres ordered (z, y, x), z cranial, y posterior, x left (LPS reversed), voxel (0, 0, 0)
-at the origin.
+Frame of all training code: millimetres ordered (z, y, x), z cranial, y posterior, x left (LPS reversed), the centre
+of voxel (0, 0, 0) at the origin.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 from pathlib import Path
 
 import nibabel as nib
@@ -226,7 +227,7 @@ def load_torso(folder: Path) -> Torso:
     knots = [plane for pair in zip(discs, bodies, strict=True) for plane in pair]  # u = 0, 0.5, 1, ... 5.5
     distances = [plane.distance(zyx).numpy() for plane in knots]
     level_coordinate = np.zeros(hu.shape)
-    for k, (low, high) in enumerate(zip(distances, distances[1:], strict=False)):
+    for k, (low, high) in enumerate(pairwise(distances)):
         fraction = low / np.maximum(low - high, 1e-3)
         level_coordinate = np.where(low >= 0, 0.5 * (k + np.clip(fraction, 0.0, 1.0)), level_coordinate)
     level_coordinate += np.clip(distances[-1], 0, None) / 36.0 + np.clip(distances[0], None, 0) / 36.0

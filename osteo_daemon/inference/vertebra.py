@@ -1,0 +1,63 @@
+"""What the localizer finds: vertebrae with names, bodies and remarks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from osteo_daemon.domain.findings import QualityFlag
+from osteo_daemon.imaging.region import Region
+
+Points = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Vertebra:
+    """One vertebra; every point in LPS millimetres.
+
+    Attributes:
+        level: ``T10`` to ``L5``, or ``S1``.
+        centre_lps_mm: (3,) centroid of the body.
+        axes_lps: (3, 3) rows are unit vectors of the vertebra's own frame: cranial to caudal, anterior to posterior,
+            right to left (right-handed).
+        confidence: 0 to 1, how well image and count agree here; not a calibrated probability.
+        body_region: the whole vertebral body, cortex included, without arch and processes.
+        level_certain: False when the name may be wrong; then the localization also carries ``level_uncertain``.
+        height_mm: mean height of the body along its axis.
+        heights_mm: anterior, middle and posterior height at 15, 50 and 85 % of the depth; NaN where not measurable.
+        superior_lps_mm: (3,) centre of the upper endplate.
+        inferior_lps_mm: (3,) centre of the lower endplate.
+        quality_flags: remarks on this vertebra.
+    """
+
+    level: str
+    centre_lps_mm: Points
+    axes_lps: Points
+    confidence: float
+    body_region: Region
+    level_certain: bool
+    height_mm: float
+    heights_mm: tuple[float, float, float]
+    superior_lps_mm: Points
+    inferior_lps_mm: Points
+    quality_flags: tuple[QualityFlag, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Localization:
+    """The vertebrae of one scan.
+
+    Attributes:
+        vertebrae: cranial to caudal, with no level left out.
+        flags: remarks on the column as a whole.
+        anchor: what the names were counted from; ``s1`` is the only anchor so far.
+        durations_s: seconds per step.
+    """
+
+    vertebrae: tuple[Vertebra, ...]
+    flags: tuple[QualityFlag, ...]
+    anchor: str
+    durations_s: Mapping[str, float] = field(default_factory=dict)

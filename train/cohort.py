@@ -1,0 +1,303 @@
+"""A virtual multi-site cohort: patients, their scans and their densitometry, with the truth known.
+
+    python -m train.cohort --out runs/cohort --patients 320
+
+makes ``voi.npy`` and ``table.json`` (`train.data`); it resumes after a stop. Every patient follows from (seed, number)
+alone, so the number of workers and of stops changes nothing.
+
+Three sites have their own scanners and densitometer makers. With one maker a site, maker and population are
+confounded, as they are in reality; only truth, which a real site doesn't have, can separate them. The external hospital
+has a scanner and a maker that no training patient saw; it carries no training target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from osteo_daemon.network.config import MoEConfig
+from osteo_daemon.phantom.patient import VirtualPatient
+from osteo_daemon.phantom.scanner import Kernel, Phase, Scanner
+from osteo_daemon.phantom.spine import build_spine
+from osteo_daemon.phantom.study import render_voi
+from train.data import MARGIN_VOXELS, NO_LABEL, VoiRow, digest_of, write_table
+from train.splits import part_of
+from train.truth import MAKERS, Maker, diagnosis, draw_density_mg_cm3, draw_levels, t_score
+
+UNSEEN_MAKER: Final = "Unseen"
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A hospital: its scanners and its densitometer.
+
+    Attributes:
+        name: of the site.
+        maker: of its densitometer; None is the external hospital's, seen by no training patient.
+        kvp, kernels, phases: drawn from with equal chance; repeat an entry to weight it.
+        thickness_mm, pixel_mm, noise_hu: ranges drawn from evenly.
+        hu_offset: of its scanner's calibration.
+    """
+
+    name: str
+    maker: Maker | None
+    kvp: tuple[float, ...]
+    kernels: tuple[Kernel, ...]
+    phases: tuple[Phase, ...]
+    thickness_mm: tuple[float, float]
+    pixel_mm: tuple[float, float]
+    noise_hu: tuple[float, float]
+    hu_offset: float
+
+
+SITES: Final = (
+    Site(
+        name="north",
+        maker="Hologic",
+        kvp=(120.0,),
+        kernels=("soft",),
+        phases=("native", "native", "portal"),
+        thickness_mm=(2.0, 3.0),
+        pixel_mm=(0.7, 0.95),
+        noise_hu=(9.0, 18.0),
+        hu_offset=0.0,
+    ),
+    Site(
+        name="middle",
+        maker="Lunar",
+        kvp=(100.0, 120.0),
+        kernels=("standard",),
+        phases=("native", "portal"),
+        thickness_mm=(1.0, 2.5),
+        pixel_mm=(0.6, 0.9),
+        noise_hu=(12.0, 24.0),
+        hu_offset=2.0,
+    ),
+    Site(
+        name="south",
+        maker="Norland",
+        kvp=(120.0, 140.0),
+        kernels=("soft",),
+        phases=("native", "native", "native", "arterial"),
+        thickness_mm=(3.75, 5.0),
+        pixel_mm=(0.8, 1.0),
+        noise_hu=(10.0, 26.0),
+        hu_offset=-2.0,
+    ),
+    Site(
+        name="outside",
+        maker=None,
+        kvp=(110.0, 130.0),
+        kernels=("soft", "standard"),
+        phases=("native", "portal", "delayed"),
+        thickness_mm=(1.5, 4.0),
+        pixel_mm=(0.7, 0.95),
+        noise_hu=(10.0, 22.0),
+        hu_offset=3.0,
+    ),
+)
+"""Three sites and the external hospital, the last one. Assumptions, not statements about makers."""
+
+
+@dataclass(frozen=True, slots=True)
+class CohortConfig:
+    """What the cohort is drawn from; its digest names it.
+
+    Attributes:
+        patients: number of patients.
+        external_share: of them from the external hospital.
+        seed: of the cohort.
+        age_years: drawn evenly.
+        female_share: of the patients.
+        coarse_share: scans kept by an archive at 2-3 mm in plane.
+        levels: rendered for each patient.
+        shift_mm, turn_deg: SD of the localiser's error.
+        voi_shape, voi_spacing_mm: of the network; `MARGIN_VOXELS` are added on each side.
+    """
+
+    patients: int = 320
+    external_share: float = 0.15
+    seed: int = 20261
+    age_years: tuple[int, int] = (30, 90)
+    female_share: float = 0.6
+    coarse_share: float = 0.1
+    levels: tuple[str, ...] = ("T12", "L1", "L2", "L3", "L4", "L5")
+    shift_mm: float = 1.5
+    turn_deg: float = 3.0
+    voi_shape: tuple[int, int, int] = field(default_factory=lambda: MoEConfig().voi_shape)
+    voi_spacing_mm: float = field(default_factory=lambda: MoEConfig().voi_spacing_mm)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, with the sites, for the digest and the table."""
+        values = {**asdict(self), "sites": [asdict(site) for site in SITES], "makers": list(MAKERS), "phantom": 1}
+        return dict(json.loads(json.dumps(values)))
+
+    @property
+    def stored_shape(self) -> tuple[int, int, int]:
+        """Shape of a stored VOI, margin included."""
+        d, h, w = (n + 2 * MARGIN_VOXELS for n in self.voi_shape)
+        return d, h, w
+
+
+def draw_patient(config: CohortConfig, number: int) -> tuple[VirtualPatient, Scanner, Site]:
+    """Patient ``number`` of the cohort with the scan and the site."""
+    rng = np.random.default_rng([config.seed, number, 1])
+    external = rng.random() < config.external_share
+    site = SITES[-1] if external else SITES[int(rng.integers(len(SITES) - 1))]
+    sex: Any = "F" if rng.random() < config.female_share else "M"
+    age = int(rng.integers(config.age_years[0], config.age_years[1] + 1))
+    osteophytes = float(np.clip(rng.normal(0.2 + 0.006 * (age - 50), 0.18), 0.0, 1.0))
+    patient = VirtualPatient(
+        seed=int(rng.integers(2**40)),
+        age_years=age,
+        sex=sex,
+        density_mg_cm3=draw_density_mg_cm3(rng, age),
+        stature_cm=float(rng.normal(162.0 if sex == "F" else 176.0, 7.0)),
+        bmi_kg_m2=float(np.clip(rng.normal(26.5, 4.5), 18.0, 42.0)),
+        sacral_slope_deg=float(rng.normal(38.0, 6.0)),
+        lordosis_deg=float(rng.normal(48.0, 8.0)),
+        scoliosis_deg=float(rng.normal(0.0, 4.0)),
+        osteophytes=osteophytes,
+        disc_degeneration=float(np.clip(rng.normal((age - 30) / 75.0, 0.2), 0.0, 0.9)),
+    )
+    coarse = rng.random() < config.coarse_share
+    scanner = Scanner(
+        kvp=float(rng.choice(site.kvp)),
+        kernel=site.kernels[int(rng.integers(len(site.kernels)))],
+        phase=site.phases[int(rng.integers(len(site.phases)))],
+        noise_hu=float(rng.uniform(*site.noise_hu)),
+        slice_thickness_mm=3.0 if coarse else float(rng.uniform(*site.thickness_mm)),
+        pixel_spacing_mm=float(rng.uniform(2.0, 3.0)) if coarse else float(rng.uniform(*site.pixel_mm)),
+        hu_offset=site.hu_offset,
+        seed=int(rng.integers(2**31)),
+    )
+    return patient, scanner, site
+
+
+def make_patient(config: CohortConfig, number: int) -> tuple[list[VoiRow], npt.NDArray[np.int16]]:
+    """Rows and (L, D, H, W) int16 VOIs of one patient."""
+    patient, scanner, site = draw_patient(config, number)
+    spine = build_spine(patient)
+    rng = np.random.default_rng([config.seed, number, 2])
+    labels = draw_levels(
+        rng,
+        age_years=patient.age_years,
+        sex=patient.sex,
+        osteophytes=patient.osteophytes,
+        density_mg_cm3={level: spine[level].trabecular_mg_cm3 for level in ("L1", "L2", "L3", "L4")},
+        depth_mm={level: spine[level].depth for level in ("L1", "L2", "L3", "L4")},
+        # the unseen maker's own scale is beside the point: it is never trained on nor scored
+        maker=site.maker or "Hologic",
+    )
+    name = f"virtual-{config.seed}-{number:05d}"
+    rows: list[VoiRow] = []
+    vois = np.empty((len(config.levels), *config.stored_shape), dtype=np.int16)
+    for i, level in enumerate(config.levels):
+        noise = np.random.default_rng([config.seed, number, 3, i])
+        voi = render_voi(
+            patient,
+            level,
+            scanner,
+            config.stored_shape,
+            config.voi_spacing_mm,
+            noise,
+            shift_mm=config.shift_mm,
+            turn_deg=config.turn_deg,
+        )
+        # the phantom's first axis runs cranially, the network's caudally
+        vois[i] = np.rint(np.clip(voi.voxels[::-1], -1024, 3071)).astype(np.int16)
+        truth = labels.get(level)
+        seen = truth is not None and site.maker is not None
+        rows.append(
+            VoiRow(
+                patient=name,
+                part=part_of(name, site.maker is None),
+                site=site.name,
+                device=site.maker or UNSEEN_MAKER,
+                level=level,
+                age_years=patient.age_years,
+                sex=patient.sex,
+                kvp=scanner.kvp,
+                thickness_mm=scanner.slice_thickness_mm,
+                kernel=scanner.kernel,
+                phase=scanner.phase,
+                density_mg_cm3=spine[level].trabecular_mg_cm3,
+                sbmd_g_cm2=None if truth is None else truth.sbmd_g_cm2,
+                reading_g_cm2=truth.reading_g_cm2 if truth is not None and seen else None,
+                target_sbmd_g_cm2=truth.reading_sbmd_g_cm2 if truth is not None and seen else None,
+                diagnosis=diagnosis(t_score(truth.reading_sbmd_g_cm2, level))
+                if truth is not None and seen
+                else NO_LABEL,
+                true_diagnosis=NO_LABEL if truth is None else diagnosis(t_score(truth.sbmd_g_cm2, level)),
+            )
+        )
+    return rows, vois
+
+
+def make_cohort(config: CohortConfig, folder: Path, workers: int = 2) -> None:
+    """Render the cohort into ``folder``; goes on where an earlier call with the same configuration stopped.
+
+    Raises:
+        ValueError: the folder holds another cohort.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    document = {**config.to_json(), "sha256": digest_of(config.to_json())}
+    stamp = folder / "config.json"
+    if stamp.exists() and json.loads(stamp.read_text()) != document:
+        raise ValueError(f"{folder} holds another cohort; remove it or choose another folder")
+    stamp.write_text(json.dumps(document, indent=1))
+    if (folder / "table.json").exists():
+        return
+    count = len(config.levels)
+    path = folder / "voi.npy"
+    shape = (config.patients * count, *config.stored_shape)
+    if path.exists():
+        voxels = np.lib.format.open_memmap(path, mode="r+")
+    else:
+        voxels = np.lib.format.open_memmap(path, mode="w+", dtype=np.int16, shape=shape)
+    parts = folder / "rows"
+    parts.mkdir(exist_ok=True)
+    todo = [n for n in range(config.patients) if not (parts / f"{n}.json").exists()]
+    with ProcessPoolExecutor(max_workers=workers, initializer=_one_thread) as pool:
+        bar = tqdm(
+            total=config.patients, initial=config.patients - len(todo), unit="patient", desc="cohort", mininterval=2
+        )
+        for number, (rows, vois) in zip(todo, pool.map(make_patient, [config] * len(todo), todo), strict=True):
+            voxels[number * count : (number + 1) * count] = vois
+            temporary = parts / f"{number}.part"
+            temporary.write_text(json.dumps([asdict(row) for row in rows]))
+            temporary.replace(parts / f"{number}.json")
+            bar.update()
+        bar.close()
+    voxels.flush()
+    table = [VoiRow(**row) for n in range(config.patients) for row in json.loads((parts / f"{n}.json").read_text())]
+    write_table(folder, table, document)
+
+
+def _one_thread() -> None:
+    """Workers share the cores: none of them may start threads of its own."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def main() -> None:
+    """Command line of ``python -m train.cohort``."""
+    parser = argparse.ArgumentParser(description="make a virtual multi-site cohort")
+    parser.add_argument("--out", type=Path, default=Path("runs/cohort"))
+    parser.add_argument("--patients", type=int, default=CohortConfig.__dataclass_fields__["patients"].default)
+    parser.add_argument("--seed", type=int, default=CohortConfig.__dataclass_fields__["seed"].default)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    given = parser.parse_args()
+    make_cohort(CohortConfig(patients=given.patients, seed=given.seed), given.out, given.workers)
+
+
+if __name__ == "__main__":
+    main()

@@ -91,6 +91,7 @@ class StudyScreener:
         )
         self._localize = SpineLocalizer.from_bundle(localizer, device)
         self._network = None if network is None else VertebraNetwork.from_bundle(network, device)
+        self._network_status = "" if network is None else network.status
 
     @classmethod
     def load(cls, settings: Settings) -> StudyScreener:
@@ -197,7 +198,9 @@ class StudyScreener:
         kvp = tube_voltage(stack.header)
         findings, correction_flags = [], set[QualityFlag]()
         for vertebra, prediction in zip(vertebrae, predictions, strict=True):
-            finding, flags = _finding(vertebra, measurements[Level(vertebra.level)], prediction, kvp, patient)
+            finding, flags = _finding(
+                vertebra, measurements[Level(vertebra.level)], prediction, self._network_status, kvp, patient
+            )
             findings.append(finding)
             correction_flags.update(flags)
         study_flags = [*candidate.quality_flags, *localization.flags, *quality.quality_flags, *patient.quality_flags]
@@ -291,7 +294,12 @@ class _Patient:
 
 
 def _finding(
-    vertebra: Vertebra, measurement: Measurement, prediction: Prediction | None, kvp: float | None, patient: _Patient
+    vertebra: Vertebra,
+    measurement: Measurement,
+    prediction: Prediction | None,
+    status: str,
+    kvp: float | None,
+    patient: _Patient,
 ) -> tuple[VertebraFinding, tuple[QualityFlag, ...]]:
     flags = [*vertebra.flags, *measurement.quality_flags]
     corrected, correction_flags = None, tuple[QualityFlag, ...]()
@@ -300,7 +308,7 @@ def _finding(
     network = None
     if prediction is not None:
         network = NetworkFinding(
-            status=prediction.status,
+            status=status,
             bmd_g_cm2=prediction.bmd_g_cm2,
             t_score=prediction.t_score if patient.classifiable else None,
             class_probabilities=prediction.class_probabilities if patient.classifiable else None,

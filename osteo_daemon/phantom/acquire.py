@@ -1,0 +1,118 @@
+"""From painted attenuation to reconstructed slices: point spread, noise, field of view."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from osteo_daemon.phantom.canvas import F32, Vec
+from osteo_daemon.phantom.patient import VirtualPatient
+from osteo_daemon.phantom.scanner import Scanner
+
+if TYPE_CHECKING:
+    from osteo_daemon.phantom.body import Body
+
+_HALO_MM = 1.2
+"""Width of the smooth version that unsharp masking subtracts."""
+
+
+def _axis_blur(values: F32, sigma_px: float, axis: int) -> F32:
+    if sigma_px < 0.15:
+        return values
+    blurred = ndimage.gaussian_filter1d(values, sigma_px, axis=axis, mode="nearest", truncate=3.0)
+    return np.asarray(blurred, dtype=np.float32)
+
+
+def blur_slices(hu: F32, scanner: Scanner) -> F32:
+    """In-plane point spread of the kernel. Partial volume of the grid itself is already in ``hu``.
+
+    Args:
+        hu: (D, H, W).
+    """
+    shape = scanner.shape
+    sigma = shape.blur_mm / scanner.pixel_spacing_mm
+    hu = _axis_blur(_axis_blur(hu, sigma, 1), sigma, 2)
+    if shape.sharpen > 0:
+        wide = _HALO_MM / scanner.pixel_spacing_mm
+        hu = hu + np.float32(shape.sharpen) * (hu - _axis_blur(_axis_blur(hu, wide, 1), wide, 2))
+    return hu
+
+
+def noise_level(body: Body, scanner: Scanner, y: Vec, x: Vec) -> F32:
+    """(H, W) noise SD relative to the middle of the torso: falls towards the skin, low in the air around."""
+    a, b, middle = body.girth_mm
+    rho2 = (x[None, :] / a) ** 2 + ((y[:, None] - middle) / b) ** 2
+    profile = 0.28 + 0.72 / (1.0 + (rho2 / 1.35) ** 2)
+    return np.asarray(profile * scanner.noise_hu * scanner.shape.noise_gain * body.girth_factor, dtype=np.float32)
+
+
+def _coloured(rng: np.random.Generator, shape: tuple[int, int], sigma_px: float) -> F32:
+    """Unit-variance noise with CT's character: short correlation, little power at the lowest frequencies."""
+    white = rng.standard_normal(shape, dtype=np.float32)
+    # a wider patient is seen with fewer photons sideways: noise is streakier along x
+    near = _axis_blur(_axis_blur(white, sigma_px * 0.75, 0), sigma_px * 1.2, 1)
+    far = _axis_blur(_axis_blur(near, sigma_px * 1.8, 0), sigma_px * 1.8, 1)
+    band = near - np.float32(0.55) * far
+    return np.asarray(band / np.float32(band.std()), dtype=np.float32)
+
+
+def add_noise(hu: F32, level: F32, patient: VirtualPatient, scanner: Scanner, index: int) -> None:
+    """Add the noise of slice ``index`` in place; neighbouring slices share a quarter of it, as interpolated helices do."""
+    sigma = scanner.shape.noise_blur_mm / scanner.pixel_spacing_mm
+    own = patient.rng("noise", scanner.seed, index)
+    if max(hu.shape) >= 256:
+        # one field a slice; the share with the neighbour comes from the same stream started at the neighbour's seed
+        field = _coloured(own, (hu.shape[0], hu.shape[1]), sigma)
+    else:
+        field = _coloured(own, (hu.shape[0], hu.shape[1]), sigma)
+    hu += field * level
+
+
+def finish(hu: F32, scanner: Scanner, x: Vec, y: Vec, middle_y: float) -> npt.NDArray[np.int16]:
+    """Miscalibration, padding outside the reconstruction circle, rounding to whole HU."""
+    if scanner.hu_scale != 1.0 or scanner.hu_offset != 0.0:
+        hu = (hu + np.float32(1000.0)) * np.float32(scanner.hu_scale) + np.float32(scanner.hu_offset - 1000.0)
+    out = np.clip(np.rint(hu), -1024, 3071).astype(np.int16)
+    if scanner.padding_hu is not None:
+        radius = 0.5 * scanner.matrix * scanner.pixel_spacing_mm
+        outside = (x[None, :] - scanner.truncate_mm) ** 2 + (y[:, None] - middle_y) ** 2 > radius**2
+        out[:, outside] = int(scanner.padding_hu)
+    return out
+
+
+def blur_voi(hu: F32, scanner: Scanner, spacing_mm: float, axes: Vec) -> F32:
+    """Point spread of kernel and slice, and of the resampling, on a box in vertebral axes.
+
+    Args:
+        hu: (D, H, W) along the vertebra's cranial, posterior and left directions.
+        axes: (3, 3) of the vertebra, columns left, posterior, cranial in LPS.
+    """
+    variance_plane = scanner.shape.blur_mm**2 + (scanner.pixel_spacing_mm**2) / 12.0
+    variance_z = (scanner.slice_thickness_mm**2) / 12.0 + (scanner.spacing_mm[0] ** 2) / 24.0
+    for axis, column in enumerate((2, 1, 0)):
+        along_z = float(axes[2, column]) ** 2
+        variance = along_z * variance_z + (1.0 - along_z) * variance_plane
+        # the painted edge already carries the box's own voxel
+        variance = max(variance - spacing_mm**2 / 12.0, 0.0)
+        hu = _axis_blur(hu, float(np.sqrt(variance)) / spacing_mm, axis)
+    if scanner.shape.sharpen > 0:
+        wide = _HALO_MM / spacing_mm
+        hu = hu + np.float32(scanner.shape.sharpen) * (hu - _axis_blur(_axis_blur(hu, wide, 1), wide, 2))
+    return hu
+
+
+def noise_voi(
+    rng: np.random.Generator, shape: tuple[int, int, int], scanner: Scanner, spacing_mm: float, girth_factor: float
+) -> F32:
+    """(D, H, W) noise as it looks after resampling a series to the box."""
+    white = rng.standard_normal(shape, dtype=np.float32)
+    sigma = max(scanner.shape.noise_blur_mm, 0.4 * scanner.pixel_spacing_mm) / spacing_mm
+    along_z = 0.36 * scanner.spacing_mm[0] / spacing_mm
+    near = _axis_blur(_axis_blur(_axis_blur(white, along_z, 0), sigma * 0.75, 1), sigma * 1.2, 2)
+    far = _axis_blur(_axis_blur(near, sigma * 1.8, 1), sigma * 1.8, 2)
+    band = near - np.float32(0.55) * far
+    gain = scanner.noise_hu * scanner.shape.noise_gain * girth_factor
+    return np.asarray(band * np.float32(gain / band.std()), dtype=np.float32)

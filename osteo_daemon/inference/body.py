@@ -10,6 +10,7 @@ from osteo_daemon.domain.findings import QualityFlag, Severity
 from osteo_daemon.imaging.region import Region
 from osteo_daemon.inference.canonical import CanonicalVolume, grid_affine
 from osteo_daemon.inference.column import DiscPlane, largest_component
+from osteo_daemon.inference.morphometry import heights
 from osteo_daemon.inference.tiling import SpineMaps
 from osteo_daemon.inference.vertebra import Points, Vertebra
 from osteo_daemon.network.localizer import SpineClass
@@ -21,7 +22,7 @@ _BOX_MM = 48.0  # half the edge of the box that holds any vertebral body
 _METAL_HU = 1300.0  # mean of a 3 mm voxel: denser than any cortex
 _METAL_MM3 = 300.0
 _CEMENT_HU = 600.0
-_COMPRESSED_RATIO = 0.75  # front or middle over back; Genant et al. 1993 call 0.75-0.8 mild, below 0.75 moderate
+_LARGEST_TURN_DEGREES = 25.0  # between the planes of the discs and the body's own endplates
 
 
 def body_region(
@@ -85,26 +86,31 @@ def body_axes(maps: SpineMaps, centre: Floats, up: Floats, spacing_mm: float) ->
     return np.stack([down_lps, back_lps, np.cross(down_lps, back_lps)])
 
 
-def body_heights(places: Floats, centre: Floats, axes_lps: Floats) -> tuple[float, float, float]:
-    """Anterior, middle and posterior height in mm at 15, 50 and 85 % of the depth, over the central 24 mm of width.
+def level_axes(places: Floats, centre: Floats, axes_lps: Floats) -> Floats:
+    """Turn a body's axes (3, 3) until its mid-surface, halfway between the endplates, is level in its own frame.
 
     Args:
         places: (n, 3) voxel places of the mask at 1.5 mm, internal frame.
         centre: (3,) centroid of the mask, internal frame.
         axes_lps: (3, 3) from `body_axes`.
     """
-    local = (places - centre) @ axes_lps[:, ::-1].T
-    central = local[np.abs(local[:, 2]) < 12.0]
-    if len(central) < 50:
-        return (float("nan"),) * 3
-    front, back = np.percentile(central[:, 1], [2.0, 98.0])
-    heights = []
-    for share in (0.15, 0.5, 0.85):
-        band = np.abs(central[:, 1] - (front + share * (back - front))) < 2.5
-        # voxels times their volume over the footprint: no bias from ragged rims, unlike the range
-        columns = np.unique(np.round(central[band][:, 1:] / MASK_SPACING_MM).astype(int), axis=0)
-        heights.append(float(np.count_nonzero(band) * MASK_SPACING_MM / len(columns)) if len(columns) else float("nan"))
-    return heights[0], heights[1], heights[2]
+    for _ in range(3):
+        local = (places - centre) @ axes_lps[:, ::-1].T
+        cells, member = np.unique(np.round(local[:, 1:] / 3.0).astype(int), axis=0, return_inverse=True)
+        member = member.ravel()
+        filled = np.bincount(member)
+        middle = np.bincount(member, weights=local[:, 0]) / filled
+        whole = filled > 0.6 * np.median(filled)
+        if np.count_nonzero(whole) < 12:
+            return axes_lps
+        design = np.column_stack([cells[whole] * 3.0, np.ones(np.count_nonzero(whole))])
+        slope, *_ = np.linalg.lstsq(design, middle[whole], rcond=None)
+        down = axes_lps[0] - slope[0] * axes_lps[1] - slope[1] * axes_lps[2]
+        down /= np.linalg.norm(down)
+        back = axes_lps[1] - (axes_lps[1] @ down) * down
+        back /= np.linalg.norm(back)
+        axes_lps = np.stack([down, back, np.cross(down, back)])
+    return axes_lps
 
 
 def _content_flags(canonical: CanonicalVolume, places: Floats, centre: Floats) -> list[QualityFlag]:
@@ -121,7 +127,7 @@ def _content_flags(canonical: CanonicalVolume, places: Floats, centre: Floats) -
     inside = canonical.hu[voxels[:, 0], voxels[:, 1], voxels[:, 2]]
     if np.count_nonzero(inside > _CEMENT_HU) * MASK_SPACING_MM**3 > 1.5 * _METAL_MM3:
         flags.append(QualityFlag("cement_or_dense_focus", Severity.BLOCKING))
-    rim = np.clip(np.round(places / spacing).astype(int)[:, None] + np.array([[[-1, 0, 0]], [[1, 0, 0]]]), 0, shape - 1)
+    rim = np.clip(np.round(places / spacing).astype(int)[:, None] + np.array([[[-1, 0, 0], [1, 0, 0]]]), 0, shape - 1)
     rim = rim.reshape(-1, 3)
     if not canonical.seen[rim[:, 0], rim[:, 1], rim[:, 2]].all() or voxels[:, 0].max() >= shape[0] - 1:
         flags.append(QualityFlag("vertebra_truncated", Severity.BLOCKING))
@@ -146,15 +152,19 @@ def describe_body(
     region, places = found
     centre = places.mean(axis=0)
     axes = body_axes(maps, centre, up, canonical.spacing_mm)
-    heights = body_heights(places, centre, axes)
+    if limits is not None:
+        turned = level_axes(places, centre, axes)
+        if turned[0] @ axes[0] > np.cos(np.radians(_LARGEST_TURN_DEGREES)):
+            axes = turned
+    up = -axes[0][::-1]
     along = (places - centre) @ up
-    across = np.linalg.norm((places - centre) - along[:, None] * up, axis=1)
-    core = along[across < 10.0]
-    top, bottom = (float(core.max()), float(core.min())) if len(core) else (float(along.max()), float(along.min()))
+    core = along[np.linalg.norm((places - centre) - along[:, None] * up, axis=1) < 10.0]
+    core = core if len(core) else along
+    top, bottom = float(core.max()) + MASK_SPACING_MM / 2, float(core.min()) - MASK_SPACING_MM / 2
     flags = _content_flags(canonical, places, centre)
-    front, middle, back = heights
-    if limits is not None and np.isfinite(back) and min(front, middle) < _COMPRESSED_RATIO * back:
-        flags.append(QualityFlag("compression_suspected", Severity.BLOCKING))
+    measured = heights(region, axes) if limits is not None else None
+    if measured is not None:
+        flags.extend(measured.quality_flags)
 
     def lps(point: Floats) -> Points:
         return np.asarray(point[::-1] + canonical.origin_lps_mm)
@@ -166,9 +176,9 @@ def describe_body(
         confidence=confidence,
         body_region=region,
         level_certain=certain,
-        height_mm=float(np.nanmean(heights)) if np.isfinite(heights).any() else top - bottom,
-        heights_mm=heights,
-        superior_lps_mm=lps(centre + (top + MASK_SPACING_MM / 2) * up),
-        inferior_lps_mm=lps(centre + (bottom - MASK_SPACING_MM / 2) * up),
-        quality_flags=tuple(flags),
+        height_mm=top - bottom,
+        heights=measured,
+        superior_lps_mm=lps(centre + top * up),
+        inferior_lps_mm=lps(centre + bottom * up),
+        flags=tuple(flags),
     )

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from osteo_daemon.domain.findings import QualityFlag
 from osteo_daemon.imaging.region import Region
+from osteo_daemon.inference.morphometry import Heights
 
 Points = npt.NDArray[np.float64]
 
@@ -26,11 +27,11 @@ class Vertebra:
         confidence: 0 to 1, how well image and count agree here; not a calibrated probability.
         body_region: the whole vertebral body, cortex included, without arch and processes.
         level_certain: False when the name may be wrong; then the localization also carries ``level_uncertain``.
-        height_mm: mean height of the body along its axis.
-        heights_mm: anterior, middle and posterior height at 15, 50 and 85 % of the depth; NaN where not measurable.
+        height_mm: from lower to upper endplate on the body's axis.
+        heights: anterior, middle and posterior height, or None where they cannot be measured (always for S1).
         superior_lps_mm: (3,) centre of the upper endplate.
         inferior_lps_mm: (3,) centre of the lower endplate.
-        quality_flags: remarks on this vertebra.
+        flags: remarks on this vertebra.
     """
 
     level: str
@@ -40,10 +41,10 @@ class Vertebra:
     body_region: Region
     level_certain: bool
     height_mm: float
-    heights_mm: tuple[float, float, float]
+    heights: Heights | None
     superior_lps_mm: Points
     inferior_lps_mm: Points
-    quality_flags: tuple[QualityFlag, ...] = ()
+    flags: tuple[QualityFlag, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,0 +1,80 @@
+"""Heights of a vertebral body: a flag for compression, never a diagnosis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from osteo_daemon.domain.findings import QualityFlag, Severity
+from osteo_daemon.imaging.region import Region
+
+BAND_CENTRES = (0.15, 0.50, 0.85)
+"""Anterior, middle and posterior height are taken at these shares of the antero-posterior extent."""
+
+BAND_HALF_WIDTH = 0.10
+MIDLINE_HALF_WIDTH_MM = 8.0
+MINIMUM_VOXELS = 10
+
+MILD_LOSS = 0.20
+MODERATE_LOSS = 0.25
+"""Loss of height from which Genant's grades 1 and 2 begin (Genant et al., J Bone Miner Res 1993;8:1137).
+
+Genant grades by eye on radiographs, against neighbours too; here the lowest height is set against the highest of the
+same body.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Heights:
+    """Anterior, middle and posterior height of a vertebral body in mm."""
+
+    anterior_mm: float
+    middle_mm: float
+    posterior_mm: float
+
+    @property
+    def loss(self) -> float:
+        """1 - lowest / highest of the three heights."""
+        heights = (self.anterior_mm, self.middle_mm, self.posterior_mm)
+        return 1.0 - min(heights) / max(heights)
+
+    @property
+    def quality_flags(self) -> tuple[QualityFlag, ...]:
+        """``compression_suspected``: caution from `MILD_LOSS`, blocking (out of the average) from `MODERATE_LOSS`."""
+        if self.loss >= MODERATE_LOSS:
+            return (QualityFlag("compression_suspected", Severity.BLOCKING),)
+        if self.loss >= MILD_LOSS:
+            return (QualityFlag("compression_suspected", Severity.CAUTION),)
+        return ()
+
+
+def heights(body: Region, axes_lps: npt.NDArray[np.float64]) -> Heights | None:
+    """Heights near the midline from the spread of the voxels along the vertebra's axis.
+
+    The spread of points between two parallel planes is their distance over sqrt(12); unlike the distance between the
+    outermost voxels it averages over all of them and is not moved by a single one.
+
+    Args:
+        body: the vertebral body on any grid.
+        axes_lps: (3, 3) unit vectors, rows: cranio-caudal, anterior to posterior, right to left.
+
+    Returns:
+        None when a band holds fewer than `MINIMUM_VOXELS` voxels.
+    """
+    points = np.argwhere(body.mask) @ body.affine[:3, :3].T
+    if len(points) == 0:
+        return None
+    along, posterior, left = points @ axes_lps[0], points @ axes_lps[1], points @ axes_lps[2]
+    front, back = np.percentile(posterior, (1, 99))
+    midline = np.abs(left - np.median(left)) < MIDLINE_HALF_WIDTH_MM
+    measured: list[float] = []
+    for centre in BAND_CENTRES:
+        low = front + (centre - BAND_HALF_WIDTH) * (back - front)
+        high = front + (centre + BAND_HALF_WIDTH) * (back - front)
+        inside = along[midline & (posterior >= low) & (posterior < high)]
+        if inside.size < MINIMUM_VOXELS:
+            return None
+        measured.append(float(np.sqrt(12.0) * inside.std()))
+    return Heights(*measured)

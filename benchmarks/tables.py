@@ -26,8 +26,8 @@ def tables() -> str:
             "",
             f"## {document['name']}",
             "",
-            f"{document['date'][:10]}, commit `{document['commit']}`, {hardware['cores']} cores of {hardware['processor']}; "
-            f"`{document['command']}`",
+            f"{document['date'][:10]}, commit `{document['commit']}`, "
+            f"{hardware['cores']} cores of {hardware['processor']}; `{document['command']}`",
             "",
             *_rows(document["figures"]),
         ]

@@ -1,4 +1,4 @@
-"""Time and memory of one study's screening, stage by stage: ``python -m benchmarks.screening [--quick] [--folder DIR]``.
+"""Time and memory of one screening, stage by stage: ``python -m benchmarks.screening [--quick] [--folder DIR]``.
 
 Without a folder a virtual patient of 100 slices is scanned. The models are warm in the second run, as in the daemon.
 """

@@ -1,0 +1,195 @@
+"""The trabecular region and its numbers on a vertebral body of known shape and density."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from osteo_daemon.domain.findings import Attenuation
+from osteo_daemon.imaging.region import Region
+from osteo_daemon.imaging.volume import CtVolume
+from osteo_daemon.inference import density
+from osteo_daemon.inference.density import measure
+from osteo_daemon.inference.quality import assess, correct
+
+UPRIGHT = np.array([[0.0, 0.0, -1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])  # caudal, posterior, left
+HALF_HEIGHT, HALF_DEPTH, HALF_WIDTH = 14.0, 16.0, 22.0
+CORTEX_MM = 1.5
+
+
+def _inside(points: np.ndarray, axes: np.ndarray, margin: float = 0.0) -> np.ndarray:
+    """An elliptic cylinder about the origin; ``margin`` shrinks it."""
+    along, back, left = (points @ axis for axis in axes)
+    radial = (back / (HALF_DEPTH - margin)) ** 2 + (left / (HALF_WIDTH - margin)) ** 2
+    return (np.abs(along) <= HALF_HEIGHT - margin) & (radial <= 1.0)
+
+
+def _grid_points(affine: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    index = np.stack(np.meshgrid(*(np.arange(size) for size in shape), indexing="ij"), axis=-1)
+    return index @ affine[:3, :3].T + affine[:3, 3]
+
+
+def _scan(
+    columns: np.ndarray, axes: np.ndarray, trabecular_hu: float = 120.0, noise: float = 0.0
+) -> tuple[CtVolume, Region]:
+    """A body with a cortex of 400 HU in soft tissue of 40 HU on the grid with these index steps (mm, LPS)."""
+    steps = np.linalg.norm(columns, axis=0)
+    shape = tuple(int(np.ceil(70.0 / step)) for step in steps)
+    affine = np.eye(4)
+    affine[:3, :3] = columns
+    affine[:3, 3] = -columns @ (np.array(shape) - 1) / 2
+    points = _grid_points(affine, shape)
+    voxels = np.full(shape, 40.0)
+    voxels[_inside(points, axes)] = 400.0
+    voxels[_inside(points, axes, CORTEX_MM)] = trabecular_hu
+    voxels += np.random.default_rng(3).normal(0, noise, shape) if noise else 0.0
+    mask_affine = np.diag([1.5, 1.5, 1.5, 1.0])[[2, 1, 0, 3]].astype(float)
+    mask_affine[:3, 3] = -40.0
+    mask = _inside(_grid_points(mask_affine, (54, 54, 54)), axes)
+    return CtVolume(voxels.astype(np.float32), affine), Region(mask, mask_affine)
+
+
+def _axial(dz: float, dy: float, dx: float) -> np.ndarray:
+    return np.array([[0.0, 0.0, dx], [0.0, dy, 0.0], [dz, 0.0, 0.0]])
+
+
+def _tilted(degrees: float, dz: float = 3.0) -> np.ndarray:
+    angle = np.radians(degrees)
+    return np.array([[0, 0, 0.8], [0, 0.8 * np.cos(angle), 0], [dz, 0.8 * np.sin(angle), 0]])
+
+
+GRIDS = {
+    "1 mm": _axial(1, 1, 1),
+    "5 mm slices": _axial(5, 0.9, 0.9),
+    "feet first": _axial(-2.5, 0.8, -0.8),
+    "prone": _axial(2.5, -0.8, -0.8),
+    "sagittal": np.array([[3.0, 0.0, 0.0], [0.0, 0.0, 0.7], [0.0, -0.7, 0.0]]),
+    "gantry tilt": _tilted(18.5),
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_attenuation_does_not_depend_on_the_grid(name: str) -> None:
+    volume, body = _scan(GRIDS[name], UPRIGHT)
+    found = measure(volume, body, UPRIGHT)
+    assert found.attenuation is not None
+    assert found.attenuation.mean == pytest.approx(120.0, abs=0.5)
+    reference = measure(*_scan(GRIDS["1 mm"], UPRIGHT), UPRIGHT)
+    assert reference.attenuation is not None
+    assert found.attenuation.volume_mm3 == pytest.approx(reference.attenuation.volume_mm3, rel=0.12)
+    assert found.body.volume_mm3 == pytest.approx(body.volume_mm3, rel=0.08)  # 28 mm in 5 mm slices
+
+
+@pytest.mark.parametrize("degrees", [-25, 25])
+def test_a_tilted_vertebra(degrees: float) -> None:
+    angle = np.radians(degrees)
+    turn = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
+    axes = UPRIGHT @ turn.T
+    found = measure(*_scan(GRIDS["5 mm slices"], axes), axes)
+    assert found.attenuation is not None
+    assert found.attenuation.mean == pytest.approx(120.0, abs=0.5)
+
+
+def test_region_keeps_its_distance_and_leaves_the_veins_out() -> None:
+    volume, body = _scan(GRIDS["1 mm"], UPRIGHT)
+    found = measure(volume, body, UPRIGHT)
+    points = np.argwhere(found.trabecular.mask) @ found.trabecular.affine[:3, :3].T + found.trabecular.affine[:3, 3]
+    assert np.abs(points[:, 2]).max() <= HALF_HEIGHT - density.EROSION_MM + 1.0
+    assert _inside(points, UPRIGHT, density.EROSION_MM - 1.0).all()
+    assert points[:, 1].max() <= HALF_DEPTH - density.POSTERIOR_SHARE * 2 * HALF_DEPTH + 1.5
+
+
+def test_dense_island_is_left_out() -> None:
+    volume, body = _scan(GRIDS["1 mm"], UPRIGHT, noise=25.0)
+    clean = measure(volume, body, UPRIGHT)
+    island = volume.voxels.copy()
+    island[33:37, 33:37, 33:37] = 600.0
+    found = measure(CtVolume(island, volume.affine), body, UPRIGHT)
+    assert clean.attenuation is not None
+    assert found.attenuation is not None
+    assert found.attenuation.mean == pytest.approx(clean.attenuation.mean, abs=1.0)
+    assert clean.attenuation.sd == pytest.approx(25.0, rel=0.05)
+    assert clean.standard_error_hu == pytest.approx(25.0 / clean.voxel_count**0.5, rel=0.05)
+
+
+def test_metal_blocks_and_a_sliver_gives_no_number() -> None:
+    volume, body = _scan(GRIDS["1 mm"], UPRIGHT)
+    screw = volume.voxels.copy()
+    screw[30:40, 34:38, 34:38] = 2500.0
+    codes = [flag.code for flag in measure(CtVolume(screw, volume.affine), body, UPRIGHT).quality_flags]
+    assert codes == ["metal_or_cement"]
+    sliver = Region(body.mask & (np.arange(54)[:, None, None] == 27), body.affine)
+    found = measure(volume, sliver, UPRIGHT)
+    assert found.attenuation is None
+    assert [flag.code for flag in found.quality_flags] == ["region_too_small"]
+
+
+def test_body_at_the_edge_of_the_scan_uses_what_is_there() -> None:
+    volume, body = _scan(GRIDS["1 mm"], UPRIGHT)
+    cut = CtVolume(volume.voxels[35:], volume.affine @ _shift(35))
+    found = measure(cut, body, UPRIGHT)
+    assert found.attenuation is not None
+    assert found.attenuation.mean == pytest.approx(120.0, abs=0.5)
+    assert found.body.mask.shape[0] <= cut.voxels.shape[0]
+
+
+def _shift(slices: int) -> np.ndarray:
+    shift = np.eye(4)
+    shift[0, 3] = slices
+    return shift
+
+
+def _torso(air: float = -1000.0, fat: float = -105.0, vessel: float = 45.0) -> CtVolume:
+    """Air around fat around muscle, with a vessel in front of the spine at the origin."""
+    size = 160
+    z, y, x = np.meshgrid(np.arange(-8, 8) * 4.0, *(np.arange(-size // 2, size // 2) * 2.0,) * 2, indexing="ij")
+    voxels = np.full(z.shape, air)
+    voxels[(x / 140) ** 2 + ((y + 30) / 110) ** 2 < 1] = fat
+    voxels[(x / 110) ** 2 + ((y + 30) / 80) ** 2 < 1] = 50.0
+    voxels[(x - 10) ** 2 + (y + 30) ** 2 < 11**2] = vessel
+    voxels += np.random.default_rng(0).normal(0, 12, voxels.shape)
+    affine = np.array([[0, 0, 2.0, -160.0], [0, 2.0, 0, -160.0], [4.0, 0, 0, -32.0], [0, 0, 0, 1]])
+    return CtVolume(voxels.astype(np.float32), affine)
+
+
+def test_quality_of_a_good_scan() -> None:
+    quality = assess(_torso(), [np.zeros(3)], [UPRIGHT])
+    assert quality.air_hu == pytest.approx(-1000, abs=8)
+    assert quality.fat_hu == pytest.approx(-105, abs=5)
+    assert quality.vessel_hu == pytest.approx(50, abs=15)
+    assert quality.noise_hu == pytest.approx(12, abs=3)
+    assert quality.quality_flags == ()
+
+
+@pytest.mark.parametrize(("air", "fat"), [(-940.0, -105.0), (-1000.0, -60.0), (-1000.0, -160.0)])
+def test_a_scale_that_is_off_blocks(air: float, fat: float) -> None:
+    (flag,) = assess(_torso(air=air, fat=fat), [np.zeros(3)], [UPRIGHT]).quality_flags
+    assert (flag.code, flag.severity) == ("calibration_out_of_range", "blocking")
+
+
+@pytest.mark.parametrize(("vessel", "enhanced"), [(45.0, False), (150.0, True), (300.0, True)])
+def test_contrast_is_seen_in_the_vessel(vessel: float, enhanced: bool) -> None:
+    codes = [flag.code for flag in assess(_torso(vessel=vessel), [np.zeros(3)], [UPRIGHT]).quality_flags]
+    assert ("contrast_enhanced" in codes) is enhanced
+
+
+@pytest.mark.parametrize(
+    ("kvp", "mean", "codes"),
+    [
+        (120.0, None, []),
+        (140.0, 107.3, []),
+        (100.0, 95.1, []),
+        (80.0, None, ["kvp_uncorrected"]),
+        (None, None, ["kvp_unknown"]),
+    ],
+)
+def test_tube_voltage(kvp: float | None, mean: float | None, codes: list[str]) -> None:
+    corrected, flags = correct(Attenuation(100.0, 100.0, 20.0, 5000.0), kvp)
+    assert (None if corrected is None else corrected.mean) == mean
+    assert [flag.code for flag in flags] == codes
+
+
+def test_every_grid_is_another_one() -> None:
+    assert not any(np.allclose(a, b) for a, b in itertools.combinations(GRIDS.values(), 2))

@@ -11,7 +11,7 @@ import numpy as np
 from highdicom import sr
 from pydicom.dataset import Dataset
 from pydicom.sr.coding import Code
-from pydicom.uid import Comprehensive3DSRStorage, ComprehensiveSRStorage, EnhancedSRStorage
+from pydicom.uid import UID, Comprehensive3DSRStorage, ComprehensiveSRStorage, EnhancedSRStorage
 
 from osteo_daemon.dicom import codes, wording
 from osteo_daemon.dicom.outline import NativeMask, slice_polyline
@@ -31,12 +31,22 @@ MANUFACTURER = "osteo_daemon"
 MODEL_NAME = "osteo_daemon"
 SR_SERIES_NUMBER = 9101
 ATTENUATION_ALGORITHM = "osteo_daemon trabecular attenuation"
-SR_CLASSES: Mapping[str, tuple[type[sr.EnhancedSR], str]] = {
-    "comprehensive-3d": (sr.Comprehensive3DSR, str(Comprehensive3DSRStorage)),
-    "comprehensive": (sr.ComprehensiveSR, str(ComprehensiveSRStorage)),
-    "enhanced": (sr.EnhancedSR, str(EnhancedSRStorage)),
+SR_CLASSES: Mapping[str, str] = {
+    "comprehensive-3d": str(Comprehensive3DSRStorage),
+    "comprehensive": str(ComprehensiveSRStorage),
+    "enhanced": str(EnhancedSRStorage),
 }
-"""SR classes by the name that settings use; the same tree is legal in each."""
+"""SOP classes by the name that settings use, newest first; the same tree is legal in each."""
+
+
+@dataclass(frozen=True, slots=True)
+class SeriesReference:
+    """An instance with the study and series it belongs to."""
+
+    study_instance_uid: str
+    series_instance_uid: str
+    sop_class_uid: str
+    sop_instance_uid: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,30 +325,25 @@ def report_dataset(
     content: sr.ContainerContentItem,
     evidence: Sequence[Dataset],
     *,
-    sr_class: str,
     series_instance_uid: str,
-    sop_instance_uid: str,
     instance_number: int,
     is_complete: bool,
     software_version: str,
     device_serial_number: str,
     institution: str,
-    previous_versions: Sequence[Dataset] | None,
     contributing_equipment: Sequence[hd.ContributingEquipment],
 ) -> Dataset:
-    """The SR document around a content tree; times are set by the caller.
+    """The SR document around a content tree; class, instance and times are set by the caller, see `retarget`.
 
     Args:
         evidence: headers of every instance that the tree points to; patient and study are taken from the first.
-        sr_class: a key of `SR_CLASSES`.
     """
-    document_class, _ = SR_CLASSES[sr_class]
-    document: Dataset = document_class(
+    document: Dataset = sr.Comprehensive3DSR(
         evidence=evidence,
         content=content,
         series_instance_uid=series_instance_uid,
         series_number=SR_SERIES_NUMBER,
-        sop_instance_uid=sop_instance_uid,
+        sop_instance_uid="2.25.1",
         instance_number=instance_number,
         manufacturer=MANUFACTURER,
         manufacturer_model_name=MODEL_NAME,
@@ -349,7 +354,22 @@ def report_dataset(
         is_complete=is_complete,
         is_final=False,
         is_verified=False,
-        previous_versions=previous_versions,
         contributing_equipment=contributing_equipment,
     )
     return document
+
+
+def retarget(document: Dataset, sop_class_uid: str, sop_instance_uid: str, predecessor: SeriesReference | None) -> None:
+    """Make ``document`` an instance of another SR class, in place."""
+    document.SOPClassUID = document.file_meta.MediaStorageSOPClassUID = UID(sop_class_uid)
+    document.SOPInstanceUID = document.file_meta.MediaStorageSOPInstanceUID = UID(sop_instance_uid)
+    document.pop("PredecessorDocumentsSequence", None)
+    if predecessor is not None:
+        instance, series, study = Dataset(), Dataset(), Dataset()
+        instance.ReferencedSOPClassUID = predecessor.sop_class_uid
+        instance.ReferencedSOPInstanceUID = predecessor.sop_instance_uid
+        series.SeriesInstanceUID = predecessor.series_instance_uid
+        series.ReferencedSOPSequence = [instance]
+        study.StudyInstanceUID = predecessor.study_instance_uid
+        study.ReferencedSeriesSequence = [series]
+        document.PredecessorDocumentsSequence = [study]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from typing import Protocol
@@ -18,7 +18,15 @@ from pydicom.uid import UID
 from osteo_daemon.dicom import codes
 from osteo_daemon.dicom.outline import NativeMask, on_native_grid
 from osteo_daemon.dicom.picture import SECONDARY_CAPTURE_CLASS_UID, draw_picture, encode_png, picture_dataset
-from osteo_daemon.dicom.report import SR_CLASSES, ReportAnatomy, SegmentReference, report_content, report_dataset
+from osteo_daemon.dicom.report import (
+    SR_CLASSES,
+    ReportAnatomy,
+    SegmentReference,
+    SeriesReference,
+    report_content,
+    report_dataset,
+    retarget,
+)
 from osteo_daemon.dicom.report_source import ReportSource, VertebraRegions, clean_headers
 from osteo_daemon.dicom.reported_values import as_reported, result_digest
 from osteo_daemon.dicom.segmentation import SEGMENTATION_CLASS_UID, plan_segments, segmentation_dataset
@@ -62,15 +70,20 @@ class BuiltReport:
     picture_png: bytes | None
 
     def for_destination(self, destination: DestinationSettings) -> tuple[BuiltObject, ...]:
-        """The objects that one destination gets, in the order of sending."""
+        """The objects that one destination may get, in the order of sending.
+
+        Of the structured reports the deliverer sends one: the first whose class the peer takes, and with a reference
+        to the segmentation only if the peer has that.
+        """
         has_segmentation = any(built.kind == "seg" for built in self.objects)
-        variant = sr_variant(destination.sr_class, has_segmentation and "seg" in destination.objects)
-        return tuple(
+        variants = sr_candidates(destination.sr_class, has_segmentation and "seg" in destination.objects)
+        rank = {variant: number for number, variant in enumerate(variants)}
+        wanted = [
             built
-            for kind in SENDING_ORDER
             for built in self.objects
-            if kind in destination.objects and built.kind == kind and built.variant in ("", variant)
-        )
+            if built.kind in destination.objects and (built.kind != "sr" or built.variant in rank)
+        ]
+        return tuple(sorted(wanted, key=lambda built: (SENDING_ORDER.index(built.kind), rank.get(built.variant, 0))))
 
 
 class Predecessor(Protocol):
@@ -120,10 +133,26 @@ def sr_variant(sr_class: str, refers_to_segmentation: bool) -> str:
     return f"{sr_class}+seg" if refers_to_segmentation else sr_class
 
 
+def sr_candidates(sr_class: str, with_segmentation: bool) -> tuple[str, ...]:
+    """SR variants to try at a destination, best first: the class set for it, then each that older systems know.
+
+    With a segmentation each class comes twice: with the reference to it, and without, for a peer that refuses it.
+    """
+    classes = list(SR_CLASSES)
+    fallbacks = classes[classes.index(sr_class) :]
+    references = (True, False) if with_segmentation else (False,)
+    return tuple(sr_variant(name, refers) for name in fallbacks for refers in references)
+
+
 def needed_variants(destinations: Iterable[DestinationSettings]) -> tuple[str, ...]:
-    """SR variants that these destinations need, sorted; the default one when there is no destination."""
-    wanted = {sr_variant(entry.sr_class, "seg" in entry.objects) for entry in destinations if "sr" in entry.objects}
-    return tuple(sorted(wanted)) or (sr_variant("comprehensive-3d", refers_to_segmentation=True),)
+    """SR variants that these destinations may need; the default one alone when there is no destination."""
+    wanted = [
+        variant
+        for entry in destinations
+        if "sr" in entry.objects
+        for variant in sr_candidates(entry.sr_class, "seg" in entry.objects)
+    ]
+    return tuple(dict.fromkeys(wanted)) or (sr_variant("comprehensive-3d", refers_to_segmentation=True),)
 
 
 def build_report_objects(request: ReportRequest, variants: Iterable[str] = ("comprehensive-3d+seg",)) -> BuiltReport:
@@ -144,7 +173,10 @@ def build_report_objects(request: ReportRequest, variants: Iterable[str] = ("com
     builder = _Builder(request)
     segmentation, segments = builder.segmentation()
     wanted = {variant if segmentation is not None else variant.removesuffix("+seg") for variant in variants}
-    reports = [builder.report(variant, segmentation, segments) for variant in sorted(wanted)]
+    reports = [
+        *builder.reports([name for name in wanted if name.endswith("+seg")], segmentation, segments),
+        *builder.reports([name for name in wanted if not name.endswith("+seg")], None, {}),
+    ]
     picture, png = builder.picture()
     objects = [*([segmentation.built] if segmentation else []), *reports, *([picture] if picture else [])]
     return BuiltReport(tuple(objects), png)
@@ -190,11 +222,11 @@ class _Builder:
         segments = plan_segments(self.anatomy.bodies, self.anatomy.trabecular)
         if not segments:
             return None, {}
-        series_uid, instance_uid = self._uids("seg", SEGMENTATION_CLASS_UID, "")
+        instance_uid = self._instance_uid(SEGMENTATION_CLASS_UID, "")
         dataset = segmentation_dataset(
             segments,
             self.headers,
-            series_instance_uid=series_uid,
+            series_instance_uid=self._series_uid("seg"),
             sop_instance_uid=instance_uid,
             instance_number=self.request.revision,
             software_version=self.request.software_version,
@@ -209,36 +241,35 @@ class _Builder:
         }
         return _Segmentation(self._finish("seg", "", dataset), dataset), references
 
-    def report(
-        self, variant: str, segmentation: _Segmentation | None, segments: Mapping[Level, SegmentReference]
-    ) -> BuiltObject:
-        sr_class = variant.removesuffix("+seg")
-        refers = variant.endswith("+seg") and segmentation is not None
+    def reports(
+        self, variants: Sequence[str], segmentation: _Segmentation | None, segments: Mapping[Level, SegmentReference]
+    ) -> Iterator[BuiltObject]:
+        """One document per variant; they share the tree, which is legal in every class."""
+        if not variants:
+            return
         content, slices = report_content(
             self.result,
             self.anatomy,
             network_model=self._network_model(),
-            segments=segments if refers else {},
+            segments=segments,
             software_version=self.request.software_version,
             device_serial_number=self.request.site.device_serial_number,
         )
-        evidence = [*slices, segmentation.dataset] if refers and segmentation is not None else [*slices]
-        series_uid, instance_uid = self._uids("sr", SR_CLASSES[sr_class][1], variant)
         dataset = report_dataset(
             content,
-            evidence,
-            sr_class=sr_class,
-            series_instance_uid=series_uid,
-            sop_instance_uid=instance_uid,
+            [*slices, segmentation.dataset] if segmentation is not None else [*slices],
+            series_instance_uid=self._series_uid("sr"),
             instance_number=self.request.revision,
             is_complete=all(finding.attenuation_hu is not None for finding in self.result.vertebrae),
             software_version=self.request.software_version,
             device_serial_number=self.request.site.device_serial_number,
             institution=self.request.site.institution,
-            previous_versions=self._predecessors(variant),
             contributing_equipment=self._equipment(),
         )
-        return self._finish("sr", variant, dataset)
+        for variant in sorted(variants):
+            sop_class_uid = SR_CLASSES[variant.removesuffix("+seg")]
+            retarget(dataset, sop_class_uid, self._instance_uid(sop_class_uid, variant), self._predecessors(variant))
+            yield self._finish("sr", variant, dataset)
 
     def picture(self) -> tuple[BuiltObject | None, bytes | None]:
         volume = self.request.volume
@@ -251,12 +282,11 @@ class _Builder:
             self.anatomy.trabecular,
             software_version=self.request.software_version,
         )
-        series_uid, instance_uid = self._uids("sc", SECONDARY_CAPTURE_CLASS_UID, "")
         dataset = picture_dataset(
             pixels,
             self.headers[0],
-            series_instance_uid=series_uid,
-            sop_instance_uid=instance_uid,
+            series_instance_uid=self._series_uid("sc"),
+            sop_instance_uid=self._instance_uid(SECONDARY_CAPTURE_CLASS_UID, ""),
             instance_number=self.request.revision,
             software_version=self.request.software_version,
             device_serial_number=self.request.site.device_serial_number,
@@ -268,23 +298,23 @@ class _Builder:
     def _network_model(self) -> ModelReference | None:
         return next((model for model in self.result.models if model.bundle == self.request.network_bundle), None)
 
-    def _uids(self, kind: str, sop_class_uid: str, variant: str) -> tuple[str, str]:
-        study, version = self.result.study_instance_uid, self.request.software_version
-        return (
-            result_series_uid(kind, study, version),
-            result_instance_uid(sop_class_uid, variant, study, self.request.revision, self.digest, version),
-        )
+    def _series_uid(self, kind: str) -> str:
+        return result_series_uid(kind, self.result.study_instance_uid, self.request.software_version)
 
-    def _predecessors(self, variant: str) -> list[Dataset] | None:
+    def _instance_uid(self, sop_class_uid: str, variant: str) -> str:
+        study, version = self.result.study_instance_uid, self.request.software_version
+        return result_instance_uid(sop_class_uid, variant, study, self.request.revision, self.digest, version)
+
+    def _predecessors(self, variant: str) -> SeriesReference | None:
         predecessor = self.request.predecessors.get(variant)
         if predecessor is None:
             return None
-        reference = Dataset()
-        reference.StudyInstanceUID = self.result.study_instance_uid
-        reference.SeriesInstanceUID = predecessor.series_instance_uid
-        reference.SOPClassUID = predecessor.sop_class_uid
-        reference.SOPInstanceUID = predecessor.sop_instance_uid
-        return [reference]
+        return SeriesReference(
+            study_instance_uid=self.result.study_instance_uid,
+            series_instance_uid=predecessor.series_instance_uid,
+            sop_class_uid=predecessor.sop_class_uid,
+            sop_instance_uid=predecessor.sop_instance_uid,
+        )
 
     def _equipment(self) -> list[hd.ContributingEquipment]:
         # the Device UID stands in the report's observer context: validators of today do not know it here

@@ -1,0 +1,78 @@
+"""Associations that this node opens: how they are made and what their failures mean."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from pynetdicom import AE, evt
+from pynetdicom.association import Association
+from pynetdicom.events import Event
+from pynetdicom.presentation import PresentationContext
+
+from osteo_daemon.dicom.uids import IMPLEMENTATION_CLASS_UID
+from osteo_daemon.domain.study import RemoteAE
+from osteo_daemon.errors import PeerUnavailable, Refused
+
+MAXIMUM_PDU_BYTES = 131072
+_REJECTED_PERMANENT = 1  # PS3.8 9.3.4, table 9-21: Result
+_REJECT_SOURCE_PRESENTATION = 3
+_TRANSIENT_PRESENTATION_REASONS = frozenset({1, 2})  # temporary congestion, local limit exceeded
+
+
+@contextmanager
+def association(
+    peer: RemoteAE,
+    calling_ae_title: str,
+    contexts: Sequence[PresentationContext],
+    *,
+    connect_timeout_seconds: float,
+    dimse_timeout_seconds: float,
+) -> Iterator[Association]:
+    """Open an association, release it at the end, abort it when the body raises.
+
+    Raises:
+        PeerUnavailable: no connection, no answer in time, aborted, or rejected for now (PS3.8 9.3.4 result 2).
+        Refused: rejected for good (result 1).
+    """
+    entity = AE(ae_title=calling_ae_title)
+    entity.implementation_class_uid = IMPLEMENTATION_CLASS_UID
+    entity.connection_timeout = connect_timeout_seconds
+    entity.acse_timeout = connect_timeout_seconds
+    entity.dimse_timeout = dimse_timeout_seconds
+    entity.network_timeout = dimse_timeout_seconds
+    entity.requested_contexts = list(contexts)
+    link = entity.associate(
+        peer.host,
+        peer.port,
+        ae_title=peer.ae_title,
+        max_pdu=MAXIMUM_PDU_BYTES,
+        evt_handlers=[(evt.EVT_CONN_OPEN, _no_delay)],
+    )
+    if not link.is_established:
+        raise _failure(link, peer)
+    try:
+        yield link
+    except BaseException:
+        link.abort()
+        raise
+    link.release()
+
+
+def _no_delay(event: Event) -> None:
+    # with Nagle's algorithm the last short segment of each message waits for the peer's delayed acknowledgement
+    event.assoc.dul.socket.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _failure(link: Association, peer: RemoteAE) -> PeerUnavailable | Refused:
+    name = f"{peer.ae_title} at {peer.host}:{peer.port}"
+    if not link.is_rejected:
+        return PeerUnavailable(f"{name}: no association (no connection, no answer in time, or aborted)")
+    answer: Any = link.acceptor.primitive
+    result, source, reason = int(answer.result), int(answer.result_source), int(answer.diagnostic)
+    text = f"{name} rejected the association: {answer.reason_str} (result {result}, source {source}, reason {reason})"
+    # some peers call a full house permanent: the reason tells better (PS3.8 table 9-21)
+    full = source == _REJECT_SOURCE_PRESENTATION and reason in _TRANSIENT_PRESENTATION_REASONS
+    return Refused(text) if result == _REJECTED_PERMANENT and not full else PeerUnavailable(text)

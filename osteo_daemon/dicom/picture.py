@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
@@ -28,6 +28,7 @@ SECONDARY_CAPTURE_CLASS_UID = str(SecondaryCaptureImageStorage)
 SIZE_PIXELS = 1024
 _DPI = 100
 _VIEW_HEIGHT_MM = 300.0  # at most; less when the spine found is shorter
+_VIEW_HEIGHT_MINIMUM_MM = 200.0  # shows the neighbours that tell which level it is
 _VIEW_STEP_MM = 0.6
 _MARGIN_MM = 35.0
 _WINDOW_HU = (-150.0, 550.0)  # shows trabecular bone and soft tissue at once
@@ -85,7 +86,7 @@ def sagittal_view(volume: CtVolume, centres_lps_mm: npt.ArrayLike) -> SagittalVi
     centres = np.asarray(centres_lps_mm, dtype=np.float64).reshape(-1, 3)
     centres = centres[np.argsort(centres[:, 2])]
     top, bottom = centres[-1, 2] + _MARGIN_MM, centres[0, 2] - _MARGIN_MM
-    height = max(min(top - bottom, _VIEW_HEIGHT_MM), 120.0)
+    height = max(min(top - bottom, _VIEW_HEIGHT_MM), _VIEW_HEIGHT_MINIMUM_MM)
     middle = (top + bottom) / 2
     rows = round(height / _VIEW_STEP_MM)
     z = middle + height / 2 - _VIEW_STEP_MM * np.arange(rows)
@@ -263,24 +264,40 @@ def _draw_table(figure: Figure, result: ScreeningResult) -> float:
 
 
 def _draw_notes(figure: Figure, result: ScreeningResult, top: float) -> None:
-    left = 0.555
-    y = top
+    left, bottom = 0.555, 0.105
     blocks: list[tuple[str, str, float, str]] = [(wording.conclusion(result), _TEXT, 16, "bold")]
-    flags = [wording.flag_text(flag) for flag in result.quality_flags]
-    flags += _by_flag(result.vertebrae)
-    blocks += [(flag, _REGION, 14, "normal") for flag in flags]
+    flags = [f"{_SIGN[flag.severity]} {wording.plain(flag.code)}" for flag in result.quality_flags]
+    blocks += [(flag, _REGION, 14, "normal") for flag in (*flags, *_by_flag(result.vertebrae))]
     network = _network_line(result)
     if network:
-        blocks.append((network, _MUTED, 14, "normal"))
+        # before the flags, of which the last may have to give way
+        blocks.insert(1, (network, _MUTED, 14, "normal"))
+    y = top
     for number, (text, colour, size, weight) in enumerate(blocks):
-        lines = textwrap.wrap(text, width=int(655 / size) if weight == "bold" else int(720 / size))
-        line_height = size * 1.28 / 72 * _DPI / SIZE_PIXELS
-        if y - line_height * len(lines) < 0.105:
-            left_over = len(blocks) - number
-            figure.text(left, y, f"… {left_over} more in the structured report", color=colour, fontsize=14, va="top")
+        lines = _wrap(figure, text, 0.98 - left, size, weight)
+        line_height = size * 1.3 / 72 * _DPI / SIZE_PIXELS
+        last = number == len(blocks) - 1
+        # the line that says what is left out needs room itself
+        if y - line_height * (len(lines) + (0 if last else 1)) < bottom:
+            left_over = f"… {len(blocks) - number} more in the structured report"
+            figure.text(left, y, left_over, color=colour, fontsize=14, va="top")
             break
         figure.text(left, y, "\n".join(lines), color=colour, fontsize=size, va="top", weight=weight, linespacing=1.2)
-        y -= line_height * len(lines) + 0.012
+        y -= line_height * len(lines) + 0.008
+
+
+def _wrap(figure: Figure, text: str, width: float, size: float, weight: str) -> list[str]:
+    """Lines of at most ``width`` (a fraction of the figure), measured in the font that draws them."""
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    font = FontProperties(size=size, weight=weight)
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and renderer.get_text_width_height_descent(longer, font, ismath=False)[0] <= width * SIZE_PIXELS:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 def _by_flag(vertebrae: Sequence[VertebraFinding]) -> list[str]:
@@ -308,10 +325,11 @@ def _network_line(result: ScreeningResult) -> str:
 
 def _draw_footer(figure: Figure, result: ScreeningResult, software_version: str) -> None:
     models = ", ".join(f"{model.bundle} {model.version}" for model in result.models)
-    lines = textwrap.wrap(wording.DISCLAIMER, width=100)
+    lines = _wrap(figure, wording.DISCLAIMER, 0.96, 14, "normal")
     figure.text(0.02, 0.080, "\n".join(lines), color=_TEXT, fontsize=14, va="top", linespacing=1.2)
     about = f"osteo_daemon {software_version}" + (f"; {models}" if models else "")
-    figure.text(0.02, 0.012, textwrap.shorten(about, width=120), color=_MUTED, fontsize=12, va="bottom")
+    shown = _wrap(figure, about, 0.96, 12, "normal")[0]
+    figure.text(0.02, 0.012, shown, color=_MUTED, fontsize=12, va="bottom")
 
 
 def picture_dataset(

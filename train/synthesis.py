@@ -200,7 +200,7 @@ def scan(hu: Tensor, rng: np.random.Generator, generator: torch.Generator) -> Te
     return hu.clamp(-1024, 3071)
 
 
-def _field_of_view(shape: tuple[int, ...], rng: np.random.Generator) -> Tensor:
+def field_of_view(shape: tuple[int, ...], rng: np.random.Generator) -> Tensor:
     """(D, H, W) true where the scan has data: cut at the top, the bottom, the front and the sides."""
     seen = torch.ones(shape, dtype=torch.bool)
     depth, height, width = shape
@@ -235,7 +235,7 @@ def synthesise(torso: Torso, shape: tuple[int, int, int], seed: int) -> Sample:
         hu = _lungs(hu, tissue, q, torso, rng)
     if rng.random() < 0.06:
         hu = _implants(hu, tissue, q, torso, rng)
-    seen = _field_of_view(shape, rng)
+    seen = field_of_view(shape, rng)
     hu = torch.where(seen, scan(hu, rng, generator), AIR_HU)
     labels = torch.where((tissue < N_CLASSES) & seen, tissue, 0)
     return Sample(hu=hu[None], labels=labels, level_coordinate=level_coordinate)

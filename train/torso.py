@@ -193,6 +193,20 @@ def _disc_planes(tissue: npt.NDArray[np.int64]) -> tuple[Plane, ...]:
     return tuple(planes)
 
 
+def level_coordinate(knots: list[Plane], points: Tensor) -> Tensor:
+    """Position of (3, ...) points along a column, piecewise linear between planes at u = 0, 0.5, 1, 1.5, ...
+
+    ``knots`` alternate between discs and bodies, caudal to cranial, the first being the L5-S1 disc (u = 0).
+    """
+    distances = [plane.distance(points) for plane in knots]
+    u = distances[0].clamp(max=0) / 36.0
+    for k, (low, high) in enumerate(pairwise(distances)):
+        fraction = (low / (low - high).clamp(min=1e-3)).clamp(0.0, 1.0)
+        u = torch.where(low >= 0, 0.5 * (k + fraction), u)
+    beyond = 0.5 * (len(knots) - 1) + distances[-1] / 36.0
+    return torch.where(distances[-1] >= 0, beyond, u)
+
+
 def load_torso(folder: Path) -> Torso:
     """Read the labelled torso (``totalsegmentator_example``) and place the planes of its column.
 
@@ -224,13 +238,8 @@ def load_torso(folder: Path) -> Torso:
         normal = discs[level].normal + upper
         bodies.append(Plane(centre, normal / np.linalg.norm(normal)))
 
-    knots = [plane for pair in zip(discs, bodies, strict=True) for plane in pair]  # u = 0, 0.5, 1, ... 5.5
-    distances = [plane.distance(zyx).numpy() for plane in knots]
-    level_coordinate = np.zeros(hu.shape)
-    for k, (low, high) in enumerate(pairwise(distances)):
-        fraction = low / np.maximum(low - high, 1e-3)
-        level_coordinate = np.where(low >= 0, 0.5 * (k + np.clip(fraction, 0.0, 1.0)), level_coordinate)
-    level_coordinate += np.clip(distances[-1], 0, None) / 36.0 + np.clip(distances[0], None, 0) / 36.0
+    knots = [plane for pair in zip(discs, bodies, strict=True) for plane in pair]
+    coordinate = level_coordinate(knots, zyx)
 
     fine = _fine_labels(tissue)
     bone = np.isin(fine, [int(b) for b in (*BONES, Tissue.DISC)])
@@ -247,7 +256,7 @@ def load_torso(folder: Path) -> Torso:
     mean_hu = np.array([hu[tissue == t].mean() if (tissue == t).any() else 0.0 for t in range(N_TISSUES)])
     s1_centre = np.argwhere(s1).mean(axis=0) * SPACING_MM
     column = np.stack([s1_centre, *[plane.centre for plane in knots]])
-    channels = np.stack([np.clip(hu, -1024, 3071), level_coordinate, depth]).astype(np.float32)
+    channels = np.stack([np.clip(hu, -1024, 3071), coordinate.numpy(), depth]).astype(np.float32)
     return Torso(
         channels=torch.from_numpy(channels)[None],
         tissues=torch.from_numpy(fine.astype(np.float32))[None, None],

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 _HALO_MM = 1.2
 """Width of the smooth version that unsharp masking subtracts."""
+_OWN_SHARE, _NEXT_SHARE = 0.961, 0.277
+"""A slice's noise is this mixture of its own field and the next slice's: a correlation of 0.27 between neighbours, as
+measured on a real helical series of 4.25 mm."""
 
 
 def _axis_blur(values: F32, sigma_px: float, axis: int) -> F32:
@@ -59,16 +62,20 @@ def _coloured(rng: np.random.Generator, shape: tuple[int, int], sigma_px: float)
     return np.asarray(band / np.float32(band.std()), dtype=np.float32)
 
 
-def add_noise(hu: F32, level: F32, patient: VirtualPatient, scanner: Scanner, index: int) -> None:
-    """Add the noise of slice ``index`` in place; neighbouring slices share a quarter of it, as interpolated helices do."""
+def add_noise(hu: F32, level: F32, patient: VirtualPatient, scanner: Scanner, first: int) -> None:
+    """Add noise to the slices from ``first`` on, in place; neighbours share a quarter of it, as interpolated helices do.
+
+    Args:
+        hu: (D, H, W).
+        level: (H, W) standard deviation in HU.
+    """
     sigma = scanner.shape.noise_blur_mm / scanner.pixel_spacing_mm
-    own = patient.rng("noise", scanner.seed, index)
-    if max(hu.shape) >= 256:
-        # one field a slice; the share with the neighbour comes from the same stream started at the neighbour's seed
-        field = _coloured(own, (hu.shape[0], hu.shape[1]), sigma)
-    else:
-        field = _coloured(own, (hu.shape[0], hu.shape[1]), sigma)
-    hu += field * level
+    plane = (hu.shape[1], hu.shape[2])
+    fields = (_coloured(patient.rng("noise", scanner.seed, first + i), plane, sigma) for i in range(len(hu) + 1))
+    own = next(fields)
+    for image, following in zip(hu, fields, strict=True):
+        image += (np.float32(_OWN_SHARE) * own + np.float32(_NEXT_SHARE) * following) * level
+        own = following
 
 
 def finish(hu: F32, scanner: Scanner, x: Vec, y: Vec, middle_y: float) -> npt.NDArray[np.int16]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from osteo_daemon.phantom.calibration import Palette, trabecular_hu
 from osteo_daemon.phantom.canvas import Canvas
+from osteo_daemon.phantom.implants import Implants
 from osteo_daemon.phantom.organs import Organs, build_organs
 from osteo_daemon.phantom.outline import Outline, build_outline
 from osteo_daemon.phantom.patient import VirtualPatient
@@ -15,6 +16,7 @@ from osteo_daemon.phantom.pelvis import Pelvis, build_pelvis
 from osteo_daemon.phantom.ribs import Ribs, build_ribs
 from osteo_daemon.phantom.scanner import Scanner
 from osteo_daemon.phantom.spine import Spine, VertebraShape, build_spine
+from osteo_daemon.phantom.table import Table, build_table
 from osteo_daemon.phantom.torso import Torso, build_torso
 from osteo_daemon.phantom.vertebra import VertebraPainter, prepare_vertebra
 
@@ -38,6 +40,8 @@ class Body:
     organs: Organs
     ribs: Ribs
     pelvis: Pelvis
+    implants: Implants
+    table: Table
     painters: dict[str, VertebraPainter] = field(default_factory=dict)
 
     @property
@@ -73,10 +77,19 @@ class Body:
                 )
 
     def paint(self, canvas: Canvas) -> None:
-        """Paint everything, from the skin inwards."""
+        """Paint everything, from the table and the skin inwards."""
+        self.table.paint(canvas)
+        self.paint_soft(canvas)
+        self.paint_bones(canvas)
+
+    def paint_soft(self, canvas: Canvas) -> None:
+        """Skin, fat, muscle, organs, vessels, canal."""
         self.torso.paint_shell(canvas)
         self.organs.paint(canvas)
         self.torso.paint_spine_companions(canvas)
+
+    def paint_bones(self, canvas: Canvas) -> None:
+        """Ribs, pelvis, discs and vertebrae, implants last."""
         self.ribs.paint(canvas)
         self.pelvis.paint_sacrum(canvas)
         self.pelvis.paint_hips(canvas)
@@ -90,6 +103,7 @@ class Body:
             painter.paint_posterior(canvas)
         for painter in self.painters.values():
             painter.paint_body(canvas)
+        self.implants.paint(canvas)
 
 
 def build_body(patient: VirtualPatient, scanner: Scanner, voxel_mm: float, only: str | None = None) -> Body:
@@ -117,6 +131,8 @@ def build_body(patient: VirtualPatient, scanner: Scanner, voxel_mm: float, only:
         organs=build_organs(patient, spine, outline, palette),
         ribs=build_ribs(patient, spine, outline, palette),
         pelvis=build_pelvis(patient, spine, palette, s1_hu),
+        implants=Implants(patient, spine, palette),
+        table=build_table(scanner, spine, outline),
     )
     if only is not None:
         z = float(spine[only].centre[2])

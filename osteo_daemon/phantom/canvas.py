@@ -17,6 +17,11 @@ F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 Vec = npt.NDArray[np.float64]
 
+_BLAS_THREADS_FROM = 250_000
+"""Products of at most this many multiplications stay on the calling thread in OpenBLAS. Slabs are painted side by side
+already: threads within a product only wait for each other, up to fifty times as long on a busy machine."""
+_RUNG_MM = 1.0
+
 
 def _f32(values: npt.ArrayLike) -> F32:
     return np.asarray(values, dtype=np.float32)
@@ -154,12 +159,11 @@ class Region:
         """A function of height, linear between the given points: broadcasts to (d, h, w)."""
         if self.canvas.grid.axes is not None:
             return np.interp(self.z, heights_mm, values).astype(np.float32)
-        key = (id(heights_mm), id(values))
-        if key not in self.canvas.profiles:
-            full = np.interp(self.canvas.grid.z, heights_mm, values).astype(np.float32)
-            # the arrays are kept with the result so that their ids stay theirs
-            self.canvas.profiles[key] = (full, heights_mm, values)
-        return self.canvas.profiles[key][0][self.where]
+        rungs, index, share = self.canvas.ladder()
+        table = np.interp(rungs, heights_mm, values).astype(np.float32)
+        steps = np.diff(table, append=table[-1:])
+        index, share = index[self.where], share[self.where]
+        return np.asarray(table[index] + share * steps[index], dtype=np.float32)
 
     def waves(self, field: Waves) -> F32:
         """(d, h, w) values of a random field."""
@@ -169,8 +173,14 @@ class Region:
         left = np.concatenate([np.cos(pair), -np.sin(pair)], axis=-1).astype(np.float32)
         right = np.concatenate([np.cos(w), np.sin(w)], axis=-1).astype(np.float32)
         gain = np.float32(np.sqrt(2.0 / len(field.offsets)))
-        shape = (left.shape[0], left.shape[1], right.shape[0])
-        return np.asarray((left.reshape(-1, left.shape[-1]) @ (right.T * gain)).reshape(shape), dtype=np.float32)
+        rows, terms, width = left.shape[0] * left.shape[1], left.shape[2], right.shape[0]
+        block = max(1, _BLAS_THREADS_FROM // (terms * width))
+        padded = np.empty((-(-rows // block), block, terms), dtype=np.float32)
+        flat = padded.reshape(-1, terms)
+        flat[:rows] = left.reshape(rows, terms)
+        flat[rows:] = 0
+        values = (padded @ (right.T * gain)).reshape(-1, width)[:rows]
+        return np.asarray(values.reshape(left.shape[0], left.shape[1], width))
 
     def cover(self, distance: F32, soft_mm: float = 0.0) -> F32:
         """Share 0-1 of each voxel inside the shape; ``soft_mm`` widens the border."""
@@ -195,8 +205,19 @@ class Canvas:
         self.grid = grid
         self.hu: F32 = np.full(grid.shape, -1000.0, dtype=np.float32)
         self.labels: U8 = np.zeros(grid.shape, dtype=np.uint8)
-        self.profiles: dict[tuple[int, int], tuple[F32, Vec, Vec]] = {}
+        self._ladder: tuple[Vec, npt.NDArray[np.intp], F32] | None = None
         self._phases: dict[int, tuple[tuple[Vec, Vec, Vec], Waves]] = {}
+
+    def ladder(self) -> tuple[Vec, npt.NDArray[np.intp], F32]:
+        """Even heights (mm) through the grid, and each voxel's rung below and share of the way to the next."""
+        if self._ladder is None:
+            z = self.grid.z
+            low, high = float(z.min()), float(z.max())
+            rungs = low + _RUNG_MM * np.arange(int((high - low) / _RUNG_MM) + 3)
+            place = (z - np.float32(low)) * np.float32(1 / _RUNG_MM)
+            index = place.astype(np.intp)
+            self._ladder = (rungs, index, np.asarray(place - index, dtype=np.float32))
+        return self._ladder
 
     def phases(self, field: Waves) -> tuple[Vec, Vec, Vec]:
         """`Grid.phases`, remembered."""

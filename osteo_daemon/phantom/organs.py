@@ -107,13 +107,11 @@ class Organs:
         column = region.along_z(self.spine.heights, self.spine.curve_y) - np.float32(34)
         # loops lie in front of the column and inside the cavity
         inside = np.maximum(np.maximum(cavity + 4, region.y - column), np.maximum(low - region.z, region.z - high))
-        tube = (np.sqrt(one * one + two * two) - np.float32(0.62)) * np.float32(11.0)
+        tube = (np.sqrt(one * one + two * two) - np.float32(0.74)) * np.float32(10.0)
         loops = smooth_max(tube, inside, 5.0)
         region.paint(loops, self.palette.wall, Tissue.BOWEL, soft_mm=1.0)
         mood = region.waves(f["mood"])
-        content = np.where(
-            mood > 0, np.float32(self.palette.bowel_content), np.float32(self.palette.bowel_content - 14)
-        )
+        content = np.float32(self.palette.bowel_content - 4) + 9 * mood + 5 * region.waves(f["stool"])
         region.paint(loops + np.float32(2.6), content, Tissue.BOWEL, soft_mm=1.5)
         front = region.along_z(o.heights, o.cavity.front)
         bubble = np.maximum(
@@ -146,11 +144,12 @@ class Organs:
         wide = float(np.interp(right, o.heights, o.cavity.half_width))
         deep = float(np.interp(right, o.heights, o.cavity.half_depth))
         dy = (region.y - np.float32(middle - 8)) * np.float32(1 / deep)
+        back = np.float32(38.0) * np.clip(dy - np.float32(0.2), 0, 1.2)
         surfaces = []
         for top, cx in ((right, -0.46 * wide), (left, 0.50 * wide)):
             dx = (region.x - np.float32(cx)) * np.float32(1 / (0.62 * wide))
             r2 = dx * dx + dy * dy * np.float32(1.1)
-            surfaces.append(np.float32(top) - np.float32(34.0) * r2 - np.float32(26.0) * r2 * r2)
+            surfaces.append(np.float32(top) - np.float32(34.0) * r2 - np.float32(26.0) * r2 * r2 - back)
         # each lung over its own half; the middle is the heart's floor
         return np.asarray(np.maximum(surfaces[0], surfaces[1]))
 
@@ -170,7 +169,9 @@ class Organs:
         column = region.along_z(self.spine.heights, self.spine.curve_y) + np.float32(12)
         liver = smooth_max(cavity + 3, region.z - dome + 3, 6.0)
         liver = smooth_max(liver, (lower - region.z) * np.float32(0.8), 14.0)
-        liver = smooth_max(liver, region.x - np.float32(0.42 * wide), 20.0)
+        front = region.along_z(o.heights, o.cavity.front)
+        lobe = (region.x - np.float32(0.30 * wide)) * np.float32(0.75) + (region.y - front - 38) * np.float32(0.65)
+        liver = smooth_max(liver, lobe + 6 * bumps, 16.0)
         behind = region.y - column - np.maximum(-region.x - 30, 0) * np.float32(0.8)
         liver = smooth_max(liver, np.broadcast_to(behind, liver.shape), 10.0)
         vessels = np.abs(region.waves(self.fields["vessel"])) + np.abs(region.waves(self.fields["vein"]))
@@ -313,7 +314,7 @@ def build_organs(patient: VirtualPatient, spine: Spine, outline: Outline, palett
         dome=(dome_right, dome_right - 14.0),
         liver_low=spine.z_of(3.0) + float(10 * rng.standard_normal()),
         fields={
-            "loop": Waves.draw(rng, 62.0), "coil": Waves.draw(rng, 62.0), "mood": Waves.draw(rng, 75.0),
+            "loop": Waves.draw(rng, 54.0), "coil": Waves.draw(rng, 54.0), "mood": Waves.draw(rng, 75.0),
             "vessel": Waves.draw(rng, 45.0), "vein": Waves.draw(rng, 45.0), "stool": Waves.draw(rng, 11.0, count=28),
             "haustra": Waves.draw(rng, 30.0), "organ": Waves.draw(rng, 90.0, count=12),
         },

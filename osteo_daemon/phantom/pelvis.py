@@ -21,13 +21,13 @@ _REFERENCE_SLOPE_DEG: Final = 40.0
 # height over the S1 body; front end x, y; rear end x, y; bow (outwards, mm)
 _WING: Final = np.array(
     [
-        [-70.0, 96, -62, 72, 2, 0],
-        [-48.0, 107, -72, 66, 8, 0],
-        [-33.0, 116, -74, 54, 27, 0],
-        [-18.0, 128, -80, 47, 41, 2],
-        [-3.0, 134, -78, 43, 46, 6],
-        [12.0, 138, -65, 40, 47, 9],
-        [27.0, 140, -51, 45, 38, 9],
+        [-70.0, 96, -62, 72, 2, 4],
+        [-48.0, 107, -72, 66, 8, 6],
+        [-33.0, 116, -74, 54, 27, 7],
+        [-18.0, 128, -80, 47, 41, 9],
+        [-3.0, 134, -78, 43, 46, 11],
+        [12.0, 138, -65, 40, 47, 13],
+        [27.0, 140, -51, 45, 38, 12],
         [42.0, 134, -36, 58, 24, 7],
         [52.0, 122, -22, 76, 8, 4],
         [58.0, 110, -12, 90, 0, 2],
@@ -36,10 +36,10 @@ _WING: Final = np.array(
 # sacral plate in S1's own axes: posterior, cranial, half width, half thickness
 _PLATE: Final = np.array(
     [
-        [3.0, 12, 54, 12],
-        [9.0, -22, 52, 11],
-        [17.0, -48, 38, 8.5],
-        [11.5, -69, 29, 6.5],
+        [3.0, 12, 54, 14],
+        [9.0, -22, 52, 13],
+        [17.0, -48, 38, 10],
+        [11.5, -69, 29, 7.5],
         [0.5, -86, 13, 5],
         [-9.0, -102, 6, 4],
     ]
@@ -85,7 +85,7 @@ class Pelvis:
     def _bone(self, region: Region, distance: F32, shell_mm: float, inner_hu: float, tissue: Tissue) -> None:
         distance = distance * np.float32(self.size)
         region.paint(distance, self.palette.cortical, tissue)
-        inside = np.float32(inner_hu) + np.float32(45.0) * region.waves(self.spongy)
+        inside = np.float32(inner_hu) + np.float32(32.0) * region.waves(self.spongy)
         # denser towards the shell
         inside += np.float32(0.5 * self.palette.cancellous) * np.clip(distance * np.float32(1 / 5.0) + 1, 0, 1)
         region.paint(distance + np.float32(shell_mm), inside, tissue)
@@ -98,7 +98,6 @@ class Pelvis:
         x, y, z = self._local(region, self.s1.axes)
         x = np.abs(x * np.float32(self.wide))
         distance, dorsal = _sacral_plate(x, y, z)
-        wall = capsule(x, y, z, (0, 31, 2), (0, 28, -50), 3.0, 2.5)
         wall = np.maximum(np.abs(dorsal - 24) - np.float32(2.5), x - 24 - np.float32(0.12) * z)
         wall = np.maximum(wall, np.maximum(-z - 62, z - 2))
         crest = capsule(x, y, z, (0, 33, -4), (0, 31, -48), 3.5, 2.5)
@@ -174,7 +173,7 @@ def _wing(x: F32, y: F32, z: F32) -> F32:
     ox, oy = px - t * dx + arch * dy / length, py - t * dy - arch * dx / length
     back = t * t * t
     front = (1 - t) ** 4
-    half = np.float32(3.4) + 7.0 * back + 3.0 * front
+    half = np.float32(2.6) + 7.2 * back + 3.6 * front
     distance = np.sqrt(ox * ox + oy * oy) - half
     return smooth_max(distance, np.maximum(z - 59, -70 - z), 4.0)
 
@@ -193,7 +192,7 @@ def _sacral_plate(x: F32, y: F32, z: F32) -> tuple[F32, F32]:
         away = np.sqrt(oy * oy + oz * oz)
         half = np.float32(p[3]) + t * np.float32(q[3] - p[3])
         width = np.float32(p[2]) + t * np.float32(q[2] - p[2])
-        part = smooth_max(away - half, x - width, 5.0)
+        part = smooth_max(away - half, x - width, 9.0)
         # positive behind: to the left of the downward direction
         behind = np.where(oy * -ez + oz * ey > 0, away, -away)
         if best is None or nearest is None or dorsal is None:
@@ -224,7 +223,7 @@ def build_pelvis(patient: VirtualPatient, spine: Spine, palette: Palette, sacral
         size=patient.size,
         wide=wide * float(1 + 0.02 * rng.standard_normal()),
         palette=palette,
-        spongy=Waves.draw(rng, 9.0, count=24),
+        spongy=Waves.draw(rng, 6.0, count=24),
         cortex_mm=float(np.clip(0.7 + 0.5 * patient.density_mg_cm3 / 150.0, 0.7, 1.3)),
         sacral_hu=0.75 * sacral_hu,
         prosthesis=sides,

@@ -16,7 +16,7 @@ from osteo_daemon.phantom.spine import Spine
 
 # of the rib counted from the last (12th): where it ends (degrees from the back), and how far it falls to the flank (mm)
 _END_DEG: Final = (58.0, 92.0, 128.0, 140.0, 146.0, 150.0, 152.0)
-_FALL_MM: Final = (62.0, 78.0, 84.0, 84.0, 80.0, 74.0, 66.0)
+_FALL_MM: Final = (96.0, 112.0, 118.0, 116.0, 108.0, 100.0, 90.0)
 _REACH_MM: Final = 9.0
 
 
@@ -80,7 +80,7 @@ class Ribs:
         for rib in self.ribs:
             if rib.z + 10 < z.min() or rib.z - rib.fall_mm - 12 > z.max():
                 continue
-            fall = np.float32(rib.fall_mm) * np.sin(np.minimum(angle * np.float32(0.8), np.float32(np.pi / 2)))
+            fall = np.float32(rib.fall_mm) * np.sin(np.minimum(angle * np.float32(0.68), np.float32(np.pi / 2)))
             along = np.maximum(np.float32(0.30) - angle, angle - np.float32(rib.end_rad)) * np.float32(110.0)
             level = np.sqrt((radial / (3.6 * self.size)) ** 2 + ((z - rib.z + fall) / (6.8 * self.size)) ** 2) - 1
             np.minimum(best, np.maximum(level * np.float32(3.6 * self.size), along), out=best)

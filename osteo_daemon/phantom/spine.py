@@ -39,6 +39,10 @@ _TABLE: Final[dict[str, tuple[float, ...]]] = {
     "L5": (53, 37, 28.2, 23.6, 10.0, 27.5, 18.5, 17.5, 17, 46, 40, 8),
     "S1": (52, 34, 30, 25, 2.0, 30, 16, 18, 20, 40, 30, 8),
 }
+_COLUMNS: Final = (
+    "width", "depth", "height_anterior", "height_posterior", "disc_below", "canal_width", "canal_depth", "pedicle_width",
+    "pedicle_height", "transverse", "spinous", "spinous_drop",
+)  # fmt: skip
 _DISC_SHARE: Final = (0.33, 0.25, 0.185, 0.135, 0.10)  # of the discs' lordosis, from the sacrum up
 _DENSITY_TREND: Final[dict[str, float]] = {
     **{f"T{n}": 1.16 - 0.008 * n for n in range(1, 14)},
@@ -204,7 +208,10 @@ def build_spine(patient: VirtualPatient) -> Spine:
         fracture = fractures.get(name)
         if fracture is not None:
             density *= 1.0 + fracture.densification
-        vertebrae.append(VertebraShape(name, centre, axes, *(float(v) for v in row), density, fracture))  # type: ignore[arg-type]
+        sizes = dict(zip(_COLUMNS, (float(v) for v in row), strict=True))
+        vertebrae.append(
+            VertebraShape(level=name, centre=centre, axes=axes, trabecular_mg_cm3=density, fracture=fracture, **sizes)
+        )
     return _with_curves(tuple(vertebrae))
 
 

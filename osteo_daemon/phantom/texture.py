@@ -59,6 +59,17 @@ def _smooth(noise: F32, sigma_mm: tuple[float, float, float]) -> F32:
     return np.asarray(smoothed / smoothed.std(), dtype=np.float32)
 
 
+def _enlarge(field: F32, size: list[int]) -> F32:
+    """Linear interpolation of a coarse field to a finer grid, axis by axis."""
+    for axis, n in enumerate(size):
+        place = np.linspace(0, field.shape[axis] - 1.001, n, dtype=np.float32)
+        low = place.astype(np.intp)
+        share = (place - low).reshape([-1 if k == axis else 1 for k in range(3)])
+        below, above = np.take(field, low, axis=axis), np.take(field, low + 1, axis=axis)
+        field = below + share * (above - below)
+    return field
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Texture:
     """HU offsets around the set mean, on a grid in vertebral axes centred at the body.
@@ -100,7 +111,7 @@ def draw_texture(
     fine = (fine - fine.mean()) / fine.std()
     small = [n // 4 + 2 for n in size]
     coarse = ndimage.gaussian_filter(rng.standard_normal(small, dtype=np.float32), shape.coarse_mm / (4 * STEP_MM))
-    coarse = ndimage.zoom(coarse / coarse.std(), [n / s for n, s in zip(size, small, strict=True)], order=1)
+    coarse = _enlarge(coarse / coarse.std(), size)
     field = np.sqrt(1.0 - shape.coarse_share) * fine + np.sqrt(shape.coarse_share) * coarse
     field = np.asarray(field * (shape.spread * max(mean_hu, 60.0)), dtype=np.float32)
     average_mm = np.sqrt(max(voxel_mm**2 - STEP_MM**2, 0.0) / 12.0)

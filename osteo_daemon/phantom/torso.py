@@ -61,12 +61,14 @@ class Torso:
     canal: Tube
     sac: Tube
     streak_level: float
+    planes: Waves
+    plane_depth: float
 
     def muscle_hu(self, region: Region) -> F32:
         """Muscle with fatty streaks."""
         field = region.waves(self.marbling)
-        streak = np.clip((field - np.float32(self.streak_level)) * np.float32(1.5), 0, 1)
-        return np.asarray(np.float32(self.palette.muscle) - streak * np.float32(95.0))
+        streak = np.clip((field - np.float32(self.streak_level)) * np.float32(0.8), 0, 1)
+        return np.asarray(np.float32(self.palette.muscle) + 3 * field - streak * np.float32(85.0))
 
     def paint_shell(self, canvas: Canvas) -> None:
         """Skin, subcutaneous fat, muscle wall, visceral fat."""
@@ -77,13 +79,18 @@ class Torso:
         region = canvas.region(low, high)
         if region is None:
             return
-        skin = o.distance(region, o.skin) + np.float32(2.5) * region.waves(o.ripple)
+        furrow = (region.x - region.along_z(o.heights, o.x)) * np.float32(1 / 22.0)
+        groove = np.float32(7.0) * np.exp(-furrow * furrow) * (region.y > region.along_z(o.heights, o.skin.middle))
+        skin = o.distance(region, o.skin) + np.float32(3.0) * region.waves(o.ripple) + groove
         region.paint(skin, p.skin, Tissue.SKIN)
         fat = np.float32(p.fat) + np.float32(5.0) * region.waves(self.strands)
         region.paint(skin + np.float32(2.0), fat, Tissue.FAT, soft_mm=1.0)
         lumps = np.float32(2.0) * region.waves(o.lumps)
         wall = smooth_max(o.distance(region, o.wall) + lumps, skin + np.float32(5.0), 3.0)
-        region.paint(wall, self.muscle_hu(region), Tissue.MUSCLE)
+        muscle = self.muscle_hu(region)
+        # fat planes between the layers and bellies of muscle
+        planes = np.clip(np.float32(1.25) - np.abs(region.waves(self.planes)) * np.float32(16.0), 0, 1)
+        region.paint(wall, muscle - planes * np.float32(self.plane_depth), Tissue.MUSCLE)
         cavity = o.distance(region, o.cavity) + lumps
         visceral = fat + np.float32(p.visceral_fat - p.fat)
         region.paint(cavity, visceral, Tissue.FAT, soft_mm=1.0)
@@ -96,7 +103,7 @@ class Torso:
             if region is None:
                 continue
             distance = tube.distance(region)
-            region.paint(distance - np.float32(1.6), p.visceral_fat, Tissue.FAT, soft_mm=1.5)
+            region.paint(distance - np.float32(0.9), p.visceral_fat, Tissue.FAT, soft_mm=1.5)
             region.paint(distance, self.muscle_hu(region), Tissue.MUSCLE)
         for tube, hu, tissue in self.vessels:
             region = tube.region(canvas)
@@ -126,10 +133,10 @@ def _muscles(patient: VirtualPatient, spine: Spine) -> list[Tube]:
         # heights by count above S1, then in mm below it: offset from the column, half axes
         n = np.array([6.3, 5.5, 5.0, 4.0, 3.0, 2.0, 1.0, 0.3])
         z = np.array([spine.z_of(k) for k in n])
-        x = np.interp(z, spine.heights, spine.curve_x) + side * np.array([25, 28, 31, 36, 40, 44, 49, 54]) * size
+        x = np.interp(z, spine.heights, spine.curve_x) + side * np.array([23, 26, 29, 34, 38, 43, 48, 54]) * size
         y = np.interp(z, spine.heights, spine.curve_y) + np.array([10, 9, 8, 5, 3, 2, 1, -4]) * size
-        rx = np.array([2, 6, 8, 12, 15, 18, 20, 21]) * bulk * wobble
-        ry = np.array([3, 9, 12, 16, 19, 21, 21, 21]) * bulk * wobble
+        rx = np.array([2, 6, 9, 14, 17, 20, 22, 22]) * bulk * wobble
+        ry = np.array([3, 9, 13, 19, 23, 25, 24, 22]) * bulk * wobble
         down = np.array([-30.0, -60, -90, -125]) * size
         z = np.concatenate([z, s1[2] + down])
         x = np.concatenate([x, side * np.array([70, 84, 93, 97]) * size])
@@ -148,9 +155,9 @@ def _muscles(patient: VirtualPatient, spine: Spine) -> list[Tube]:
         z = np.array([spine.z_of(k) for k in (-1.2, -0.3, 1, 2, 3.5, 5, 7, 9, 12)])
         cy = np.interp(z, spine.heights, spine.curve_y)
         cx = np.interp(z, spine.heights, spine.curve_x)
-        off = np.array([30.0, 44, 56, 57, 56, 54, 53, 54, 54]) * size
-        rx = np.array([5.0, 18, 28, 33, 35, 35, 36, 32, 26]) * bulk
-        ry = np.array([5.0, 14, 22, 24, 23, 22, 19, 16, 13]) * bulk
+        off = np.array([30.0, 44, 57, 59, 58, 56, 55, 55, 54]) * size
+        rx = np.array([5.0, 20, 32, 36, 37, 37, 38, 34, 28]) * bulk
+        ry = np.array([5.0, 15, 25, 27, 26, 25, 22, 18, 15]) * bulk
         tubes.append(Tube(z, cx + side * (rx + 3.0), cy + off, rx, ry))
         # quadratus lumborum
         z = np.array([spine.z_of(k) for k in (0.6, 2, 3.5, 5, 5.8)])
@@ -210,9 +217,8 @@ def build_torso(patient: VirtualPatient, spine: Spine, outline: Outline, palette
         y = float(np.interp(z, aorta.z, aorta.y)) + ring * float(np.sin(angle))
         plaques.append((x, y, z, float(rng.uniform(0.8, 2.4))))
     lumbar = spine["L3"]
-    wide = np.interp(spine.canal_z, [spine["S1"].centre[2] - 60, spine["S1"].centre[2] - 10], [5.0, 0.5]) * 0.0
-    rx = np.interp(spine.canal_z, sorted(v.centre[2] for v in spine.vertebrae),
-                   [v.canal_width * 0.5 for v in sorted(spine.vertebrae, key=lambda v: float(v.centre[2]))]) + wide  # fmt: skip
+    ordered = sorted(spine.vertebrae, key=lambda v: float(v.centre[2]))
+    rx = np.interp(spine.canal_z, [float(v.centre[2]) for v in ordered], [0.5 * v.canal_width for v in ordered])
     ry = np.full_like(rx, 0.5 * lumbar.canal_depth + 0.5)
     low = spine.canal_z < spine["S1"].centre[2]
     rx, ry = np.where(low, rx * 0.8, rx), np.where(low, ry * 0.75, ry)
@@ -221,11 +227,13 @@ def build_torso(patient: VirtualPatient, spine: Spine, outline: Outline, palette
         outline=outline,
         palette=palette,
         strands=Waves.draw(rng, 22.0, count=16),
-        marbling=Waves.draw(rng, 11.0, stretch=np.array([1.0, 0.8, 4.0]), count=20),
+        marbling=Waves.draw(rng, 9.0, stretch=np.array([1.6, 0.8, 4.0]), count=24),
         muscles=tuple(_muscles(patient, spine)),
         vessels=tuple(vessels),
         plaques=tuple(plaques),
         canal=Tube(spine.canal_z, spine.canal_x, spine.canal_y, rx, ry),
         sac=Tube(spine.canal_z, spine.canal_x, spine.canal_y, 8.0 * sac_taper, 7.0 * sac_taper),
-        streak_level=float(1.9 - 0.9 * patient.ageing),
+        streak_level=float(1.8 - 0.9 * patient.ageing),
+        planes=Waves.draw(rng, 62.0, stretch=np.array([1.0, 1.0, 3.0]), count=14),
+        plane_depth=110.0,
     )

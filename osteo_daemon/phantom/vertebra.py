@@ -97,7 +97,8 @@ class VertebraPainter:
         middle, axis = 0.5 * (top + bottom), 0.5 * (s.axes + below.axes)
         half_width, half_depth = 0.25 * (s.width + below.width), 0.25 * (s.depth + below.depth)
         reach = float(np.hypot(half_width, half_depth)) + 3
-        region = canvas.region(middle - [reach, reach, 0.5 * reach], middle + [reach, reach, 0.5 * reach])
+        span = np.array([reach, reach, 0.5 * reach])
+        region = canvas.region(middle - span, middle + span)
         if region is None:
             return
         dx, dy, dz = (p - np.float32(c) for p, c in zip((region.x, region.y, region.z), middle, strict=True))
@@ -217,8 +218,8 @@ def posterior_distance(s: VertebraShape, x: F32, y: F32, z: F32, sacralised: flo
         capsule(x, y, z, (facet_x - 3, wall + 0.95 * canal, -0.3 * s.height),
                 (facet_x - 3.5, wall + 0.95 * canal + 2, -0.5 * s.height - 9 * k), 5.2 * k, 4.4 * k),
         capsule(x, y, z, (facet_x - 2, wall + 0.95 * canal, -2), (1, roof + 4, -6), 3.2 * k, tall=2.6),
-        capsule(x, y, z, (0, roof + 3, -6), (0, wall + s.spinous - 4, -6 - s.spinous_drop), 2.9 * k, 3.6 * k,
-                tall=2.7 if lumbar else 1.9),
+        capsule(x, y, z, (0, roof + 3, -6), (0, wall + s.spinous - 4, -6 - s.spinous_drop), 2.6 * k, 3.5 * k,
+                tall=2.3 if lumbar else 1.8),
     ]  # fmt: skip
     root = (facet_x + 2, wall + 0.5 * canal, high - 2)
     if lumbar:
@@ -279,8 +280,8 @@ def prepare_vertebra(
         palette=palette,
         texture=Texture(field),
         core_hu=core_hu,
-        cortex_mm=0.62 * solid,
-        endplate_mm=0.75 * solid,
+        cortex_mm=0.42 * solid,
+        endplate_mm=0.58 * solid,
         osteophyte_mm=osteophyte,
         rim_phase=phase,
         sacralised=patient.sacralised if last_lumbar else 0.0,

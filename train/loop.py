@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from osteo_daemon.network.config import MoEConfig
 from osteo_daemon.network.multitask import MultitaskMoE
 from train.data import Augmentation, Batch, VoiSet, batches
 from train.losses import LossWeights, total_loss
@@ -49,6 +50,29 @@ class LoopConfig:
     patience: int = 10
     seed: int = 0
     bfloat16: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Run:
+    """A finished or unfinished training: the averaged network of the best epoch and what it was made with."""
+
+    network: MultitaskMoE
+    devices: list[str]
+    settings: dict[str, Any]
+    epoch: int
+
+
+def load_run(folder: Path) -> Run:
+    """Open a run's best weights.
+
+    Raises:
+        FileNotFoundError: it has not finished an epoch.
+    """
+    settings = json.loads((folder / "settings.json").read_text())
+    network = MultitaskMoE(MoEConfig.from_json(settings["network"]))
+    saved = torch.load(folder / "best.pt", map_location="cpu", weights_only=True)
+    network.load_state_dict(saved["network"])
+    return Run(network.eval(), list(settings["devices"]), settings, int(saved["epoch"]))
 
 
 def seed_everything(seed: int) -> None:

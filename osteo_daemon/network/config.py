@@ -27,6 +27,7 @@ class MoEConfig:
         window_hu: the image path clips to this window and scales it to [-1, 1].
         stage_channels: channels of the four residual stages (three tasks share them: the paper's shared encoder).
         stage_blocks: residual blocks of each stage.
+        stage_strides: stride of each stage; the stem has halved the grid already.
         stem_kernel: kernel of the first convolution, stride 2.
         norm_groups: groups of group normalisation; it never looks at other samples of the batch.
         hu_channel: feed statistics of the un-normalised HU beside the image features.
@@ -52,6 +53,7 @@ class MoEConfig:
     window_hu: tuple[float, float] = (-200.0, 800.0)
     stage_channels: tuple[int, int, int, int] = (16, 32, 64, 96)
     stage_blocks: tuple[int, int, int, int] = (1, 1, 1, 1)
+    stage_strides: tuple[int, int, int, int] = (2, 2, 2, 1)
     stem_kernel: int = 5
     norm_groups: int = 8
     hu_channel: bool = True
@@ -79,6 +81,7 @@ class MoEConfig:
             "stage_channels": len(self.stage_channels) == 4
             and all(c % self.norm_groups == 0 for c in self.stage_channels),
             "stage_blocks": len(self.stage_blocks) == 4 and all(n >= 1 for n in self.stage_blocks),
+            "stage_strides": len(self.stage_strides) == 4 and all(n in (1, 2) for n in self.stage_strides),
             "stem_kernel": self.stem_kernel % 2 == 1,
             "expert_count": self.expert_count >= 1,
             "top_k": self.top_k is None or 1 <= self.top_k <= self.expert_count,

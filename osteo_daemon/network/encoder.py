@@ -126,8 +126,7 @@ class VertebraEncoder(nn.Module):
             nn.ReLU(inplace=True),
         )
         stages = []
-        for number, (planes, count) in enumerate(zip(config.stage_channels, config.stage_blocks, strict=True)):
-            stride = 1 if number == 0 else 2
+        for planes, count, stride in zip(config.stage_channels, config.stage_blocks, config.stage_strides, strict=True):
             shortcut = nn.Sequential(
                 nn.Conv3d(width, planes, 1, stride=stride, bias=False), nn.GroupNorm(config.norm_groups, planes)
             )
@@ -145,7 +144,7 @@ class VertebraEncoder(nn.Module):
         self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
     def maps(self, hu: Tensor) -> Tensor:
-        """(B, D, H, W) HU to the last stage's (B, C, D/16, H/16, W/16) feature maps."""
+        """(B, D, H, W) HU to the last stage's (B, C, d, h, w) feature maps."""
         x = ((hu.clamp(self.low, self.high) - self.low) * (2.0 / (self.high - self.low)) - 1.0).unsqueeze(1)
         return cast(Tensor, self.stages(self.stem(x)))
 

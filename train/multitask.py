@@ -1,0 +1,161 @@
+"""Train the multitask mixture-of-experts network on a cohort.
+
+    python -m train.multitask --data runs/cohort --out runs/multitask
+
+Resumes when called again. ``best.pt`` holds the averaged weights of the best epoch, ``settings.json`` all that was set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from osteo_daemon.network.config import MoEConfig
+from osteo_daemon.network.multitask import MultitaskMoE
+from train.data import Augmentation, VoiSet, batches, open_set
+from train.evaluate import run_network
+from train.loop import LoopConfig, load_run, seed_everything, to_device, train
+from train.losses import LossWeights, total_loss
+from train.truth import MAKERS
+
+
+def fit_statistics(network: MultitaskMoE, data: VoiSet) -> None:
+    """Standardise the HU side channel on the training rows."""
+    if network.hu_statistics is None:
+        return
+    raw = [
+        network.hu_statistics.raw(batch.hu)
+        for batch in batches(data, data.indices("train"), network.config, list(MAKERS), 64)
+    ]
+    network.hu_statistics.fit(torch.cat(raw))
+
+
+def validator(data: VoiSet, devices: list[str], weights: LossWeights, device: torch.device) -> Any:
+    """A function that gives the validation loss of a network, with BMD and level errors for the log."""
+    indices = data.indices("val")
+
+    def validate(network: nn.Module) -> dict[str, float]:
+        if not isinstance(network, MultitaskMoE):
+            raise TypeError("need a MultitaskMoE")
+        total, count, sums = 0.0, 0, {"diagnosis": 0.0, "bmd": 0.0, "level": 0.0}
+        config = network.config
+        with torch.inference_mode():
+            for batch in batches(data, indices, config, devices, 32):
+                moved = to_device(batch, device)
+                loss, parts = total_loss(
+                    network(moved.hu, moved.level),
+                    moved,
+                    weights,
+                    prior=torch.full((3,), 1 / 3, device=device),
+                    bmd_scale=config.bmd_scale_g_cm2,
+                    device_count=config.device_count,
+                    progress=1.0,
+                )
+                size = len(batch.index)
+                total, count = total + float(loss) * size, count + size
+                for name in sums:
+                    sums[name] += parts[name] * size
+        return {"loss": total / count, **{f"val_{name}": value / count for name, value in sums.items()}}
+
+    return validate
+
+
+def run_training(
+    data_folder: Path,
+    folder: Path,
+    loop: LoopConfig,
+    network_config: MoEConfig,
+    weights: LossWeights,
+    augmentation: Augmentation,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Train from scratch or go on; writes settings.json, history.json, best.pt and last.pt into ``folder``.
+
+    Raises:
+        ValueError: the folder holds a run with other settings.
+    """
+    data = open_set(data_folder)
+    devices = [str(maker) for maker in MAKERS[: network_config.device_count]]
+    settings = {
+        "data": str(data_folder),
+        "cohort_sha256": data.config["sha256"],
+        "devices": devices,
+        "network": network_config.to_json(),
+        "loop": asdict(loop),
+        "weights": asdict(weights),
+        "augmentation": asdict(augmentation),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = folder / "settings.json"
+    settings = json.loads(json.dumps(settings))
+    if stamp.exists() and json.loads(stamp.read_text()) != settings:
+        raise ValueError(f"{folder} holds a run with other settings; remove it or choose another folder")
+    stamp.write_text(json.dumps(settings, indent=1))
+    seed_everything(loop.seed)
+    network = MultitaskMoE(network_config)
+    fit_statistics(network, data)
+    started = time.monotonic()
+    result = train(
+        network.to(device),
+        data,
+        folder,
+        loop,
+        weights,
+        augmentation,
+        devices,
+        validator(data, devices, weights, device),
+        device,
+    )
+    raw = run_network(load_run(folder).network, data, data.indices("val", labelled=True), devices, quiet=True)
+    target = np.array([data.rows[i].target_sbmd_g_cm2 for i in raw.index], dtype=np.float64)
+    summary = {
+        "epochs": result["epoch"],
+        "training_seconds": result["seconds"],
+        "wall_seconds_of_this_call": time.monotonic() - started,
+        "best_validation_loss": result["best"],
+        "validation_mae_g_cm2": float(np.abs(raw.bmd - target).mean()),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "machine": f"{platform.machine()}, torch {torch.__version__}",
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    return summary
+
+
+def main() -> None:
+    """Command line of ``python -m train.multitask``; every field of `LoopConfig` is an option."""
+    parser = argparse.ArgumentParser(description="train the multitask mixture-of-experts network")
+    parser.add_argument("--data", type=Path, default=Path("runs/cohort"))
+    parser.add_argument("--out", type=Path, default=Path("runs/multitask"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--experts", type=int, default=MoEConfig().expert_count)
+    parser.add_argument("--top-k", type=int, default=None)
+    defaults = LoopConfig()
+    for field in fields(LoopConfig):
+        value = getattr(defaults, field.name)
+        option = f"--{field.name.replace('_', '-')}"
+        if isinstance(value, bool):
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=value)
+        else:
+            parser.add_argument(option, type=type(value), default=value)
+    given = vars(parser.parse_args())
+    loop = LoopConfig(**{field.name: given[field.name] for field in fields(LoopConfig)})
+    experts = given["experts"]
+    network = MoEConfig(expert_count=experts, top_k=given["top_k"], device_count=min(len(MAKERS), experts))
+    summary = run_training(
+        given["data"], given["out"], loop, network, LossWeights(), Augmentation(), torch.device(given["device"])
+    )
+    print(json.dumps(summary, indent=1))
+
+
+if __name__ == "__main__":
+    main()

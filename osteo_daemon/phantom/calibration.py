@@ -128,7 +128,7 @@ class Palette:
             thecal=22.0 + 4.0 * spread[15],
             cartilage=90.0,
             cortical=1150.0 * mineral * bone,
-            cancellous=280.0 * mineral * bone,
+            cancellous=350.0 * mineral * bone,
             marrow=150.0 * mineral * bone,
             plaque=620.0 * mineral,
             metal=3071.0,

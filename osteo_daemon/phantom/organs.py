@@ -107,7 +107,7 @@ class Organs:
         column = region.along_z(self.spine.heights, self.spine.curve_y) - np.float32(34)
         # loops lie in front of the column and inside the cavity
         inside = np.maximum(np.maximum(cavity + 4, region.y - column), np.maximum(low - region.z, region.z - high))
-        tube = (np.sqrt(one * one + two * two) - np.float32(0.74)) * np.float32(10.0)
+        tube = (np.sqrt(one * one + two * two) - np.float32(0.90)) * np.float32(10.0)
         loops = smooth_max(tube, inside, 5.0)
         region.paint(loops, self.palette.wall, Tissue.BOWEL, soft_mm=1.0)
         mood = region.waves(f["mood"])
@@ -179,7 +179,7 @@ class Organs:
         self._solid(region, liver, hu, Tissue.LIVER)
         lung = smooth_max(cavity + 2, dome - region.z, 4.0)
         heart_x = np.abs(region.x - np.float32(18)) - np.float32(38)
-        heart = np.maximum(np.maximum(middle - 75 - region.y, region.y - middle - 42), heart_x)
+        heart = np.maximum(region.y - middle - 42, heart_x)
         spine_gap = np.float32(30) - np.sqrt(region.x**2 + (region.y - column + 12) ** 2)
         lung = smooth_max(lung, -np.broadcast_to(heart, lung.shape), 6.0)
         lung = smooth_max(lung, spine_gap, 8.0)
@@ -187,8 +187,10 @@ class Organs:
         depth = np.clip((region.y - middle) * np.float32(0.01), -1, 1)
         air = np.float32(p.lung) + 28 * region.waves(self.fields["mood"]) + 45 * depth + strands * np.float32(700)
         region.paint(lung, air, Tissue.LUNG, soft_mm=1.0)
-        chest = np.maximum(np.maximum(dome - region.z + 2, cavity + 2), heart)
-        region.paint(chest, p.aorta * 0.9 + 5, Tissue.ORGAN, soft_mm=2.0)
+        front_fat = smooth_max(cavity + 2, np.maximum(dome - region.z - 4, heart), 4.0)
+        region.paint(front_fat, p.visceral_fat, Tissue.FAT, soft_mm=2.0)
+        beat = ellipsoid(region.x, region.y - middle, region.z, (20, -18, self.dome[0] + 22), (44, 52, 48))
+        region.paint(smooth_max(beat, front_fat + 3, 4.0), p.aorta * 0.9 + 5, Tissue.ORGAN, soft_mm=2.0)
 
     def _paint_colon(self, canvas: Canvas) -> None:
         f, p = self.fields, self.palette

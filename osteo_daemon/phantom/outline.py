@@ -119,7 +119,7 @@ def build_outline(patient: VirtualPatient, spine: Spine) -> Outline:
     back_fat = fat * (0.9 + 0.5 * hips - 0.45 * chest)
     skin = _section(wall_width + lateral_fat, wall_front - front_fat, wall_back + back_fat)
     wall = _section(wall_width, wall_front, wall_back)
-    cavity_back = np.interp(heights, spine.heights, spine.curve_y) + np.where(upper > 0.6, 34.0, 22.0) * size
+    cavity_back = np.interp(heights, spine.heights, spine.curve_y) + np.where(upper > 0.6, 46.0, 24.0) * size
     cavity_front = wall_front + 9.0 + 3.0 * chest
     cavity = _section(_SECTIONS[:, 4] * girth, cavity_front, np.minimum(cavity_back, wall_back - 14))
     x = np.interp(heights, spine.heights, spine.curve_x) * 0.35

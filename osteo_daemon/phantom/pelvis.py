@@ -100,10 +100,10 @@ class Pelvis:
         distance, dorsal = _sacral_plate(x, y, z)
         wall = np.maximum(np.abs(dorsal - 24) - np.float32(2.5), x - 24 - np.float32(0.12) * z)
         wall = np.maximum(wall, np.maximum(-z - 62, z - 2))
-        crest = capsule(x, y, z, (0, 33, -4), (0, 31, -48), 3.5, 2.5)
+        crest = capsule(x, y, z, (0, 29, -6), (0, 29, -44), 3.0, 2.2)
         sides = capsule(x, y, z, (25, 22, 0), (21, 25, -48), 6.0, 4.0, deep=1.3)
         distance = smooth_min(distance, np.minimum(np.minimum(wall, crest), sides), 2.0)
-        self._bone(region, distance, 1.1 * self.cortex_mm, self.sacral_hu, Tissue.SACRUM)
+        self._bone(region, distance, 0.6 * self.cortex_mm, self.sacral_hu, Tissue.SACRUM)
         for pz, py, px, r in ((-14.0, 8.0, 22.0, 5.0), (-37.0, 15.0, 19.0, 4.5), (-58.0, 16.0, 16.0, 3.6)):
             hole = capsule(x, y, z, (px, py - 14, pz - 2), (px - 1, py + 14, pz + 3), r) * np.float32(self.size)
             region.paint(hole, self.palette.visceral_fat + 40, Tissue.FAT)
@@ -120,12 +120,10 @@ class Pelvis:
         x, y, z = self._local(region, self.axes)
         x = np.abs(x)
         wing = _wing(x, y, z)
-        hip = smooth_min(wing, capsule(x, y, z, (90, -31, -62), (93, -26, -38), 17.0, 11.0, deep=1.2), 8.0)
+        hip = smooth_min(wing, capsule(x, y, z, (90, -31, -66), (93, -26, -26), 21.0, 7.0, deep=1.3), 10.0)
         head = np.sqrt((x - 87) ** 2 + (y + 33) ** 2 + (z + 92) ** 2)
-        cup = np.maximum(
-            np.abs(head - 30) - np.float32(4.0), (x - 87) * np.float32(0.75) - (z + 92) * np.float32(0.6) - 6
-        )
-        hip = np.minimum(hip, cup)
+        cup = smooth_max(head - 34, (x - 87) * np.float32(0.75) - (z + 92) * np.float32(0.6) - 6, 4.0)
+        hip = smooth_min(hip, cup, 8.0)
         hip = np.minimum(hip, capsule(x, y, z, (64, -58, -88), (11, -74, -116), 8.5, 8.0, tall=1.2))
         hip = np.minimum(hip, capsule(x, y, z, (12, -72, -122), (46, -22, -165), 7.5, 6.5))
         hip = np.minimum(hip, capsule(x, y, z, (80, 4, -82), (60, 4, -162), 13.0, 15.0))
@@ -133,7 +131,7 @@ class Pelvis:
         hip = np.maximum(hip, np.float32(2.2) - x)
         joint = np.maximum(wing - np.float32(2.6), np.maximum(x - 80, -15 - y))
         region.paint(joint * np.float32(self.size), self.palette.cartilage, Tissue.MUSCLE)
-        self._bone(region, hip, 1.4 * self.cortex_mm, self.palette.marrow * 0.75, Tissue.HIP)
+        self._bone(region, hip, 0.95 * self.cortex_mm, self.palette.marrow, Tissue.HIP)
 
     def paint_femurs(self, canvas: Canvas) -> None:
         """Heads, necks, trochanters and shafts; a prosthesis where there is one."""
@@ -147,7 +145,7 @@ class Pelvis:
         bone = smooth_min(head - 24, capsule(a, y, z, (88, -33, -93), (120, -22, -122), 15.0, 17.0), 5.0)
         bone = smooth_min(bone, ellipsoid(a, y, z, (133, -12, -116), (14, 17, 24)), 6.0)
         bone = smooth_min(bone, capsule(a, y, z, (128, -15, -130), (112, -14, -330), 17.0, 13.5), 6.0)
-        self._bone(region, bone, 1.7 * self.cortex_mm, self.palette.marrow * 0.9, Tissue.FEMUR)
+        self._bone(region, bone, 1.1 * self.cortex_mm, self.palette.marrow * 1.1, Tissue.FEMUR)
         for side in self.prosthesis:
             own = x * np.float32(side)
             metal = np.minimum(

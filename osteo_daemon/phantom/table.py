@@ -43,11 +43,9 @@ class Table:
         side = np.abs(region.x) - np.float32(_HALF_WIDTH_MM)
         thick = np.float32(34.0) - np.float32(14.0 / _HALF_WIDTH_MM**2) * x2
         flat = np.zeros_like(region.z)
-        foam = np.maximum(np.maximum(-depth, depth - thick), side) + flat
-        region.paint(foam, -960.0, Tissue.TABLE)
-        top = np.maximum(np.abs(depth) - np.float32(0.7), side) + flat
-        bottom = np.maximum(np.abs(depth - thick) - np.float32(0.9), side) + flat
-        region.paint(np.minimum(top, bottom), _SHELL_HU, Tissue.TABLE)
+        slab = np.maximum(np.maximum(-depth, depth - thick), side) + flat
+        region.paint(slab, _SHELL_HU, Tissue.TABLE)
+        region.paint(slab + np.float32(1.3), -960.0, Tissue.TABLE)
 
 
 def build_table(scanner: Scanner, spine: Spine, outline: Outline) -> Table:

@@ -22,6 +22,7 @@ class Tube:
         z: ascending heights in mm; the tube ends at the first and last.
         x, y: its middle.
         rx, ry: half axes.
+        sheath_mm: fat around it.
     """
 
     z: Vec
@@ -29,6 +30,7 @@ class Tube:
     y: Vec
     rx: Vec
     ry: Vec
+    sheath_mm: float = 0.9
 
     def region(self, canvas: Canvas, margin: float = 4.0) -> Region | None:
         """The part of a canvas around the tube."""
@@ -89,7 +91,7 @@ class Torso:
         wall = smooth_max(o.distance(region, o.wall) + lumps, skin + np.float32(5.0), 3.0)
         muscle = self.muscle_hu(region)
         # fat planes between the layers and bellies of muscle
-        planes = np.clip(np.float32(1.25) - np.abs(region.waves(self.planes)) * np.float32(16.0), 0, 1)
+        planes = np.clip(np.float32(1.1) - np.abs(region.waves(self.planes)) * np.float32(11.0), 0, 1)
         region.paint(wall, muscle - planes * np.float32(self.plane_depth), Tissue.MUSCLE)
         cavity = o.distance(region, o.cavity) + lumps
         visceral = fat + np.float32(p.visceral_fat - p.fat)
@@ -103,8 +105,9 @@ class Torso:
             if region is None:
                 continue
             distance = tube.distance(region)
-            region.paint(distance - np.float32(0.9), p.visceral_fat, Tissue.FAT, soft_mm=1.5)
-            region.paint(distance, self.muscle_hu(region), Tissue.MUSCLE)
+            region.paint(distance - np.float32(tube.sheath_mm), p.visceral_fat, Tissue.FAT, soft_mm=1.5)
+            planes = np.clip(np.float32(1.1) - np.abs(region.waves(self.planes)) * np.float32(9.0), 0, 1)
+            region.paint(distance, self.muscle_hu(region) - planes * np.float32(self.plane_depth), Tissue.MUSCLE)
         for tube, hu, tissue in self.vessels:
             region = tube.region(canvas)
             if region is not None:
@@ -158,7 +161,7 @@ def _muscles(patient: VirtualPatient, spine: Spine) -> list[Tube]:
         off = np.array([30.0, 44, 57, 59, 58, 56, 55, 55, 54]) * size
         rx = np.array([5.0, 20, 32, 36, 37, 37, 38, 34, 28]) * bulk
         ry = np.array([5.0, 15, 25, 27, 26, 25, 22, 18, 15]) * bulk
-        tubes.append(Tube(z, cx + side * (rx + 3.0), cy + off, rx, ry))
+        tubes.append(Tube(z, cx + side * (rx + 1.5), cy + off, rx, ry, 0.0))
         # quadratus lumborum
         z = np.array([spine.z_of(k) for k in (0.6, 2, 3.5, 5, 5.8)])
         cy = np.interp(z, spine.heights, spine.curve_y)
@@ -232,8 +235,8 @@ def build_torso(patient: VirtualPatient, spine: Spine, outline: Outline, palette
         vessels=tuple(vessels),
         plaques=tuple(plaques),
         canal=Tube(spine.canal_z, spine.canal_x, spine.canal_y, rx, ry),
-        sac=Tube(spine.canal_z, spine.canal_x, spine.canal_y, 8.0 * sac_taper, 7.0 * sac_taper),
+        sac=Tube(spine.canal_z, spine.canal_x, spine.canal_y, 0.80 * rx * sac_taper, 0.84 * ry * sac_taper),
         streak_level=float(1.8 - 0.9 * patient.ageing),
         planes=Waves.draw(rng, 62.0, stretch=np.array([1.0, 1.0, 3.0]), count=14),
-        plane_depth=110.0,
+        plane_depth=38.0 + 45.0 * patient.ageing,
     )

@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 
 from osteo_daemon.phantom.calibration import Palette, trabecular_hu
-from osteo_daemon.phantom.canvas import F32, Canvas, Region, Vec, capsule, smooth_max
+from osteo_daemon.phantom.canvas import F32, Canvas, Region, Vec, Waves, capsule, smooth_max
 from osteo_daemon.phantom.labels import BODY, CORE, LEVEL_CODE, POSTERIOR, Tissue
 from osteo_daemon.phantom.patient import VirtualPatient
 from osteo_daemon.phantom.scanner import Scanner
@@ -43,7 +43,7 @@ class VertebraPainter:
     osteophyte_mm: float
     rim_phase: float
     sacralised: float
-    fat_hu: float
+    spongy: Waves
 
     def local(self, region: Region) -> tuple[F32, F32, F32]:
         """Coordinates of a region in vertebral axes: left, posterior, cranial (mm)."""
@@ -130,7 +130,8 @@ class VertebraPainter:
         x, y, z = self.local(region)
         distance = posterior_distance(s, np.abs(x), y, z, self.sacralised)
         region.paint(distance, self.palette.cortical * 0.8, POSTERIOR + LEVEL_CODE[s.level])
-        region.paint(distance + np.float32(1.3), self.palette.cancellous)
+        inner = np.float32(self.palette.cancellous) + 60 * region.waves(self.spongy)
+        region.paint(distance + np.float32(1.2), inner)
 
 
 def sum_of(dx: F32, dy: F32, dz: F32, axis: Vec) -> F32:
@@ -164,7 +165,7 @@ def body_distance(s: VertebraShape, x: F32, y: F32, z: F32, osteophyte_mm: float
     lumbar = s.level[0] in "LS"
     half = 0.5 * s.height
     rise = np.minimum(np.abs(z) * np.float32(1 / half), np.float32(1.3))
-    narrow = np.float32(0.085 if lumbar else 0.06) * (1 - rise * rise)
+    narrow = np.float32(0.10 if lumbar else 0.065) * (1 - rise * rise)
     scale = 1 / (1 - narrow)
     if osteophyte_mm > 0:
         spur = np.clip((rise - np.float32(0.72)) * np.float32(1 / 0.28), 0, 1)
@@ -191,7 +192,7 @@ def body_distance(s: VertebraShape, x: F32, y: F32, z: F32, osteophyte_mm: float
             top = top - lost * np.float32(0.65) * dish
             bottom = bottom - lost * np.float32(0.35) * dish
     axial = np.where(z > 0, z - top, -z - bottom)
-    return smooth_max(lateral, axial, 2.0), axial
+    return smooth_max(lateral, axial, 3.0), axial
 
 
 def vein_distance(s: VertebraShape, x: F32, y: F32, z: F32) -> F32:
@@ -208,18 +209,24 @@ def posterior_distance(s: VertebraShape, x: F32, y: F32, z: F32, sacralised: flo
     pedicle_x = 0.5 * s.canal_width + 0.5 * s.pedicle_width - 0.5
     facet_x = 0.5 * s.canal_width + 3.5 * k
     roof = wall + canal
+    mid = wall + 0.6 * canal
     parts = [
-        capsule(x, y, z, (pedicle_x, wall - 4, high), (pedicle_x, wall + 0.55 * canal, high), 0.5 * s.pedicle_width,
+        # pedicle
+        capsule(x, y, z, (pedicle_x, wall - 4, high), (pedicle_x, mid, high), 0.5 * s.pedicle_width,
                 tall=s.pedicle_height / s.pedicle_width),
-        capsule(x, y, z, (facet_x + 1, wall + 0.6 * canal, high), (facet_x - 2, wall + 0.95 * canal, -0.42 * s.height),
-                5.6 * k, 5.0 * k),
-        capsule(x, y, z, (facet_x + 2, wall + 0.55 * canal, high), (facet_x + 3.5, wall + 0.6 * canal, 0.5 * s.height + 5),
-                5.6 * k, 4.2 * k),
-        capsule(x, y, z, (facet_x - 3, wall + 0.95 * canal, -0.3 * s.height),
-                (facet_x - 3.5, wall + 0.95 * canal + 2, -0.5 * s.height - 9 * k), 5.2 * k, 4.4 * k),
+        # isthmus, from the pedicle down to the lower facet
+        capsule(x, y, z, (facet_x + 1, mid, high), (facet_x - 2, wall + 0.95 * canal, -0.4 * s.height), 6.2 * k, 5.6 * k),
+        # upper facet: a plate that faces backwards and inwards
+        capsule(x, y, z, (facet_x + 2.5, mid - 1, high), (facet_x + 4.5, mid + 1, 0.5 * s.height + 5), 6.0 * k, 5.0 * k,
+                deep=1.25),
+        # lower facet, in the hollow of the next one's upper facet
+        capsule(x, y, z, (facet_x - 3, wall + 0.95 * canal + 1, -0.3 * s.height),
+                (facet_x - 3.5, wall + 0.95 * canal + 3, -0.5 * s.height - 9 * k), 6.0 * k, 5.4 * k),
+        # lamina
         capsule(x, y, z, (facet_x - 2, wall + 0.95 * canal, -2), (1, roof + 4, -6), 3.2 * k, tall=2.6),
-        capsule(x, y, z, (0, roof + 3, -6), (0, wall + s.spinous - 4, -6 - s.spinous_drop), 2.6 * k, 3.5 * k,
-                tall=2.3 if lumbar else 1.8),
+        # spinous process, thicker at its tip
+        capsule(x, y, z, (0, roof + 3, -6), (0, wall + s.spinous - 4, -6 - s.spinous_drop), 2.7 * k, 3.8 * k,
+                tall=2.4 if lumbar else 1.8),
     ]  # fmt: skip
     root = (facet_x + 2, wall + 0.5 * canal, high - 2)
     if lumbar:
@@ -285,5 +292,5 @@ def prepare_vertebra(
         osteophyte_mm=osteophyte,
         rim_phase=phase,
         sacralised=patient.sacralised if last_lumbar else 0.0,
-        fat_hu=palette.fat,
+        spongy=Waves.draw(rng, 8.0, count=16),
     )

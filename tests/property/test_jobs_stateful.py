@@ -1,0 +1,277 @@
+"""The job store against a small model: any order of arrivals, claims, ends, deliveries, hands and clock steps."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from sqlalchemy import Connection, Row, select
+
+from osteo_daemon.domain.job import TRANSITIONS, Job, JobState
+from osteo_daemon.domain.study import SopInstance
+from osteo_daemon.errors import IllegalTransition, LeaseLost
+from osteo_daemon.jobs import claims
+from osteo_daemon.jobs.records import Delivery, DeliveryState, NewDelivery, RecordOutcome, ReportKind, ReportObject
+from osteo_daemon.jobs.schema import JobRow
+from osteo_daemon.jobs.store import JobStore
+
+LEASE_SECONDS = 60.0
+MAXIMUM_ATTEMPTS = 3
+STUDIES = st.sampled_from(["1.1", "1.2"])
+ENDS = st.sampled_from(["report", "report_without_destination", "exclude", "hold", "fail", "retry", "release"])
+HANDS = st.sampled_from(["hold_study", "retry_study", "reprocess_study"])
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """What must hold after every step stands in the invariants."""
+
+    jobs = Bundle("jobs")
+    deliveries = Bundle("deliveries")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp())
+        self.store = JobStore(f"sqlite:///{self.folder / 'jobs.sqlite'}")
+        self.now = datetime(2026, 1, 1, tzinfo=UTC)
+        self.instances: dict[str, set[str]] = {}
+        self.newest_claim: dict[str, Job] = {}
+        self.newest_delivery: dict[int, Delivery] = {}
+        self.committed: dict[tuple[str, int], tuple[str, ...]] = {}
+        self.serial = 0
+
+    def teardown(self) -> None:
+        self.store.close()
+        shutil.rmtree(self.folder)
+
+    def state(self, study: str) -> JobState | None:
+        job = self.store.job(study)
+        return None if job is None else job.state
+
+    @rule(study=STUDIES, number=st.integers(1, 4), other=st.booleans())
+    def instance_arrives(self, study: str, number: int, other: bool) -> None:
+        uid = f"{study}.7.{number}"
+        instance = SopInstance(
+            study, f"{study}.7", "1.2", uid, "1.2", Path("/x"), 1, ("f" if other else "0") * 63 + str(number)
+        )
+        known = uid in self.instances.get(study, set())
+        before = self.store.job(study)
+        outcome = self.store.record_instance(instance, "CT", now=self.now)
+        after = self.store.job(study)
+        assert after is not None
+        if known:
+            assert outcome in (RecordOutcome.DUPLICATE, RecordOutcome.CONFLICT)
+            assert after == before
+            return
+        assert outcome is RecordOutcome.STORED
+        self.instances.setdefault(study, set()).add(uid)
+        if before is None:
+            assert (after.state, after.revision) == (JobState.RECEIVING, 1)
+        elif before.state is JobState.RECEIVING or (before.state is JobState.HELD and after.state is JobState.HELD):
+            assert after == before
+        else:
+            assert (after.state, after.revision) == (JobState.RECEIVING, before.revision + 1)
+
+    @rule(seconds=st.sampled_from([1.0, 30.0, 70.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += timedelta(seconds=seconds)
+
+    @rule()
+    def sweep(self) -> None:
+        self.store.complete_quiet_studies(20, now=self.now)
+
+    @rule(target=jobs, worker=st.sampled_from(["w1", "w2"]))
+    def claim(self, worker: str) -> object:
+        before = {study: self.store.job(study) for study in self.instances}
+        job = self.store.claim(worker, LEASE_SECONDS, MAXIMUM_ATTEMPTS, now=self.now)
+        if job is None:
+            return multiple()
+        previous = before[job.study_instance_uid]
+        assert previous is not None
+        assert job.fencing_token == previous.fencing_token + 1
+        assert 1 <= job.attempts == previous.attempts + 1 <= MAXIMUM_ATTEMPTS
+        if previous.state is JobState.SCREENING:
+            assert previous.lease_until is not None
+            assert previous.lease_until < self.now
+        else:
+            assert previous.state is JobState.READY
+            assert previous.not_before is None or previous.not_before <= self.now
+        self.newest_claim[job.study_instance_uid] = job
+        return job
+
+    @rule(job=jobs)
+    def heartbeat(self, job: Job) -> None:
+        if self.holds(job):
+            self.store.heartbeat(job, LEASE_SECONDS, now=self.now)
+        else:
+            with pytest.raises(LeaseLost):
+                self.store.heartbeat(job, LEASE_SECONDS, now=self.now)
+
+    def holds(self, job: Job) -> bool:
+        present = self.store.job(job.study_instance_uid)
+        assert present is not None
+        return present.state is JobState.SCREENING and self.newest_claim[job.study_instance_uid] == job
+
+    @rule(job=consumes(jobs), end=ENDS)
+    def end(self, job: Job, end: str) -> None:
+        holds = self.holds(job)
+        before = self.store.job(job.study_instance_uid)
+        uids = tuple(f"{job.study_instance_uid}.9.{job.revision}.{job.fencing_token}.{n}" for n in range(2))
+        try:
+            self.do_end(job, end, uids)
+        except LeaseLost:
+            assert not holds
+            assert self.store.job(job.study_instance_uid) == before
+            assert not {o.sop_instance_uid for o in self.store.report_objects(job.study_instance_uid)} & set(uids)
+            return
+        assert holds
+        if end.startswith("report"):
+            assert (job.study_instance_uid, job.revision) not in self.committed
+            self.committed[job.study_instance_uid, job.revision] = uids
+
+    def do_end(self, job: Job, end: str, uids: tuple[str, ...]) -> None:
+        result = {"schema": "osteo-result/1", "revision": job.revision}
+        kinds = (ReportKind.SC, ReportKind.SR)
+        objects = [ReportObject(kind, "1.2", uid, Path("/r"), 1, "a") for kind, uid in zip(kinds, uids, strict=True)]
+        if end == "report":
+            self.store.commit_report(
+                job, result, objects, [NewDelivery("a", uids), NewDelivery("b", uids[:1])], now=self.now
+            )
+        elif end == "report_without_destination":
+            self.store.commit_report(job, result, objects, [], now=self.now)
+        elif end == "exclude":
+            self.store.exclude(job, "no_ct_series", "none", result, now=self.now)
+        elif end == "hold":
+            self.store.hold(job, "damaged", "x", now=self.now)
+        elif end == "fail":
+            self.store.fail(job, "failed", "x", now=self.now)
+        elif end == "retry":
+            self.store.retry_later(job, "Transient", "x", self.now + timedelta(seconds=40), now=self.now)
+        else:
+            self.store.release(job, now=self.now)
+
+    @rule(target=deliveries)
+    def claim_delivery(self) -> object:
+        delivery = self.store.claim_delivery("d", LEASE_SECONDS, now=self.now)
+        if delivery is None:
+            return multiple()
+        assert [entry.report.kind for entry in delivery.objects] == sorted(
+            (entry.report.kind for entry in delivery.objects), key=list(ReportKind).index
+        )
+        for other in self.store.deliveries(study_instance_uid=delivery.study_instance_uid):
+            if other.destination == delivery.destination and other.revision < delivery.revision:
+                assert other.state in (DeliveryState.DELIVERED, DeliveryState.REFUSED)
+        self.newest_delivery[delivery.delivery_id] = delivery
+        return delivery
+
+    @rule(delivery=consumes(deliveries), end=st.sampled_from(["done", "retry", "refuse", "release"]))
+    def end_delivery(self, delivery: Delivery, end: str) -> None:
+        present = next(d for d in self.store.deliveries() if d.delivery_id == delivery.delivery_id)
+        holds = present.state is DeliveryState.SENDING and present.fencing_token == delivery.fencing_token
+        try:
+            if end == "done":
+                for entry in delivery.unsent:
+                    self.store.delivery_object_sent(delivery, entry.sop_instance_uid, "0x0000", now=self.now)
+                self.store.delivery_done(delivery, "stored", now=self.now)
+            elif end == "retry":
+                self.store.delivery_retry(delivery, self.now + timedelta(seconds=10), "x", now=self.now)
+            elif end == "refuse":
+                self.store.delivery_refused(delivery, "x", now=self.now)
+            else:
+                self.store.delivery_release(delivery, now=self.now)
+        except LeaseLost:
+            assert not holds
+            return
+        assert holds
+
+    @precondition(lambda self: self.instances)
+    @rule(study=STUDIES, hand=HANDS)
+    def person_acts(self, study: str, hand: str) -> None:
+        before = self.store.job(study)
+        try:
+            getattr(self.store, hand)(study, "operator", "because", now=self.now)
+        except KeyError:
+            assert before is None
+        except IllegalTransition:
+            assert self.store.job(study) == before
+
+    @invariant()
+    def history_is_one_legal_walk(self) -> None:
+        for study in self.instances:
+            job = self.store.job(study)
+            assert job is not None
+            state, revision = None, 0
+            for event in self.store.events(study):
+                if event.to_state is None:
+                    continue
+                assert event.from_state is state
+                if state is not None:
+                    assert event.to_state in TRANSITIONS[state]
+                assert event.revision >= revision
+                state, revision = event.to_state, event.revision
+            assert (state, revision) == (job.state, job.revision)
+
+    @invariant()
+    def what_is_reported_is_complete(self) -> None:
+        for study in self.instances:
+            job = self.store.job(study)
+            assert job is not None
+            assert {entry.sop_instance_uid for entry in self.store.instances(job)} == self.instances[study]
+            assert job.attempts <= MAXIMUM_ATTEMPTS
+            assert (job.lease_until is not None) == (job.state is JobState.SCREENING)
+            found = {entry.sop_instance_uid for entry in self.store.report_objects(study)}
+            assert found == {uid for (of, _), uids in self.committed.items() if of == study for uid in uids}
+            present = [d for d in self.store.deliveries(study_instance_uid=study) if d.revision == job.revision]
+            if job.state in (JobState.REPORTED, JobState.DELIVERED):
+                assert (study, job.revision) in self.committed
+                assert self.store.result(study, job.revision) is not None
+            if job.state is JobState.DELIVERED:
+                assert present
+                assert all(d.state is DeliveryState.DELIVERED for d in present)
+            if job.state is JobState.REPORTED and present:
+                assert any(d.state is not DeliveryState.DELIVERED for d in present)
+
+
+TestStore = StoreMachine.TestCase
+TestStore.settings = settings(
+    max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
+
+
+def test_the_model_catches_a_store_without_fencing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted mutant: any worker may end a job that is being screened, whoever holds it."""
+
+    def careless(connection: Connection, job: Job) -> Row[Any]:
+        row = connection.execute(select(JobRow.__table__).where(JobRow.job_id == job.job_id)).one()
+        if row.state is not JobState.SCREENING:
+            raise LeaseLost("")
+        return row
+
+    monkeypatch.setattr(claims, "claimed_row", careless)
+    search = settings(
+        max_examples=400,
+        stateful_step_count=30,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
+    )
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(StoreMachine, settings=search)

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from osteo_daemon.errors import ConfigurationError, SpoolFull
+from osteo_daemon.jobs.spool import Spool
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Spool:
+    return Spool(tmp_path / "spool")
+
+
+def test_bytes_and_digest(spool: Spool) -> None:
+    parts = (b"header", bytearray(b"-"), memoryview(b"body"))
+    stored = spool.store_instance("1.2", "1.2.3", "1.2.3.4", parts)
+    assert stored.path.read_bytes() == b"header-body"
+    assert stored.size_bytes == 11
+    assert stored.sha256 == hashlib.sha256(b"header-body").hexdigest()
+    assert stored.path.stat().st_mode & 0o007 == 0
+
+
+def test_same_bytes_same_file_other_bytes_another(spool: Spool) -> None:
+    first = spool.store_instance("1.2", "1.2.3", "1.2.3.4", [b"a"])
+    assert spool.store_instance("1.2", "1.2.3", "1.2.3.4", [b"a"]) == first
+    other = spool.store_instance("1.2", "1.2.3", "1.2.3.4", [b"b"])
+    assert other.path != first.path
+    assert first.path.read_bytes() == b"a"
+
+
+@pytest.mark.parametrize(
+    "uid", ["../../../etc/passwd", "/etc/passwd", "", ".", "..", "a\x00b", "x" * 5000, "ä/日\udcff"]
+)
+def test_no_uid_leaves_the_spool(spool: Spool, uid: str) -> None:
+    for stored in (spool.store_instance(uid, uid, uid, [b"x"]), spool.store_report(uid, uid, [b"x"])):
+        assert stored.path.resolve().is_relative_to(spool.root)
+        assert stored.path.name.isascii()
+        assert stored.path.read_bytes() == b"x"
+
+
+def test_reports_lie_apart(spool: Spool) -> None:
+    stored = spool.store_report("1.2", "9.9", [b"report"])
+    assert stored.path.is_relative_to(spool.root / "reports")
+
+
+def test_quarantine_moves(spool: Spool) -> None:
+    stored = spool.store_instance("1.2", "1.2.3", "1.2.3.4", [b"a"])
+    kept = spool.quarantine("1.2", "1.2.3.4", stored)
+    assert not stored.path.exists()
+    assert kept.path.is_relative_to(spool.root / "quarantine")
+    assert kept.path.read_bytes() == b"a"
+
+
+def test_full_file_system_leaves_nothing(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_handle: int, _data: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(SpoolFull, match="No space"):
+        spool.store_instance("1.2", "1.2.3", "1.2.3.4", [b"a"])
+    monkeypatch.undo()
+    assert not [path for path in spool.root.rglob("*") if path.is_file()]
+
+
+def test_really_full_file_system(tmp_path: Path) -> None:
+    mount = tmp_path / "small"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)]
+    if subprocess.run(command, check=False, capture_output=True).returncode != 0:
+        pytest.skip("mounting needs root")
+    try:
+        spool = Spool(mount / "spool")
+        spool.store_instance("1.2", "1.2.3", "1.2.3.4", [b"a" * 300_000])
+        with pytest.raises(SpoolFull):
+            spool.store_instance("1.2", "1.2.3", "1.2.3.5", [b"a" * 900_000])
+        assert len([path for path in spool.root.rglob("*") if path.is_file()]) == 1
+        spool.store_instance("1.2", "1.2.3", "1.2.3.6", [b"a" * 300_000])
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_reserve_is_kept(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, minimum_free_bytes=1 << 62)
+    assert spool.free_bytes() == 0
+    with pytest.raises(SpoolFull):
+        spool.store_instance("1.2", "1.2.3", "1.2.3.4", [b"a"])
+
+
+def test_leftovers_of_dead_writers_go_those_of_living_ones_stay(spool: Spool) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (spool.root / "tmp" / f"{dead.pid}-00").write_bytes(b"half")
+    (spool.root / "tmp" / "no-name-of-ours").write_bytes(b"half")
+    living = spool.root / "tmp" / f"{os.getpid()}-00"
+    living.write_bytes(b"half")
+    assert spool.remove_leftovers() == 2
+    assert list((spool.root / "tmp").iterdir()) == [living]
+
+
+def test_a_folder_removed_meanwhile_is_made_again(spool: Spool) -> None:
+    stored = spool.store_instance("1.2", "1.2.3", "1.2.3.4", [b"a"])
+    stored.path.unlink()
+    stored.path.parent.rmdir()
+    assert spool.store_instance("1.2", "1.2.3", "1.2.3.5", [b"b"]).path.read_bytes() == b"b"
+
+
+def test_a_folder_that_cannot_be_used_is_said_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ConfigurationError, match="spool"):
+        Spool(tmp_path / "file" / "spool")

@@ -1,8 +1,8 @@
 """Localisation and measurement on virtual patients that no training saw: ``python -m benchmarks.spine [--quick]``.
 
 Every patient draws age, sex, density, curvature, scoliosis, tube voltage, contrast, noise, thickness and coverage.
-Figures: how many vertebrae got the right name, how far off the centres are, bias and limits of agreement of the measured
-attenuation, by subgroup; a plot stands beside the figures.
+Figures: how many vertebrae got the right name, how far off the centres are, bias and limits of agreement of the
+measured attenuation, by subgroup; a plot stands beside the figures.
 """
 
 from __future__ import annotations

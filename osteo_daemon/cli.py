@@ -1,4 +1,4 @@
-"""``osteo``: the command line. Each role is imported only inside its own sub-command: the receiver never loads torch."""
+"""``osteo``: the command line. Each role is imported in its own sub-command only: the receiver never loads torch."""
 
 from __future__ import annotations
 

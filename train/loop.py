@@ -107,14 +107,17 @@ def train(
     state: dict[str, Any] = {"epoch": 0, "step": 0, "best": float("inf"), "since_best": 0, "seconds": 0.0}
     history: list[dict[str, float]] = []
     last = folder / "last.pt"
+    saved: dict[str, Any] | None = None
     if last.exists():
         saved = torch.load(last, map_location=device, weights_only=True)
         network.load_state_dict(saved["network"])
         optimiser.load_state_dict(saved["optimiser"])
         average.load_state_dict(saved["average"])
         state, history = saved["state"], saved["history"]
-        torch.set_rng_state(saved["rng"].cpu())
     shadow = MultitaskMoE(network.config).to(device)
+    if saved is not None:
+        # last, because making a network draws random numbers too
+        torch.set_rng_state(saved["rng"].cpu())
 
     bar = tqdm(total=steps, initial=state["step"], unit="step", desc="train", mininterval=2.0)
     while state["epoch"] < config.epochs and state["since_best"] < config.patience:

@@ -49,9 +49,9 @@ Research and interface tests. A site that wants clinical values must refit with 
 {sites}
 
 Cohort digest `{digest}`.
-Split by patient: 70 % training, 12 % validation, 18 % test of the three sites; the external hospital is never trained on.
-Targets are simulated readings (the maker's scale by Hui's formula inverted, {error:.0f} % error per patient and maker)
-converted back to sBMD; tests are against the true sBMD.
+Split by patient: 70 % training, 12 % validation, 18 % test of the three sites; nothing is trained on the external
+hospital. Targets are simulated readings (the maker's scale by Hui's formula inverted, {error:.0f} % error per patient
+and maker) converted back to sBMD; tests are against the true sBMD.
 
 ## Training
 

@@ -111,10 +111,11 @@ class VertebraNetwork:
             torch.device(device),
         )
 
-    def predict(self, volume: CtVolume, vertebrae: Sequence[VertebraPlace], batch_size: int = 6) -> list[Prediction]:
+    def predict(self, volume: CtVolume, vertebrae: Sequence[VertebraPlace], batch_size: int = 1) -> list[Prediction]:
         """Predict each vertebra, in the order given.
 
-        A batch is always filled up to ``batch_size``, so that the same arithmetic runs for any number of vertebrae.
+        One at a time is the default: six vertebrae take some tens of milliseconds each, and a larger batch changes the
+        order of additions, so that rounding would depend on the company.
 
         Args:
             volume: the scan.
@@ -129,13 +130,8 @@ class VertebraNetwork:
         for start in range(0, len(vertebrae), batch_size):
             chunk = vertebrae[start : start + batch_size]
             vois = [extract_voi(volume, centre, axes, self.voi) for _, centre, axes in chunk]
-            hu = np.zeros((batch_size, *self.voi.shape), dtype=np.float32)
-            index = torch.full((batch_size,), UNKNOWN_LEVEL)
-            for row, (voi, (level, _, _)) in enumerate(zip(vois, chunk, strict=True)):
-                hu[row] = voi.hu
-                if level in levels:
-                    index[row] = levels.index(level)
-            answers = self._run(torch.from_numpy(hu), index)
+            index = [levels.index(level) if level in levels else UNKNOWN_LEVEL for level, _, _ in chunk]
+            answers = self._run(torch.from_numpy(np.stack([voi.hu for voi in vois])), torch.tensor(index))
             predictions += [
                 self._prediction(chunk[row][0], voi.coverage, {name: value[row] for name, value in answers.items()})
                 for row, voi in enumerate(vois)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 _HALO_MM = 1.2
 """Width of the smooth version that unsharp masking subtracts."""
+_STREAK_HU = 4.5
+_STREAK_SOFTNESS_MM = 1.0
+_STREAK_FLOOR_HU = -700.0
 _OWN_SHARE, _NEXT_SHARE = 0.961, 0.277
 """A slice's noise is this mixture of its own field and the next slice's: a correlation of 0.27 between neighbours, as
 measured on a real helical series of 4.25 mm."""
@@ -44,6 +47,34 @@ def blur_slices(hu: F32, scanner: Scanner) -> F32:
     return hu
 
 
+def add_streaks(hu: F32, metal: npt.NDArray[np.bool_], patient: VirtualPatient, scanner: Scanner) -> None:
+    """Bright and dark streaks that leave metal, in place, in the slices that hold any.
+
+    A look-alike, no simulation of beam hardening: the metal's image is filtered by a random function of direction, so
+    that streaks run straight from it in the same directions in all slices.
+
+    Args:
+        hu: (D, H, W).
+        metal: (D, H, W) where metal stands.
+    """
+    rows = np.flatnonzero(metal.any(axis=(1, 2)))
+    if rows.size == 0:
+        return
+    ky = np.fft.fftfreq(hu.shape[1], scanner.pixel_spacing_mm)[:, None]
+    kx = np.fft.rfftfreq(hu.shape[2], scanner.pixel_spacing_mm)[None, :]
+    angle = np.arctan2(ky, kx)
+    rng = patient.rng("streaks", scanner.seed)
+    pattern = np.zeros_like(angle)
+    for order in range(1, 15):
+        pattern += rng.standard_normal() * np.cos(2 * order * angle + rng.uniform(0, 2 * np.pi))
+    response = pattern / np.sqrt(28.0) / (np.hypot(ky, kx) + 0.012)
+    for row in rows:
+        spectrum = np.fft.rfft2(metal[row].astype(np.float32)) * response
+        streaks = np.fft.irfft2(spectrum, s=hu.shape[1:]) * (scanner.pixel_spacing_mm**2 / _STREAK_SOFTNESS_MM)
+        body = (hu[row] > _STREAK_FLOOR_HU) & ~metal[row]
+        hu[row] += np.where(body, np.clip(streaks * _STREAK_HU, -500.0, 700.0), 0.0).astype(np.float32)
+
+
 def noise_level(body: Body, scanner: Scanner, y: Vec, x: Vec) -> F32:
     """(H, W) noise SD relative to the middle of the torso: falls towards the skin, low in the air around."""
     a, b, middle = body.girth_mm
@@ -63,7 +94,7 @@ def _coloured(rng: np.random.Generator, shape: tuple[int, int], sigma_px: float)
 
 
 def add_noise(hu: F32, level: F32, patient: VirtualPatient, scanner: Scanner, first: int) -> None:
-    """Add noise to the slices from ``first`` on, in place; neighbours share a quarter of it, as interpolated helices do.
+    """Add noise in place to the slices from ``first`` on; neighbours share a quarter of it, as in interpolated helices.
 
     Args:
         hu: (D, H, W).

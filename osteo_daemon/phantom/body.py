@@ -9,7 +9,8 @@ import numpy as np
 from osteo_daemon.phantom.calibration import Palette, trabecular_hu
 from osteo_daemon.phantom.canvas import Canvas
 from osteo_daemon.phantom.implants import Implants
-from osteo_daemon.phantom.organs import Organs, build_organs
+from osteo_daemon.phantom.layout import build_organs
+from osteo_daemon.phantom.organs import Organs
 from osteo_daemon.phantom.outline import Outline, build_outline
 from osteo_daemon.phantom.patient import VirtualPatient
 from osteo_daemon.phantom.pelvis import Pelvis, build_pelvis

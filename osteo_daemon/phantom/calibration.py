@@ -3,8 +3,8 @@
 Trabecular attenuation follows ``HU = slope(kVp) * (density + contrast)``:
 
 - slope at 120 kVp: 1.25 HU per mg/cm3 (assumption, within the 1.2-1.3 that QCT calibrations report at 120 kVp). It maps
-  the ACR's 120 and 80 mg/cm3 to 150 and 100 HU and the age norm of Jang (Radiology 2019), 226 HU below 30 years and 89 HU
-  from 90 years, to 181 and 71 mg/cm3. The intercept is zero (assumption: marrow fat is part of the density).
+  the ACR's 120 and 80 mg/cm3 to 150 and 100 HU and the age norm of Jang (Radiology 2019), 226 HU below 30 years and
+  89 HU from 90 years, to 181 and 71 mg/cm3. The intercept is zero (assumption: marrow fat is part of the density).
 - slope at other voltages: the factor that brings a measured value to 120 kVp is 0.951 at 100 kVp and 1.073 at 140 kVp
   (crude population ratios), and 80 kVp reads 23 % higher than 120 kVp. Calcium attenuates more at lower voltage, so the
   slope is divided by that factor. Linear in between, constant outside 80-140 kVp.
@@ -97,13 +97,14 @@ class Palette:
     def of(cls, patient: VirtualPatient, scanner: Scanner) -> Palette:
         """Typical values, spread a little from patient to patient, at the scanner's voltage and phase."""
         rng = patient.rng("palette")
-        spread = rng.standard_normal(24)
+        spread = [float(v) for v in rng.standard_normal(24)]
         index = _PHASE_INDEX[scanner.phase]
         mineral = kvp_ratio(scanner.kvp)
         # fat reads lower at low voltage, by about 0.35 HU per kV around 120
         fat_shift = 0.35 * (float(np.clip(scanner.kvp, 80, 140)) - 120.0)
-        uptake = {name: values[0] + (values[index] - values[0]) * (1.0 + 0.12 * spread[0]) / np.sqrt(mineral) ** -1
-                  for name, values in _BY_PHASE.items()}  # fmt: skip
+        # iodine is taken to follow the voltage as bone mineral does
+        gain = (1.0 + 0.12 * float(spread[0])) * mineral
+        uptake = {name: values[0] + (values[index] - values[0]) * gain for name, values in _BY_PHASE.items()}
         bone = float(np.clip(0.75 + 0.25 * patient.density_mg_cm3 / 120.0, 0.72, 1.15))
         return cls(
             air=-1000.0,

@@ -1,8 +1,8 @@
 """A grid to paint on, and soft-edged shapes.
 
-Shapes are given as signed distances in mm (negative inside). A voxel's share of a shape is taken as the share that a plane
-at this distance would cut from a voxel of the grid's mean edge: a shell thinner than a voxel thus keeps its true mean
-attenuation, at any resolution.
+Shapes are given as signed distances in mm (negative inside). A voxel's share of a shape is taken as the share that a
+plane at this distance would cut from a voxel of the grid's mean edge: a shell thinner than a voxel thus keeps its
+true mean attenuation, at any resolution.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-F32 = npt.NDArray[np.float32]
+F32 = npt.NDArray[np.floating]
 U8 = npt.NDArray[np.uint8]
-Vec = npt.NDArray[np.float64]
+Vec = npt.NDArray[np.floating]
 
 _BLAS_THREADS_FROM = 250_000
 """Products of at most this many multiplications stay on the calling thread in OpenBLAS. Slabs are painted side by side
@@ -32,7 +32,8 @@ class Grid:
     """Sampling positions in LPS mm, as arrays that broadcast to (D, H, W).
 
     Attributes:
-        x, y, z: left, posterior and superior coordinate of each voxel centre. On a grid along the patient axes they have
+        x, y, z: left, posterior and superior coordinate of each voxel centre. On a grid along the patient axes they
+        have
             shapes (1, 1, W), (1, H, 1) and (D, 1, 1); on an oblique one they are full.
         shape: (D, H, W).
         edge_mm: mean edge length of a voxel.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -50,7 +51,7 @@ class Implants:
                 self._rod(canvas, head, v.at(side * 0.5 * lateral, -0.15 * v.depth, 0.12 * v.height), 2.8)
                 self._rod(canvas, head, head + v.axes @ np.array([0.0, 6.0, 0.0]), 6.0)
                 heads.append(head + v.axes @ np.array([0.0, 6.0, 0.0]))
-            for lower, upper in zip(heads[:-1], heads[1:], strict=True):
+            for lower, upper in pairwise(heads):
                 self._rod(canvas, lower, upper, 2.75)
         for v in self.spine.vertebrae:
             if v.level in self.patient.cement_levels:

@@ -1,8 +1,9 @@
 """Codes of the true label map.
 
 One ``uint8`` code a voxel. The three parts of a vertebra carry their level: ``BODY + n`` (cortical shell, endplates and
-subcortical bone of the body), ``CORE + n`` (its trabecular core: at least 3 mm inside, away from the basivertebral vein)
-and ``POSTERIOR + n``, where ``n`` is 1-13 for T1-T13, 14-19 for L1-L6 and 20 for S1. A body is BODY and CORE together.
+subcortical bone of the body), ``CORE + n`` (its trabecular core: at least 3 mm inside, away from the basivertebral
+vein) and ``POSTERIOR + n``, where ``n`` is 1-13 for T1-T13, 14-19 for L1-L6 and 20 for S1. A body is BODY and CORE
+together.
 """
 
 from __future__ import annotations
@@ -53,14 +54,14 @@ def body_mask(labels: npt.NDArray[np.uint8], level: str | None = None) -> npt.ND
     if level is None:
         return (labels > BODY) & (labels < POSTERIOR)
     code = LEVEL_CODE[level]
-    return (labels == BODY + code) | (labels == CORE + code)
+    return np.asarray((labels == BODY + code) | (labels == CORE + code))
 
 
 def core_mask(labels: npt.NDArray[np.uint8], level: str) -> npt.NDArray[np.bool_]:
     """(D, H, W) mask of the trabecular core of one vertebral body."""
-    return labels == CORE + LEVEL_CODE[level]
+    return np.asarray(labels == CORE + LEVEL_CODE[level])
 
 
 def posterior_mask(labels: npt.NDArray[np.uint8], level: str | None = None) -> npt.NDArray[np.bool_]:
     """(D, H, W) mask of the posterior elements of one vertebra (or of all of them)."""
-    return labels > POSTERIOR if level is None else labels == POSTERIOR + LEVEL_CODE[level]
+    return np.asarray(labels > POSTERIOR if level is None else labels == POSTERIOR + LEVEL_CODE[level])

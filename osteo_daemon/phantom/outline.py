@@ -1,7 +1,7 @@
 """The torso's cross-sections: skin, muscle wall and cavity by height.
 
-Proportions were read off one real torso (TotalSegmentator's example CT, a man) and vary with size, sex and body mass index;
-heights count from the middle of the S1 body.
+Proportions were read off one real torso (TotalSegmentator's example CT, a man) and vary with size, sex and body mass
+index; heights count from the middle of the S1 body.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from osteo_daemon.phantom.canvas import F32, Region, Vec, Waves
 from osteo_daemon.phantom.patient import VirtualPatient
 from osteo_daemon.phantom.spine import Spine
 
-# height over S1: half width of the muscle wall (M), front and back of the wall relative to the S1 body, cavity half width
+# height over S1: half width of the muscle wall of a man, its front and back relative to the S1 body, half width of
+# the cavity
 _SECTIONS: Final = np.array(
     [
         [-190.0, 150, -85, 62, 60],

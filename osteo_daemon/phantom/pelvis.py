@@ -1,12 +1,13 @@
 """Sacrum below S1, hip bones, proximal femurs.
 
-The hip bone is a bent plate whose ends and thickness were read by height off one real pelvis (TotalSegmentator's example CT, a
-man), joined to a cup, rami and ischium; it turns with the sacral slope.
+The hip bone is a bent plate whose ends and thickness were read by height off one real pelvis (TotalSegmentator's
+example CT, a man), joined to a cup, rami and ischium; it turns with the sacral slope.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -181,7 +182,7 @@ def _sacral_plate(x: F32, y: F32, z: F32) -> tuple[F32, F32]:
     best: F32 | None = None
     dorsal: F32 | None = None
     nearest: F32 | None = None
-    for p, q in zip(_PLATE[:-1], _PLATE[1:], strict=True):
+    for p, q in pairwise(_PLATE):
         py, pz, qy, qz = (np.float32(v) for v in (p[0], p[1], q[0], q[1]))
         ey, ez = qy - py, qz - pz
         length2 = ey * ey + ez * ez

@@ -94,7 +94,7 @@ class Scanner:
 
 def coarse_scanner(spacing_mm: float = 3.0, **changes: object) -> Scanner:
     """An isotropic low-resolution scan (what the localiser reads): about 128 x 128 pixels of ``spacing_mm``."""
-    matrix = int(round(384.0 / spacing_mm))
+    matrix = round(384.0 / spacing_mm)
     settings: dict[str, object] = {
         "slice_thickness_mm": spacing_mm,
         "pixel_spacing_mm": spacing_mm,

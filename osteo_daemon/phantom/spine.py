@@ -1,9 +1,10 @@
 """Where each vertebra stands and how large it is.
 
-Sizes are for a man of 176 cm, by level: endplate width and depth, heights, canal and pedicle width after the cadaver series
-of Panjabi et al. (Spine 1991;16:888 thoracic; Spine 1992;17:299 lumbar), enlarged by about 5 % to what CT of the living shows
-(Zhou et al., Eur Spine J 2000;9:242), and rounded; `VirtualPatient.size` scales them (women 0.93). The order of sagittal
-segment angles follows standing radiographs (most lordosis at L4-S1, thoracic kyphosis even); their sums are parameters.
+Sizes are for a man of 176 cm, by level: endplate width and depth, heights, canal and pedicle width after the cadaver
+series of Panjabi et al. (Spine 1991;16:888 thoracic; Spine 1992;17:299 lumbar), enlarged by about 5 % to what CT of
+the living shows (Zhou et al., Eur Spine J 2000;9:242), and rounded; `VirtualPatient.size` scales them (women 0.93).
+The order of sagittal segment angles follows standing radiographs (most lordosis at L4-S1, thoracic kyphosis even);
+their sums are parameters.
 """
 
 from __future__ import annotations
@@ -40,15 +41,16 @@ _TABLE: Final[dict[str, tuple[float, ...]]] = {
     "S1": (52, 34, 30, 25, 2.0, 30, 16, 18, 20, 40, 30, 8),
 }
 _COLUMNS: Final = (
-    "width", "depth", "height_anterior", "height_posterior", "disc_below", "canal_width", "canal_depth", "pedicle_width",
-    "pedicle_height", "transverse", "spinous", "spinous_drop",
+    "width", "depth", "height_anterior", "height_posterior", "disc_below", "canal_width", "canal_depth",
+    "pedicle_width", "pedicle_height", "transverse", "spinous", "spinous_drop",
 )  # fmt: skip
 _DISC_SHARE: Final = (0.33, 0.25, 0.185, 0.135, 0.10)  # of the discs' lordosis, from the sacrum up
 _DENSITY_TREND: Final[dict[str, float]] = {
     **{f"T{n}": 1.16 - 0.008 * n for n in range(1, 14)},
     "L1": 1.03, "L2": 1.0, "L3": 0.97, "L4": 0.98, "L5": 1.02, "L6": 1.02, "S1": 0.85,
 }  # fmt: skip
-"""Trabecular density relative to the mean of L1-L3: falls to L3, as in QCT series (shape assumed, a few percent a level)."""
+"""Trabecular density relative to the mean of L1-L3: falls to L3, as in QCT series (shape assumed, a few percent a
+level)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -146,7 +148,8 @@ def _row(level: str, patient: VirtualPatient) -> tuple[float, ...]:
 
 
 def _rotation(tilt: float, lean: float, turn: float) -> Vec:
-    """Axes from sagittal tilt (cranial axis leaning back), lean (cranial axis to the left) and turn about it, in radians."""
+    """Axes from sagittal tilt (cranial axis leaning back), lean (cranial axis to the left) and turn about it, in
+    radians."""
     ct, st, cl, sl, cr, sr = np.cos(tilt), np.sin(tilt), np.cos(lean), np.sin(lean), np.cos(turn), np.sin(turn)
     about_x = np.array([[1, 0, 0], [0, ct, st], [0, -st, ct]])
     about_y = np.array([[cl, 0, sl], [0, 1, 0], [-sl, 0, cl]])

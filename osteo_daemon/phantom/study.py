@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from osteo_daemon.phantom.acquire import add_noise, blur_slices, blur_voi, finish, noise_level, noise_voi
+from osteo_daemon.phantom.acquire import add_noise, add_streaks, blur_slices, blur_voi, finish, noise_level, noise_voi
 from osteo_daemon.phantom.body import Body, build_body
 from osteo_daemon.phantom.canvas import F32, U8, Canvas, Grid, Vec
+from osteo_daemon.phantom.labels import Tissue
 from osteo_daemon.phantom.patient import VirtualPatient
 from osteo_daemon.phantom.scanner import Scanner
 from osteo_daemon.phantom.spine import VertebraShape
@@ -80,6 +81,8 @@ class PhantomVoi:
 
 SLAB_SLICES = 12
 """Slices painted at once: small enough for the processor's cache, large enough to share per-slab work."""
+_STREAKING_HU = 1900.0
+"""Metal throws streaks, bone cement does not."""
 _SOFT_STEP_MM = 1.6
 """VOIs finer than this get their soft tissue at half resolution."""
 MAX_SUBSLICE_MM = 1.7
@@ -161,6 +164,7 @@ def render_study(
         else:
             hu, codes = canvas.hu, canvas.labels
         hu = blur_slices(hu, scanner)
+        add_streaks(hu, (codes == Tissue.METAL) & (hu > _STREAKING_HU), patient, scanner)
         add_noise(hu, noise_map, patient, scanner, start)
         voxels[start:stop] = finish(hu, scanner, x, y, middle_y)
         labels[start:stop] = codes

@@ -1,10 +1,10 @@
 """Trabecular texture of set mean.
 
 The field is a model, not a reconstruction of trabeculae: what CT resolves of cancellous bone is the fluctuation of bone
-fraction over a millimetre, skewed towards bright strands, longer along the load axis, on top of slower regional variation.
-With age and loss of density the strands thin out: correlation lengths and vertical anisotropy grow and the relative
-spread rises, while the absolute spread falls (directions after micro-CT studies of ageing; sizes are assumptions set so that a
-7 mm ROI on 5 mm slices shows the SD of about 30 HU seen on real vertebrae of 150-178 HU).
+fraction over a millimetre, skewed towards bright strands, longer along the load axis, on top of slower regional
+variation. With age and loss of density the strands thin out: correlation lengths and vertical anisotropy grow and the
+relative spread rises, while the absolute spread falls (directions after micro-CT studies of ageing; sizes are
+assumptions set so that a 7 mm ROI on 5 mm slices shows the SD of about 30 HU seen on real vertebrae of 150-178 HU).
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def draw_texture(
     field = np.asarray(field * (shape.spread * max(mean_hu, 60.0)), dtype=np.float32)
     average_mm = np.sqrt(max(voxel_mm**2 - STEP_MM**2, 0.0) / 12.0)
     if average_mm > 0.2:
-        field = ndimage.gaussian_filter(field, average_mm / STEP_MM, truncate=3.0)
+        field = np.asarray(ndimage.gaussian_filter(field, average_mm / STEP_MM, truncate=3.0))
     return field
 
 

@@ -69,7 +69,7 @@ class Torso:
     def muscle_hu(self, region: Region) -> F32:
         """Muscle with fatty streaks."""
         field = region.waves(self.marbling)
-        streak = np.clip((field - np.float32(self.streak_level)) * np.float32(0.8), 0, 1)
+        streak = np.clip((field - np.float32(self.streak_level)) * np.float32(0.6), 0, 1)
         return np.asarray(np.float32(self.palette.muscle) + 3 * field - streak * np.float32(85.0))
 
     def paint_shell(self, canvas: Canvas) -> None:
@@ -230,7 +230,7 @@ def build_torso(patient: VirtualPatient, spine: Spine, outline: Outline, palette
         outline=outline,
         palette=palette,
         strands=Waves.draw(rng, 22.0, count=16),
-        marbling=Waves.draw(rng, 9.0, stretch=np.array([1.6, 0.8, 4.0]), count=24),
+        marbling=Waves.draw(rng, 12.0, stretch=np.array([2.4, 0.7, 5.0]), count=24),
         muscles=tuple(_muscles(patient, spine)),
         vessels=tuple(vessels),
         plaques=tuple(plaques),

@@ -215,7 +215,8 @@ def posterior_distance(s: VertebraShape, x: F32, y: F32, z: F32, sacralised: flo
         capsule(x, y, z, (pedicle_x, wall - 4, high), (pedicle_x, mid, high), 0.5 * s.pedicle_width,
                 tall=s.pedicle_height / s.pedicle_width),
         # isthmus, from the pedicle down to the lower facet
-        capsule(x, y, z, (facet_x + 1, mid, high), (facet_x - 2, wall + 0.95 * canal, -0.4 * s.height), 6.2 * k, 5.6 * k),
+        capsule(x, y, z, (facet_x + 1, mid, high), (facet_x - 2, wall + 0.95 * canal, -0.4 * s.height), 6.2 * k,
+                5.6 * k),
         # upper facet: a plate that faces backwards and inwards
         capsule(x, y, z, (facet_x + 2.5, mid - 1, high), (facet_x + 4.5, mid + 1, 0.5 * s.height + 5), 6.0 * k, 5.0 * k,
                 deep=1.25),

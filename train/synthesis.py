@@ -28,7 +28,7 @@ class Sample:
     Attributes:
         hu: (1, D, H, W) attenuation in HU.
         labels: (D, H, W) `SpineClass` as int64.
-        level_coordinate: (D, H, W) position along the column in levels; 0 modulo 1 at the middle of a disc.
+        level_coordinate: (D, H, W) position along the column in levels: 0 at the disc on S1, 1 at the next, ...
     """
 
     hu: Tensor
@@ -222,8 +222,9 @@ def synthesise(torso: Torso, shape: tuple[int, int, int], seed: int) -> Sample:
     """One random patch of ``shape`` voxels of 3 mm; the same seed gives the same patch."""
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
-    q = sample_source_points(torso, shape, rng, generator)
+    q, gained = sample_source_points(torso, shape, rng, generator)
     hu, level_coordinate, depth, tissue = _gather(torso, q)
+    level_coordinate = level_coordinate + gained
     synthetic = rng.random() < 0.35
     gain, mean = _tissue_table(torso, rng, synthetic)
     hu = mean[tissue] + gain[tissue] * (hu - torso.tissue_mean_hu[tissue])

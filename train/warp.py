@@ -39,12 +39,16 @@ class Rigid:
 
 @dataclass(frozen=True, slots=True)
 class LevelEdit:
-    """Identity below ``lower``, ``motion`` above ``upper`` (an output plane), a linear blend between."""
+    """Identity below ``lower``, ``motion`` above ``upper`` (an output plane), a linear blend between.
+
+    ``levels`` is what the count of vertebrae gains above the edit: 1 where one was put in, -1 where one was left out.
+    """
 
     order: float
     lower: Plane
     upper: Plane
     motion: Rigid
+    levels: int = 0
 
     def __call__(self, p: Tensor) -> Tensor:
         below = self.lower.distance(p)
@@ -109,16 +113,22 @@ def random_level_edits(torso: Torso, rng: np.random.Generator) -> tuple[LevelEdi
     return tuple(sorted(edits, key=lambda e: e.order))
 
 
-def extend_cranially(torso: Torso, q: Tensor, limit: int = 8) -> Tensor:
-    """Repeat the stretch from mid-L1 to mid-T12 upwards without end, so that the column does not stop at T12."""
+def extend_cranially(torso: Torso, q: Tensor, limit: int = 8) -> tuple[Tensor, Tensor]:
+    """Repeat the stretch from mid-L1 to mid-T12 upwards without end, so that the column does not stop at T12.
+
+    Returns:
+        The moved points and how often each was moved, which is what its level coordinate lacks.
+    """
     top, below = torso.bodies[N_LEVELS - 1], torso.bodies[N_LEVELS - 2]
     motion = Rigid(top, below)
+    times = torch.zeros(q.shape[1:])
     for _ in range(limit):
         above = top.distance(q) > 0
         if not bool(above.any()):
             break
         q = torch.where(above[None], motion(q), q)
-    return q
+        times += above
+    return q, times
 
 
 def _rotation(rng: np.random.Generator, degrees: tuple[float, float, float]) -> np.ndarray:
@@ -157,8 +167,12 @@ def _wave(rng: np.random.Generator, amplitude: float, longest_mm: float) -> Call
 
 def sample_source_points(
     torso: Torso, shape: tuple[int, int, int], rng: np.random.Generator, generator: torch.Generator
-) -> Tensor:
-    """(3, D, H, W) source points in mm for a patch of ``shape`` voxels of 3 mm somewhere along a random column."""
+) -> tuple[Tensor, Tensor]:
+    """Source points in mm for a patch of ``shape`` voxels of 3 mm somewhere along a random column.
+
+    Returns:
+        (3, D, H, W) points and (D, H, W) what must be added to the level coordinate found there.
+    """
     axes = [(torch.arange(n, dtype=torch.float32) - (n - 1) / 2) * SPACING_MM for n in shape]
     p = torch.stack(torch.meshgrid(*axes, indexing="ij"))
 
@@ -203,9 +217,13 @@ def sample_source_points(
         gain = float(rng.uniform(-0.2, 0.2)) * torch.exp(-(ry**2 + rx**2) / (2 * float(rng.uniform(25, 60)) ** 2))
         q = torch.stack([q[0], q[1] + gain * ry, q[2] + gain * rx])
 
+    gained = torch.zeros(shape)
     for edit in random_level_edits(torso, rng):
+        if edit.levels:
+            gained += edit.levels * (edit.upper.distance(q) + 1.0 >= 0)
         q = edit(q)
-    return extend_cranially(torso, q)
+    q, repeated = extend_cranially(torso, q)
+    return q, gained + repeated
 
 
 def sample_points(shape: tuple[int, int, int], rng: np.random.Generator, generator: torch.Generator) -> Tensor:

@@ -51,7 +51,7 @@ def write_slices(
         header.KVP = "120"
         header.SliceThickness = "2.5"
         header.ConvolutionKernel = "B30f"
-        header.FrameOfReferenceUID = f"{study_uid}.1"[:64]
+        header.FrameOfReferenceUID = "2.25.1"
         header.ImagePositionPatient = [float(value) for value in position]
         header.ImageOrientationPatient = [float(value) for value in orientation]
         header.PixelSpacing = list(spacing_mm)

@@ -1,4 +1,4 @@
-"""A modality that doesn't give up: sends files one by one, keeps a ledger of what was acknowledged, sends the rest again.
+"""A modality that does not give up: it keeps a ledger of what was acknowledged and sends the rest again.
 
 python -m tests.e2e.send PORT LEDGER FILE...
 """

@@ -7,14 +7,14 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from os import getpid
 from types import FrameType, TracebackType
 
 from osteo_daemon.dicom.report_objects import BuiltObject
-from osteo_daemon.domain.findings import Outcome
+from osteo_daemon.domain.findings import Exclusion, Outcome
 from osteo_daemon.domain.job import Job
 from osteo_daemon.errors import ConfigurationError, Damaged, LeaseLost, Transient
 from osteo_daemon.inference.screening import Screening, StudyScreener
@@ -71,7 +71,6 @@ class Worker:
         """Signal handler: finish at once; a study in hand goes back without losing an attempt."""
         self._stopping.set()
         if self._interruptible:
-            # only the long computing parts are cut off, never a transaction
             self._interruptible = False
             raise _Stopped
 
@@ -117,20 +116,15 @@ class Worker:
         log.info("screening_ended", outcome=outcome, duration_s=round(time.perf_counter() - start, 2))
 
     def _screen(self, job: Job) -> str:
-        instances = self._store.instances(job)
-        self._interruptible = True
-        if self._stopping.is_set():
-            raise _Stopped
-        screening = self._screener.screen(instance.path for instance in instances)
-        if screening.result.exclusion is not None:
-            self._interruptible = False
-            exclusion = screening.result.exclusion
-            self._store.exclude(job, exclusion.code, exclusion.reason, screening.result.to_json())
-            return exclusion.code
-        built = build_report(
-            screening, self._settings, datetime.now(UTC), revision=job.revision, predecessors=self._predecessors(job)
-        )
-        self._interruptible = False
+        instances, predecessors = self._store.instances(job), self._predecessors(job)
+        with self._computing():
+            screening = self._screener.screen(instance.path for instance in instances)
+            built = screening.result.exclusion or build_report(
+                screening, self._settings, datetime.now(UTC), revision=job.revision, predecessors=predecessors
+            )
+        if isinstance(built, Exclusion):
+            self._store.exclude(job, built.code, built.reason, screening.result.to_json())
+            return built.code
         objects = {entry.sop_instance_uid: self._keep(job, entry) for entry in built.objects}
         deliveries = [
             NewDelivery(destination.name, tuple(entry.sop_instance_uid for entry in built.for_destination(destination)))
@@ -138,6 +132,17 @@ class Worker:
         ]
         self._store.commit_report(job, screening.result.to_json(), list(objects.values()), deliveries)
         return _summary(screening)
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """The long computing part, which a signal may cut off; never a transaction."""
+        self._interruptible = True
+        try:
+            if self._stopping.is_set():
+                raise _Stopped
+            yield
+        finally:
+            self._interruptible = False
 
     def _keep(self, job: Job, entry: BuiltObject) -> ReportObject:
         stored = self._spool.store_report(job.study_instance_uid, entry.sop_instance_uid, [entry.data])
@@ -166,7 +171,6 @@ class Worker:
         self._store.retry_later(job, code, detail, not_before)
 
     def _end(self, act: Callable[[Job, str, str], None], job: Job, code: str, detail: str) -> None:
-        self._interruptible = False
         try:
             act(job, code, detail)
         except (LeaseLost, Transient) as error:

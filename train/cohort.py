@@ -13,6 +13,7 @@ has a scanner and a maker that no training patient saw; it carries no training t
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+import osteo_daemon.phantom
 from osteo_daemon.network.config import MoEConfig
 from osteo_daemon.phantom.patient import VirtualPatient
 from osteo_daemon.phantom.scanner import Kernel, Phase, Scanner
@@ -108,6 +110,14 @@ SITES: Final = (
 """Three sites and the external hospital, the last one. Assumptions, not statements about makers."""
 
 
+def phantom_sha256() -> str:
+    """Digest of the phantom's source: a cohort is what this code draws, so its name holds the code's."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(osteo_daemon.phantom.__path__[0]).glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class CohortConfig:
     """What the cohort is drawn from; its digest names it.
@@ -138,7 +148,12 @@ class CohortConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, with the sites, for the digest and the table."""
-        values = {**asdict(self), "sites": [asdict(site) for site in SITES], "makers": list(MAKERS), "phantom": 1}
+        values = {
+            **asdict(self),
+            "sites": [asdict(site) for site in SITES],
+            "makers": list(MAKERS),
+            "phantom_sha256": phantom_sha256(),
+        }
         return dict(json.loads(json.dumps(values)))
 
     @property

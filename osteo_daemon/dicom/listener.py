@@ -107,6 +107,9 @@ class _BoundedSocket(AssociationSocket):  # type: ignore[misc]
             # the thread that aborts the association may have closed it
             if connection.fileno() >= 0:
                 connection.settimeout(before)
+            if count < nr_bytes and self._assoc.requestor.primitive is None:
+                # the thread that waits for the A-ASSOCIATE-RQ ends now, not when the time for it is over
+                self._assoc.dul.to_user_queue.put(None)
         del received[count:]
         return received
 

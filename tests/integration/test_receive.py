@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -424,6 +426,30 @@ def test_sigterm_ends_an_idle_association(tmp_path: Path) -> None:
         assert association.is_established
         assert role.stop(seconds=8) == 0
         until(lambda: association.is_aborted or not association.is_established)
+
+
+def test_an_open_association_is_known_until_it_ends_however_it_ends(tmp_path: Path) -> None:
+    files = write_ct(tmp_path / "ct", count=3)
+    study = _study(files[0])
+    later = datetime.now(UTC) + timedelta(seconds=200)
+    with local_receiver(tmp_path) as port:
+        store = _store(tmp_path / "state")
+        for end in ("release", "abort", "drop"):
+            association = _associate(port, (CTImageStorage, ExplicitVRLittleEndian))
+            for number, path in enumerate(files):
+                data_set = dcmread(path)
+                data_set.SOPInstanceUID = f"{data_set.SOPInstanceUID}.{len(end)}"[-64:].lstrip(".")
+                data_set.file_meta.MediaStorageSOPInstanceUID = data_set.SOPInstanceUID
+                assert association.send_c_store(data_set).Status == 0x0000, number
+            assert store.complete_quiet_studies(100, now=later) == []
+            if end == "drop":
+                association.dul.socket.socket.shutdown(socket.SHUT_RDWR)
+            else:
+                getattr(association, end)()
+            assert [job.study_instance_uid for job in until(lambda: store.complete_quiet_studies(100, now=later))] == [
+                study
+            ]
+        store.close()
 
 
 def test_the_receiver_starts_without_torch() -> None:

@@ -18,7 +18,18 @@ import pytest
 from pynetdicom import AE, evt
 
 from osteo_daemon.dicom.listener import HardenedServer, ListenerLimits, allowed
-from tests.fakes import CALLED, CALLING, LOOPBACK, RoleProcess, receiver_process, storescu, until, write_ct
+from tests.fakes import (
+    CALLED,
+    CALLING,
+    LOOPBACK,
+    RoleProcess,
+    local_receiver,
+    receiver_process,
+    settings_text,
+    storescu,
+    until,
+    write_ct,
+)
 
 VERIFICATION = "1.2.840.10008.1.1"
 SHORT = "acse_timeout_seconds = 2\ndimse_timeout_seconds = 2\n"
@@ -100,6 +111,15 @@ def test_200_silent_connections(target: tuple[RoleProcess, int, Path]) -> None:
         peer.close()
 
 
+def test_connections_that_come_and_go_leave_no_thread(target: tuple[RoleProcess, int, Path]) -> None:
+    role, port, _ = target
+    assert role.process is not None
+    process = psutil.Process(role.process.pid)
+    for _ in range(100):
+        connect(port).close()
+    until(lambda: process.num_threads() < 20, 5)
+
+
 def test_4_gib_pdu_before_negotiation(target: tuple[RoleProcess, int, Path]) -> None:
     role, port, _ = target
     before = memory_mib(role)
@@ -127,33 +147,25 @@ def test_4_gib_pdu_after_negotiation(target: tuple[RoleProcess, int, Path]) -> N
 
 
 def test_half_pdus_and_silence_end_in_time(tmp_path: Path) -> None:
-    with receiver_process(tmp_path) as (role, port):
-        role.stop()
-        text = (tmp_path / "osteo.toml").read_text()
-        (tmp_path / "osteo.toml").write_text(text.replace("[receiver]\n", f"[receiver]\n{SHORT}"))
-        again = RoleProcess(role.arguments, tmp_path / "short.log").start()
-        try:
-            again.wait_for("receiver_listening")
-            silent = connect(port)
-            half = connect(port)
-            half.sendall(associate_request(port)[:40])
-            late = established(port)
-            late.sendall(struct.pack(">BBI", 4, 0, 1000) + b"x" * 100)
-            dripping = connect(port)
-            request = associate_request(port)
-            begun = time.monotonic()
-            with contextlib.suppress(OSError):
-                for byte in request:
-                    dripping.sendall(bytes([byte]))
-                    time.sleep(0.05)
-                    if time.monotonic() - begun > 6:
-                        break
-            assert time.monotonic() - begun < 6
-            for peer in (silent, half, late, dripping):
-                assert closed_within(peer, 8)
-            assert_others_are_served(port)
-        finally:
-            assert again.stop() == 0
+    text = settings_text(tmp_path / "state", 0).replace("[receiver]\n", f"[receiver]\n{SHORT}")
+    with local_receiver(tmp_path, text) as port:
+        silent = connect(port)
+        half = connect(port)
+        half.sendall(associate_request(port)[:40])
+        late = established(port)
+        late.sendall(struct.pack(">BBI", 4, 0, 1000) + b"x" * 100)
+        dripping = connect(port)
+        begun = time.monotonic()
+        with contextlib.suppress(OSError):
+            for byte in associate_request(port):
+                dripping.sendall(bytes([byte]))
+                time.sleep(0.05)
+                if time.monotonic() - begun > 6:
+                    break
+        assert time.monotonic() - begun < 6
+        for peer in (silent, half, late, dripping):
+            assert closed_within(peer, 8)
+        assert_others_are_served(port)
 
 
 @pytest.mark.parametrize(
@@ -198,25 +210,18 @@ def test_messages_without_waiting_are_held_back_in_tcp(target: tuple[RoleProcess
 
 
 def test_associations_over_the_limit_are_refused_for_now(tmp_path: Path) -> None:
-    with receiver_process(tmp_path) as (role, port):
-        role.stop()
-        text = (tmp_path / "osteo.toml").read_text()
-        (tmp_path / "osteo.toml").write_text(text.replace("[receiver]\n", "[receiver]\nmaximum_associations = 3\n"))
-        again = RoleProcess(role.arguments, tmp_path / "limit.log").start()
-        try:
-            again.wait_for("receiver_listening")
-            peers = [established(port) for _ in range(3)]
-            silent = [connect(port) for _ in range(20)]
-            fourth = connect(port)
-            fourth.sendall(associate_request(port))
-            answer = fourth.recv(10)
-            assert (answer[0], answer[7]) == (3, 2)  # A-ASSOCIATE-RJ, transient
-            peers[0].close()
-            assert until(lambda: _served(port), 5)
-            for peer in silent:
-                peer.close()
-        finally:
-            again.stop()
+    text = settings_text(tmp_path / "state", 0).replace("[receiver]\n", "[receiver]\nmaximum_associations = 3\n")
+    with local_receiver(tmp_path, text) as port:
+        peers = [established(port) for _ in range(3)]
+        silent = [connect(port) for _ in range(20)]
+        fourth = connect(port)
+        fourth.sendall(associate_request(port))
+        answer = fourth.recv(10)
+        assert (answer[0], answer[7]) == (3, 2)  # A-ASSOCIATE-RJ, transient
+        peers[0].close()
+        assert until(lambda: _served(port), 5)
+        for peer in (*silent, fourth):
+            peer.close()
 
 
 def _served(port: int) -> bool:

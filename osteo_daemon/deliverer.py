@@ -187,7 +187,9 @@ class Attempt:
                 self._delivery.unsent,
                 connect_timeout_seconds=self._settings.deliverer.connect_timeout_seconds,
                 dimse_timeout_seconds=self._settings.deliverer.dimse_timeout_seconds,
-                choose=lambda entry, _verdicts: self._wanted(self._reports[entry.sop_instance_uid]),
+                choose=lambda entry, _verdicts: (
+                    not self._stopping.is_set() and self._wanted(self._reports[entry.sop_instance_uid])
+                ),
                 answered=self._note,
             )
         for verdict in verdicts:
@@ -203,8 +205,6 @@ class Attempt:
 
     def _wanted(self, report: ReportObject) -> bool:
         """Whether an object is still to be sent: of the reports only the best form that the peer takes."""
-        if self._stopping.is_set():
-            return False
         if report.kind is not ReportKind.SR:
             return True
         if self._report_stored():

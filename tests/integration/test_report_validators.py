@@ -1,0 +1,137 @@
+"""Independent validators accept every object that the node makes, from varied studies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pydicom
+import pytest
+
+from osteo_daemon.dicom.report_objects import BuiltObject, ReportRequest, build_report_objects, sr_candidates
+from osteo_daemon.domain.findings import Category
+from tests import validators
+from tests.report_cases import (
+    acrin_case,
+    encoded_name_case,
+    excluded_case,
+    indeterminate_case,
+    synthetic_case,
+    with_result,
+    withheld_case,
+)
+
+CASES: dict[str, Callable[[], ReportRequest]] = {
+    "plain": synthetic_case,
+    "indeterminate": indeterminate_case,
+    "withheld": withheld_case,
+    "low, one level": lambda: with_result(
+        synthetic_case(), category=Category.LOW, vertebrae=synthetic_case().result.vertebrae[1:2]
+    ),
+    "tilted, cranial first, mirrored": lambda: synthetic_case(columns_left=False, cranial_first=True, tilt_degrees=15),
+    "bare header": lambda: synthetic_case(
+        PatientName="", PatientID="", PatientBirthDate="", PatientSex="", StudyDate="", StudyTime="", StudyID=None,
+        AccessionNumber=None, ReferringPhysicianName=None, Manufacturer=None, ManufacturerModelName=None,
+        PatientAge=None, SeriesDate=None, SeriesTime=None, SpecificCharacterSet=None,
+    ),
+    "one-component name": lambda: synthetic_case(PatientName="STUDY-0017", ReferringPhysicianName="REMOVED"),
+    "Japanese": lambda: encoded_name_case(["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎=やまだ^たろう"),
+    "Chinese": lambda: encoded_name_case("GB18030", "Wang^XiaoDong=王^小东"),
+    "Korean": lambda: encoded_name_case(["", "ISO 2022 IR 149"], "Hong^Gildong=洪^吉洞=홍^길동"),
+    "excluded": excluded_case,
+    "UTF-8": lambda: encoded_name_case("ISO_IR 192", "Šťastný^Žofie"),
+}  # fmt: skip
+
+
+ALL_VARIANTS = sr_candidates("comprehensive-3d", with_segmentation=True)
+
+
+@dataclass(frozen=True)
+class Validated:
+    """The objects of every case as files, and what PixelMed says of each report."""
+
+    requests: dict[str, ReportRequest]
+    files: dict[str, list[tuple[BuiltObject, Path]]]
+    pixelmed: dict[Path, list[str]]
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory: pytest.TempPathFactory) -> Validated:
+    folder = tmp_path_factory.mktemp("objects")
+    requests = {name: make() for name, make in CASES.items()}
+    files = {}
+    for number, (name, request) in enumerate(requests.items()):
+        report = build_report_objects(request, ALL_VARIANTS if name == "plain" else ("comprehensive-3d+seg",))
+        files[name] = [(built, folder / f"{number}-{built.kind}-{built.variant}.dcm") for built in report.objects]
+        for built, path in files[name]:
+            path.write_bytes(built.data)
+    reports = [path for built, path in (entry for entries in files.values() for entry in entries) if built.kind == "sr"]
+    return Validated(requests, files, validators.pixelmed([*reports, _without_segment(files["plain"], folder)]))
+
+
+def _without_segment(files: list[tuple[BuiltObject, Path]], folder: Path) -> Path:
+    """A network group that points to no region: what PixelMed must complain about."""
+    source = next(path for built, path in files if built.variant == "comprehensive-3d+seg")
+    dataset = pydicom.dcmread(source)
+    measurements = next(
+        item for item in dataset.ContentSequence if item.ConceptNameCodeSequence[0].CodeValue == "126010"
+    )
+    group = measurements.ContentSequence[1]
+    group.ContentSequence = [
+        item for item in group.ContentSequence if item.ConceptNameCodeSequence[0].CodeValue != "121191"
+    ]
+    path = folder / "broken.dcm"
+    dataset.save_as(path)
+    return path
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_validators_accept_the_objects_of(name: str, validated: Validated, tmp_path: Path) -> None:
+    request = validated.requests[name]
+    for built, path in validated.files[name]:
+        assert validators.dciodvfy(path) == []
+        if built.kind == "sr":
+            assert validators.dsrdump(path) == []
+            assert validated.pixelmed[path] == []
+            if request.result.vertebrae:
+                groups = validators.measured_groups(path, tmp_path)
+                networks = sum(finding.network is not None for finding in request.result.vertebrae)
+                assert len(groups) == len(request.result.vertebrae) + networks
+                assert all(group["TrackingUniqueIdentifier"] for group in groups)
+
+
+def test_which_objects_are_made(validated: Validated) -> None:
+    kinds = {name: {built.kind for built, _ in entries} for name, entries in validated.files.items()}
+    assert kinds.pop("excluded") == {"sr"}
+    assert set(map(frozenset, kinds.values())) == {frozenset({"seg", "sr", "sc"})}
+    plain = [built for built, _ in validated.files["plain"] if built.kind == "sr"]
+    assert {built.variant for built in plain} == set(ALL_VARIANTS)
+    assert len({built.sop_instance_uid for built in plain}) == len(ALL_VARIANTS) == 6
+
+
+@pytest.mark.real_ct
+def test_validators_accept_the_objects_of_a_real_ct(acrin: Path, tmp_path: Path) -> None:
+    for built in build_report_objects(acrin_case(acrin)).objects:
+        path = tmp_path / f"{built.kind}.dcm"
+        path.write_bytes(built.data)
+        assert validators.dciodvfy(path) == []
+        if built.kind == "sr":
+            # its tree has the shape of the plain case, which PixelMed has seen
+            assert validators.dsrdump(path) == []
+            assert len(validators.measured_groups(path, tmp_path)) == 12
+
+
+def test_the_validators_see_a_broken_report(validated: Validated, tmp_path: Path) -> None:
+    """A check that cannot fail is none: each validator complains about the mistake that it is there for."""
+    assert any("Referenced Segment" in line for path, lines in validated.pixelmed.items() for line in lines)
+    source = validated.files["plain"][-2][1]
+    broken = tmp_path / "broken.dcm"
+    dataset = pydicom.dcmread(source)
+    del dataset.CompletionFlag
+    dataset.save_as(broken)
+    assert any("CompletionFlag" in line for line in validators.dciodvfy(broken))
+    dataset = pydicom.dcmread(source)
+    dataset.ContentSequence[0].RelationshipType = "INFERRED FROM"
+    dataset.save_as(broken)
+    assert validators.dsrdump(broken)

@@ -52,6 +52,16 @@ class ReceivedObject:
     parts: tuple[bytes, memoryview]
 
 
+@dataclass(slots=True)
+class _Sender:
+    """What came over one association since its first C-STORE; times of the monotonic clock, in seconds."""
+
+    first: float
+    last: float
+    stored: int = 0
+    stored_bytes: int = 0
+
+
 class StorageScp:
     """A listener for one AE title.
 
@@ -82,7 +92,7 @@ class StorageScp:
                 for source in sources
             }
         )
-        self._busy: dict[str, float] = {}
+        self._senders: dict[str, _Sender] = {}
         self._lock = threading.Lock()
         entity = AE(ae_title=settings.ae_title)
         entity.supported_contexts = supported_contexts()
@@ -149,8 +159,8 @@ class StorageScp:
         if association.dimse.message is not None or association.dimse.msg_queue.qsize():
             return False
         with self._lock:
-            last = self._busy.get(_association_id(association), 0.0)
-        return now - last > _IDLE_SECONDS
+            sender = self._senders.get(_association_id(association))
+        return sender is None or now - sender.last > _IDLE_SECONDS
 
     def _on_requested(self, event: Any) -> None:
         """Called AE title, calling AE title and address must agree with the settings (PS3.8 9.3.4)."""
@@ -184,12 +194,13 @@ class StorageScp:
 
     def _on_store(self, event: Any) -> Dataset:
         identifier = _association_id(event.assoc)
-        with self._lock:
-            self._busy[identifier] = time.monotonic()
+        self._note(identifier)
         source_ae = event.assoc.requestor.ae_title.strip()
         uid = str(event.request.AffectedSOPInstanceUID or "")
         try:
-            self._store(self._received(event, identifier, source_ae))
+            received = self._received(event, identifier, source_ae)
+            self._store(received)
+            self._note(identifier, stored_bytes=sum(map(len, received.parts)))
             return _answer(StoreStatus.SUCCESS)
         except OsteoError as error:
             status, reason = status_of(error), str(error)
@@ -199,9 +210,7 @@ class StorageScp:
             # the edge of this role's loop: the sender must hear a failure, and the next object is another chance
             get_logger().error("store_failed", error=type(error).__name__, detail=_where(error))
             status, reason = StoreStatus.PROCESSING_FAILURE, "an error of this node"
-        finally:
-            with self._lock:
-                self._busy[identifier] = time.monotonic()
+        self._note(identifier)
         get_logger().warning(
             "object_refused",
             ae_title=_printable(source_ae),
@@ -239,9 +248,26 @@ class StorageScp:
     def _on_closed(self, event: Any) -> None:
         identifier = _association_id(event.assoc)
         with self._lock:
-            stored = self._busy.pop(identifier, None) is not None
-        if stored:
-            self._closed(identifier)
+            sender = self._senders.pop(identifier, None)
+        if sender is None:
+            return  # it stored nothing, or its end was told already
+        get_logger().info(
+            "association_ended",
+            ae_title=_printable(event.assoc.requestor.ae_title.strip()),
+            instances=sender.stored,
+            bytes=sender.stored_bytes,
+            duration_s=round(time.monotonic() - sender.first, 3),
+        )
+        self._closed(identifier)
+
+    def _note(self, identifier: str, stored_bytes: int = 0) -> None:
+        now = time.monotonic()
+        with self._lock:
+            sender = self._senders.setdefault(identifier, _Sender(first=now, last=now))
+            sender.last = now
+            if stored_bytes:
+                sender.stored += 1
+                sender.stored_bytes += stored_bytes
 
 
 def _association_id(association: Any) -> str:

@@ -465,11 +465,11 @@ def test_the_receiver_starts_without_torch() -> None:
 
 def test_no_patient_identity_in_logs_and_names(shared: tuple[Path, int], tmp_path: Path) -> None:
     state, port = shared
-    files = write_ct(tmp_path, count=2, PatientName="Zebedee^Quentin", PatientID="PID-4711")
+    files = write_ct(tmp_path, count=2, PatientName="Zebedee^Quentin", PatientID="PID-QXZVWK")
     assert storescu(port, files).returncode == 0
     log = (state.parent / "receiver.log").read_text()
     names = "\n".join(str(path) for path in state.rglob("*"))
-    for secret in ("Zebedee", "Quentin", "4711"):
+    for secret in ("Zebedee", "Quentin", "QXZVWK"):
         assert secret not in log
         assert secret not in names
         assert secret.encode() not in (state / "jobs.sqlite").read_bytes()

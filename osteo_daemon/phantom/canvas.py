@@ -198,6 +198,28 @@ class Region:
         if label is not None:
             np.copyto(self.labels, np.uint8(label), where=distance < 0)
 
+    def paint_at(
+        self, index: npt.NDArray[np.intp], distance: F32, hu: float | F32, label: int | None = None
+    ) -> npt.NDArray[np.intp]:
+        """`paint` for scattered voxels.
+
+        Args:
+            index: (n,) flat indices into the region.
+            distance: (n,) mm.
+            hu: one value, or (n,).
+
+        Returns:
+            The indices whose voxel centre lies inside.
+        """
+        place = np.unravel_index(index, self.hu.shape)
+        share = self.cover(distance)
+        old = self.hu[place]
+        self.hu[place] = old + share * (hu - old)
+        inside = distance < 0
+        if label is not None:
+            self.labels[tuple(axis[inside] for axis in place)] = label
+        return index[inside]
+
 
 class Canvas:
     """Attenuation and labels of a grid while the body is painted on it."""

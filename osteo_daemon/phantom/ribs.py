@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 
 from osteo_daemon.phantom.calibration import Palette
-from osteo_daemon.phantom.canvas import Canvas, Vec, capsule
+from osteo_daemon.phantom.canvas import Canvas, Grid, Vec, capsule
 from osteo_daemon.phantom.labels import Tissue
 from osteo_daemon.phantom.outline import Outline
 from osteo_daemon.phantom.patient import VirtualPatient
@@ -63,6 +63,8 @@ class Ribs:
                 part.paint(distance, self.palette.cortical * 0.75, Tissue.RIB)
                 part.paint(distance + np.float32(1.2), self.palette.marrow)
         o = self.outline
+        if canvas.grid.axes is None and not self._near(canvas):
+            return
         depth = o.distance(region, o.cavity) - np.float32(5.0)
         near = np.flatnonzero(np.abs(depth) < _REACH_MM)
         if near.size == 0:
@@ -93,6 +95,15 @@ class Ribs:
         hu[d, h, w] = value
         inside = best < 0
         region.labels[d[inside], h[inside], w[inside]] = Tissue.RIB
+
+    def _near(self, canvas: Canvas) -> bool:
+        """Whether an oblique box comes near the chest wall, from every fourth voxel of it."""
+        g = canvas.grid
+        few = tuple(slice(None, None, 4) for _ in range(3))
+        thin = Grid(g.x[few], g.y[few], g.z[few], g.x[few].shape, 4 * g.edge_mm, None, g.affine)
+        whole = Canvas(thin).whole()
+        depth = self.outline.distance(whole, self.outline.cavity) - np.float32(5.0)
+        return bool((np.abs(depth) < _REACH_MM + 4 * g.edge_mm).any())
 
 
 def build_ribs(patient: VirtualPatient, spine: Spine, outline: Outline, palette: Palette) -> Ribs:

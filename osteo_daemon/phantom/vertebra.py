@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from osteo_daemon.phantom.calibration import Palette, trabecular_hu
-from osteo_daemon.phantom.canvas import F32, Canvas, Region, Vec, Waves, capsule, smooth_max
+from osteo_daemon.phantom.canvas import F32, Canvas, Region, Vec, capsule, smooth_max
 from osteo_daemon.phantom.labels import BODY, CORE, LEVEL_CODE, POSTERIOR, Tissue
 from osteo_daemon.phantom.patient import VirtualPatient
 from osteo_daemon.phantom.scanner import Scanner
@@ -43,7 +44,6 @@ class VertebraPainter:
     osteophyte_mm: float
     rim_phase: float
     sacralised: float
-    spongy: Waves
 
     def local(self, region: Region) -> tuple[F32, F32, F32]:
         """Coordinates of a region in vertebral axes: left, posterior, cranial (mm)."""
@@ -128,10 +128,14 @@ class VertebraPainter:
         if region is None:
             return
         x, y, z = self.local(region)
-        distance = posterior_distance(s, np.abs(x), y, z, self.sacralised)
-        region.paint(distance, self.palette.cortical * 0.8, POSTERIOR + LEVEL_CODE[s.level])
-        inner = np.float32(self.palette.cancellous) + 60 * region.waves(self.spongy)
-        region.paint(distance + np.float32(1.2), inner)
+        x = np.abs(x)
+        near = np.flatnonzero(_may_be_posterior(s, x, y, z, self.sacralised))
+        if near.size == 0:
+            return
+        distance = posterior_distance(s, x.ravel()[near], y.ravel()[near], z.ravel()[near], self.sacralised)
+        code = POSTERIOR + LEVEL_CODE[s.level]
+        inside = region.paint_at(near, distance, self.palette.cortical * 0.8, code)
+        region.paint_at(inside, distance[distance < 0] + np.float32(1.2), self.palette.cancellous)
 
 
 def sum_of(dx: F32, dy: F32, dz: F32, axis: Vec) -> F32:
@@ -198,6 +202,19 @@ def body_distance(s: VertebraShape, x: F32, y: F32, z: F32, osteophyte_mm: float
 def vein_distance(s: VertebraShape, x: F32, y: F32, z: F32) -> F32:
     """Signed distance (mm) of the basivertebral vein: a flat funnel from the posterior wall towards the middle."""
     return capsule(x, y, z, (0, 0.5 * s.depth, 0), (0, -0.02 * s.depth, 0), 3.4, 1.0, tall=0.75)
+
+
+def _may_be_posterior(s: VertebraShape, x: F32, y: F32, z: F32, sacralised: float) -> npt.NDArray[np.bool_]:
+    """A cheap outer bound of `posterior_distance`, with a margin for soft borders."""
+    wall, facet_x = 0.5 * s.depth, 0.5 * s.canal_width + 3.5 * s.depth / 36.0
+    roof = wall + s.canal_depth
+    arch = (x < max(facet_x + 15.0, 0.5 * s.canal_width + s.pedicle_width + 4.0)) & (y < roof + 13.0)
+    spine = x < 9.0
+    if sacralised > 0:
+        wings = (y < roof + 15.0) & (z < 0.17 * s.height + 14.0)
+    else:
+        wings = (np.abs(z - np.float32(0.17 * s.height + 1.0)) < 13.0) & (y < roof + 15.0)
+    return np.asarray((arch | spine | wings) & (y > wall - 16.0))
 
 
 def posterior_distance(s: VertebraShape, x: F32, y: F32, z: F32, sacralised: float) -> F32:
@@ -272,15 +289,19 @@ def prepare_vertebra(
     )
     osteophyte = 3.5 * patient.osteophytes * float(rng.uniform(0.3, 1.0))
     phase = float(rng.uniform(0, 6.28))
-    xb, yb, zb = np.broadcast_to(x, field.shape), np.broadcast_to(y, field.shape), np.broadcast_to(z, field.shape)
-    distance, _ = body_distance(shape, xb, yb, zb, osteophyte, phase)
-    core = (distance < -CORE_DEPTH_MM) & (vein_distance(shape, xb, yb, zb) > VEIN_MARGIN_MM)
+    # the core is the same on both sides but for osteophytes, which lie outside it: one half is enough
+    left = x[..., x.shape[2] // 2 :]
+    half = (*field.shape[:2], left.shape[2])
+    xh, yh, zh = np.broadcast_to(left, half), np.broadcast_to(y, half), np.broadcast_to(z, half)
+    distance, _ = body_distance(shape, xh, yh, zh, 0.0, 0.0)
+    side = (distance < -CORE_DEPTH_MM) & (vein_distance(shape, xh, yh, zh) > VEIN_MARGIN_MM)
+    core = np.concatenate([side[..., ::-1][..., : field.shape[2] - side.shape[2]], side], axis=2)
     if core.any():
         field -= field[core].mean()
     if shape.level in patient.bone_islands:
         spot = rng.uniform(-0.25, 0.25, 3) * [shape.width, shape.depth, shape.height]
         radius = float(rng.uniform(3.0, 5.0))
-        away = np.sqrt((xb - float(spot[0])) ** 2 + (yb - float(spot[1])) ** 2 + (zb - float(spot[2])) ** 2)
+        away = np.sqrt((x - float(spot[0])) ** 2 + (y - float(spot[1])) ** 2 + (z - float(spot[2])) ** 2)
         field += np.float32(500.0) * np.clip((radius - away) / np.float32(2 * STEP_MM) + 0.5, 0, 1)
     solid = float(np.clip(0.55 + 0.45 * patient.density_mg_cm3 / 130.0, 0.55, 1.25))
     return VertebraPainter(
@@ -293,5 +314,4 @@ def prepare_vertebra(
         osteophyte_mm=osteophyte,
         rim_phase=phase,
         sacralised=patient.sacralised if last_lumbar else 0.0,
-        spongy=Waves.draw(rng, 8.0, count=16),
     )

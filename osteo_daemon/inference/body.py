@@ -22,6 +22,7 @@ _BOX_MM = 48.0  # half the edge of the box that holds any vertebral body
 _METAL_HU = 1300.0  # mean of a 3 mm voxel: denser than any cortex
 _METAL_MM3 = 300.0
 _CEMENT_HU = 600.0
+_CORE_MM = 10.5
 _LARGEST_TURN_DEGREES = 25.0  # between the planes of the discs and the body's own endplates
 
 
@@ -96,11 +97,13 @@ def level_axes(places: Floats, centre: Floats, axes_lps: Floats) -> Floats:
     """
     for _ in range(3):
         local = (places - centre) @ axes_lps[:, ::-1].T
+        # the rims of a body that leans hold its top or its bottom only and would tilt the mid-surface
+        local = local[(np.abs(local[:, 1]) < _CORE_MM) & (np.abs(local[:, 2]) < _CORE_MM)]
         cells, member = np.unique(np.round(local[:, 1:] / 3.0).astype(int), axis=0, return_inverse=True)
         member = member.ravel()
         filled = np.bincount(member)
         middle = np.bincount(member, weights=local[:, 0]) / filled
-        whole = filled > 0.6 * np.median(filled)
+        whole = filled > 0.6 * np.median(filled)  # a cell at the edge of the core is cut
         if np.count_nonzero(whole) < 12:
             return axes_lps
         design = np.column_stack([cells[whole] * 3.0, np.ones(np.count_nonzero(whole))])
@@ -161,7 +164,8 @@ def describe_body(
     core = along[np.linalg.norm((places - centre) - along[:, None] * up, axis=1) < 10.0]
     core = core if len(core) else along
     top, bottom = float(core.max()) + MASK_SPACING_MM / 2, float(core.min()) - MASK_SPACING_MM / 2
-    flags = _content_flags(canonical, places, centre)
+    flags = [] if certain else [QualityFlag("level_uncertain", Severity.BLOCKING)]
+    flags += _content_flags(canonical, places, centre)
     measured = heights(region, axes) if limits is not None else None
     if measured is not None:
         flags.extend(measured.quality_flags)

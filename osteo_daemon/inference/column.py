@@ -6,6 +6,7 @@ Internal frame: millimetres on the canonical grid, ordered (z, y, x), voxel (0, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +19,14 @@ Floats = npt.NDArray[np.float64]
 
 SMALLEST_S1_MM3 = 5000.0  # the training torso has 36 ml; a cut S1 of a small person keeps more than this
 _STEP_MM = 3.0
+_MAX_DISC_TILT_DEGREES = 30.0  # against the centre line
 _SLAB_MM = 4.5
 _REACH_MM = 32.0
 _PROFILE_RADIUS_MM = 12.0
 _GAPS_MM = np.arange(20, 49)  # disc to disc: small osteoporotic women to tall men
 _GAP_PER_ROOT_AREA = 0.95  # disc-to-disc distance over the root of the body's cross-section, training torso
 _GAP_SD, _SMOOTH_SD = 0.22, 0.16  # of the logarithm of gap over expected gap, and of a gap over the one below
-_PRIOR_WEIGHT, _CLASS_WEIGHT = 4.0, 0.7
+_PRIOR_WEIGHT, _CLASS_WEIGHT = 2.0, 0.7
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,7 +69,7 @@ class Column:
     Attributes:
         profile: along the centre line.
         discs: planes from L5-S1 upwards; vertebra k (0 is L5) lies between planes k and k + 1.
-        agreement: (n vertebrae,) mean agreement of image and count, at most 1.
+        agreement: (n vertebrae,) how far phase, discs and body each bear the count out; the least of them, at most 1.
         gaps_mm: (n vertebrae,) distance between the planes along the centre line.
     """
 
@@ -166,11 +168,10 @@ def sample_profile(maps: SpineMaps, points: Floats, spacing_mm: float) -> Profil
     )
 
 
-def _segment_scores(profile: Profile) -> tuple[Floats, Floats]:
-    """(n, gaps) evidence and mean agreement for a vertebra from station i to i + gap."""
+def _segment_scores(profile: Profile) -> Floats:
+    """(n, gaps) evidence for a vertebra from station i to i + gap: phase and classes against their ideal course."""
     n = len(profile.points)
     evidence = np.full((n, len(_GAPS_MM)), -np.inf)
-    agreement = np.zeros((n, len(_GAPS_MM)))
     contrast = profile.disc - profile.body
     for g, gap in enumerate(_GAPS_MM.tolist()):
         if n <= gap:
@@ -183,12 +184,34 @@ def _segment_scores(profile: Profile) -> tuple[Floats, Floats]:
         in_phase = np.einsum("ncg,cg->n", windows, wave)
         in_class = np.lib.stride_tricks.sliding_window_view(contrast, gap + 1) @ template
         evidence[: n - gap, g] = in_phase + _CLASS_WEIGHT * in_class
-        agreement[: n - gap, g] = in_phase / (gap + 1)
-    return evidence, agreement
+    return evidence
 
 
-def count_discs(profile: Profile) -> tuple[list[int], Floats] | None:
-    """Stations of the disc planes from L5-S1 upwards and each vertebra's agreement, by dynamic programming.
+def agreement_of(profile: Profile, stations: list[int]) -> Floats:
+    """(n vertebrae,) the least of: phase against the count, disc at both ends, body in the middle; each at most 1.
+
+    Phase and classes are two outputs of the network that may fail apart; a count is trusted where both bear it out.
+    """
+    share = ndimage.uniform_filter1d(profile.disc / np.maximum(profile.disc + profile.body, 0.2), 3)
+    last = len(share) - 1
+    at_disc = [float(share[max(0, s - 5) : min(last, s + 5) + 1].max()) for s in stations]
+    result = []
+    for k, (low, high) in enumerate(pairwise(stations)):
+        u = np.arange(high - low + 1) / (high - low)
+        wave = np.stack([np.cos(2 * np.pi * u), np.sin(2 * np.pi * u)], axis=1)
+        seen = profile.phase[low : high + 1]
+        seen = seen / np.maximum(np.linalg.norm(seen, axis=1, keepdims=True), 1.0)
+        in_phase = float((seen * wave).sum(axis=1).mean())
+        third = (high - low) // 3
+        in_body = float((1 - share[low + third : high - third + 1]).mean()) * float(
+            min(1.0, 2 * profile.body[low + third : high - third + 1].mean())
+        )
+        result.append(min(in_phase, at_disc[k], at_disc[k + 1], in_body))
+    return np.array(result)
+
+
+def count_discs(profile: Profile) -> list[int] | None:
+    """Stations of the disc planes from L5-S1 upwards, by dynamic programming.
 
     Maximises the evidence under gaps that fit the cross-section and vary smoothly. None when nothing fits.
     """
@@ -196,7 +219,7 @@ def count_discs(profile: Profile) -> tuple[list[int], Floats] | None:
     if len(above) < int(_GAPS_MM[0]):
         return None
     border = int(above[0])
-    evidence, agreement = _segment_scores(profile)
+    evidence = _segment_scores(profile)
     column = profile.body + profile.disc > 0.6
     expected = _GAP_PER_ROOT_AREA * float(np.sqrt(np.median(profile.area_mm2[column]))) if column.any() else 34.0
     size = -_PRIOR_WEIGHT * (np.log(_GAPS_MM / expected) / _GAP_SD) ** 2
@@ -221,20 +244,19 @@ def count_discs(profile: Profile) -> tuple[list[int], Floats] | None:
     position, gap_index = (int(v) for v in np.unravel_index(int(best.argmax()), best.shape))
     if not best[position, gap_index] > 0:
         return None
-    stations, agreements = [position], []
+    stations = [position]
     while True:
         begin = position - int(_GAPS_MM[gap_index])
-        agreements.append(float(agreement[begin, gap_index]))
         stations.append(begin)
         previous = int(came[position, gap_index])
         if previous < 0:
             break
         position, gap_index = begin, previous
-    return stations[::-1], np.array(agreements[::-1])
+    return stations[::-1]
 
 
 def _disc_plane(maps: SpineMaps, point: Floats, tangent: Floats, spacing_mm: float) -> DiscPlane:
-    """The plane of a disc: through the centre line, turned towards the main plane of the disc's own voxels."""
+    """The plane of a disc: through the centre line, in the main plane of the disc's own voxels where these tell."""
     index = np.round(point / spacing_mm).astype(int)
     reach = int(30 / spacing_mm)
     low = np.maximum(index - reach, 0)
@@ -249,10 +271,7 @@ def _disc_plane(maps: SpineMaps, point: Floats, tangent: Floats, spacing_mm: flo
     cloud = places[near]
     _, _, axes = np.linalg.svd(cloud - cloud.mean(axis=0), full_matrices=False)
     normal = axes[2] * np.sign(axes[2] @ tangent)
-    if normal @ tangent < np.cos(np.radians(25)):
-        return DiscPlane(point, tangent)
-    normal = normal + tangent
-    return DiscPlane(point, normal / np.linalg.norm(normal))
+    return DiscPlane(point, normal if normal @ tangent > np.cos(np.radians(_MAX_DISC_TILT_DEGREES)) else tangent)
 
 
 def count_column(maps: SpineMaps, s1: npt.NDArray[np.bool_], spacing_mm: float) -> Column | None:
@@ -261,9 +280,8 @@ def count_column(maps: SpineMaps, s1: npt.NDArray[np.bool_], spacing_mm: float) 
     if points is None:
         return None
     profile = sample_profile(maps, points, spacing_mm)
-    counted = count_discs(profile)
-    if counted is None:
+    stations = count_discs(profile)
+    if stations is None:
         return None
-    stations, agreement = counted
     discs = tuple(_disc_plane(maps, profile.points[s], profile.tangents[s], spacing_mm) for s in stations)
-    return Column(profile, discs, agreement, np.diff(np.array(stations, dtype=np.float64)))
+    return Column(profile, discs, agreement_of(profile, stations), np.diff(np.array(stations, dtype=np.float64)))

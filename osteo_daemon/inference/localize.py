@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +32,17 @@ __all__ = ["Localization", "SpineLocalizer", "Vertebra"]
 LEVELS_FROM_SACRUM = ("L5", "L4", "L3", "L2", "L1", "T12", "T11", "T10")
 _VERTEBRA_MM3 = 8000.0  # one small vertebral body: less than this of body voxels is no spine
 _SMALLEST_EXTENT_MM = 90.0  # along the patient: less cannot hold S1 and two lumbar vertebrae
-_FAIR_AGREEMENT = 0.45  # mean cosine between the phase seen and the phase counted
-_POOR_AGREEMENT = 0.25
+_FAIR_AGREEMENT = 0.55  # `Column.agreement`, mean of T12-L5
+_POOR_AGREEMENT = 0.40  # of any one vertebra
 _UNEVEN_GAP = 0.30  # logarithm of a gap over the mean of its neighbours
 _SCOLIOSIS_DEGREES = 10.0  # Cobb angle that defines scoliosis
 
 
 @dataclass(frozen=True, slots=True)
 class _Count:
-    certain: bool
+    """How many vertebrae, counted from L5, have a certain name; and remarks."""
+
+    certain: int
     flags: tuple[QualityFlag, ...]
 
 
@@ -143,47 +146,61 @@ def decode(maps: SpineMaps, canonical: CanonicalVolume) -> Localization:
 
 
 def _judge(column: Column) -> _Count:
-    """Is the count to be trusted, and what is remarkable about the column?"""
-    gaps, agreement = column.gaps_mm[:8], column.agreement[:8]
-    flags = []
-    uneven = False
+    """Up to where is the count to be trusted, and what is remarkable about the column?
+
+    Counting runs upwards, so doubt at one vertebra is doubt about it and every one above it, not below.
+    """
+    gaps, agreement = column.gaps_mm[: len(LEVELS_FROM_SACRUM)], column.agreement[: len(LEVELS_FROM_SACRUM)]
+    certain = len(gaps)
     for k in range(len(gaps)):
         neighbours = [gaps[j] for j in (k - 1, k + 1) if 0 <= j < len(gaps)]
-        if neighbours and abs(float(np.log(gaps[k] / np.mean(neighbours)))) > _UNEVEN_GAP:
-            uneven = True
-    weak = bool((agreement[:6] < _POOR_AGREEMENT).any() or agreement[:6].mean() < _FAIR_AGREEMENT)
-    if uneven:
-        flags.append(QualityFlag("uneven_vertebral_spacing", Severity.CAUTION))
-    if uneven or weak:
-        flags.append(QualityFlag("level_uncertain", Severity.BLOCKING))
-    bend = _coronal_angle(column)
-    if bend > _SCOLIOSIS_DEGREES:
+        uneven = bool(neighbours) and abs(float(np.log(gaps[k] / np.mean(neighbours)))) > _UNEVEN_GAP
+        if uneven or agreement[k] < _POOR_AGREEMENT:
+            certain = k
+            break
+    if len(agreement) and agreement[:6].mean() < _FAIR_AGREEMENT:
+        certain = 0
+    flags = []
+    if certain < len(gaps):
+        severity = Severity.BLOCKING if certain <= LEVELS_FROM_SACRUM.index("L1") else Severity.CAUTION
+        flags.append(QualityFlag("level_uncertain", severity))
+    if _coronal_angle(column) > _SCOLIOSIS_DEGREES:
         flags.append(QualityFlag("scoliosis", Severity.CAUTION))
-    return _Count(certain=not (uneven or weak), flags=tuple(flags))
+    return _Count(certain, tuple(flags))
 
 
 def _coronal_angle(column: Column) -> float:
-    """Largest angle in degrees between two disc planes of T12-S1 seen from the front (a Cobb angle)."""
-    tilts = [float(np.degrees(np.arctan2(d.normal[2], d.normal[0]))) for d in column.discs[1:7]]
+    """Largest angle in degrees between two stretches of the centre line of T12-L5 seen from the front.
+
+    Stands in for the Cobb angle, which is taken between endplates; the centre line is steadier at 3 mm.
+    """
+    points, tangents = column.profile.points, column.profile.tangents
+    tilts = []
+    for lower, upper in pairwise(column.discs[:7]):
+        middle = (lower.point + upper.point) / 2
+        near = int(np.linalg.norm(points - middle, axis=1).argmin())
+        tilts.append(float(np.degrees(np.arctan2(tangents[near][2], tangents[near][0]))))
     return max(tilts) - min(tilts) if tilts else 0.0
 
 
 def _vertebrae(
-    maps: SpineMaps, canonical: CanonicalVolume, column: Column, s1: npt.NDArray[np.bool_], certain: bool
+    maps: SpineMaps, canonical: CanonicalVolume, column: Column, s1: npt.NDArray[np.bool_], certain: int
 ) -> list[Vertebra]:
     """S1 and the named vertebrae above it, caudal to cranial, up to the first whose body is not whole."""
     spacing = canonical.spacing_mm
     first = column.discs[0]
     s1_centre = np.argwhere(s1).mean(axis=0) * spacing
-    sacral = describe_body("S1", maps, canonical, SpineClass.S1_BODY, s1_centre, first.normal, None, 1.0, certain)
+    sacral = describe_body("S1", maps, canonical, SpineClass.S1_BODY, s1_centre, first.normal, None, 1.0, True)
     vertebrae = [] if sacral is None else [sacral]
     for k, level in enumerate(LEVELS_FROM_SACRUM[: len(column.agreement)]):
         lower, upper = column.discs[k], column.discs[k + 1]
         guess = (lower.point + upper.point) / 2
         up = lower.normal + upper.normal
         up /= np.linalg.norm(up)
-        confidence = float(np.clip(column.agreement[k], 0.0, 1.0)) * (1.0 if certain else 0.5)
-        body = describe_body(level, maps, canonical, SpineClass.BODY, guess, up, (lower, upper), confidence, certain)
+        confidence = float(np.clip(column.agreement[k], 0.0, 1.0)) * (1.0 if k < certain else 0.5)
+        body = describe_body(
+            level, maps, canonical, SpineClass.BODY, guess, up, (lower, upper), confidence, k < certain
+        )
         if body is None or body.body_region.volume_mm3 < _VERTEBRA_MM3 / 2:
             break
         vertebrae.append(body)

@@ -1,0 +1,175 @@
+"""Counting from ideal network output: a bent column of known planes, and what must not be named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from osteo_daemon.errors import NotEligible
+from osteo_daemon.inference.canonical import CanonicalVolume
+from osteo_daemon.inference.localize import LEVELS_FROM_SACRUM, Localization, decode
+from osteo_daemon.inference.tiling import SpineMaps
+from osteo_daemon.network.localizer import SpineClass
+
+SPACING_MM = 3.0
+SHAPE = (110, 70, 70)  # 330 x 210 x 210 mm
+EQUAL = (36.0,) * 7
+
+
+def build(
+    gaps_mm: Sequence[float] = EQUAL,
+    *,
+    sacrum: bool = True,
+    bend_mm: float = 0.0,
+    lean_mm: float = 0.0,
+    phase_gaps_mm: Sequence[float] | None = None,
+) -> tuple[SpineMaps, CanonicalVolume, list[np.ndarray]]:
+    """Perfect maps of a column of 42 x 34 mm bodies with discs of 8 mm; returns true body centres in index mm too."""
+    z, y, x = np.meshgrid(*[np.arange(n) * SPACING_MM for n in SHAPE], indexing="ij")
+    base = 60.0
+    planes = base + np.concatenate([[0.0], np.cumsum(gaps_mm)])
+    phase_planes = base + np.concatenate([[0.0], np.cumsum(phase_gaps_mm or gaps_mm)])
+
+    def line(height: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        t = (height - base) / 250.0
+        return 105 - bend_mm * np.sin(np.pi * t), 105 + lean_mm * np.sin(np.pi * t)
+
+    cy, cx = line(z)
+    column = ((y - cy) / 17) ** 2 + ((x - cx) / 21) ** 2 < 1
+    p = np.zeros((len(SpineClass), *SHAPE), dtype=np.float32)
+    nearest = np.abs(z[..., None] - planes).min(axis=-1)
+    inside = column & (z > planes[0] - 4) & (z < planes[-1] + 4)
+    p[SpineClass.DISC][inside & (nearest <= 4)] = 1
+    p[SpineClass.BODY][inside & (nearest > 4)] = 1
+    if sacrum:
+        p[SpineClass.S1_BODY][column & (z <= planes[0] - 4) & (z > planes[0] - 34)] = 1
+    canal = (y - cy - 26) ** 2 + (x - cx) ** 2 < 7**2
+    p[SpineClass.CANAL][canal] = 1
+    p[SpineClass.BACKGROUND] = 1 - p[1:].sum(axis=0).clip(max=1)
+    u = np.interp(z, phase_planes, np.arange(len(phase_planes)))
+    phase = np.stack([np.cos(2 * np.pi * u), np.sin(2 * np.pi * u)]).astype(np.float32) * inside
+    hu = np.where(column, 150.0, 0.0).astype(np.float32)
+    canonical = CanonicalVolume(hu, np.ones(SHAPE, bool), SPACING_MM, np.array([-100.0, -80.0, 400.0]))
+    middles = (planes[:-1] + planes[1:]) / 2
+    centres = [np.array([m, *(float(v) for v in line(np.array(m)))]) for m in middles]
+    return SpineMaps(p, phase), canonical, centres
+
+
+def check_names(found: Localization, centres: list[np.ndarray], canonical: CanonicalVolume, within_mm: float) -> None:
+    by_level = {v.level: v for v in found.vertebrae}
+    for level, centre in zip(LEVELS_FROM_SACRUM[:6], centres, strict=False):
+        assert by_level[level].centre_lps_mm == pytest.approx(centre[::-1] + canonical.origin_lps_mm, abs=within_mm)
+
+
+@pytest.mark.parametrize("gap", [26.0, 31.0, 36.0, 40.0])
+def test_names_are_counted_from_s1_for_small_and_large_spines(gap: float) -> None:
+    maps, canonical, centres = build([gap] * 6)
+    found = decode(maps, canonical)
+    check_names(found, centres, canonical, 2.5)
+    assert [v.level for v in found.vertebrae] == ["T12", "L1", "L2", "L3", "L4", "L5", "S1"]
+    assert found.anchor == "s1"
+    assert not [f for f in found.flags if f.code == "level_uncertain"]
+    assert all(v.level_certain and v.confidence > 0.8 for v in found.vertebrae)
+
+
+@pytest.mark.parametrize(("bend", "lean"), [(25.0, 0.0), (-15.0, 0.0), (10.0, 14.0), (0.0, -14.0)])
+def test_a_bent_column_keeps_its_names(bend: float, lean: float) -> None:
+    maps, canonical, centres = build(bend_mm=bend, lean_mm=lean)
+    check_names(decode(maps, canonical), centres, canonical, 4.0)
+
+
+def test_scoliosis_is_said() -> None:
+    straight = decode(*build()[:2])
+    curved = decode(*build(lean_mm=22.0)[:2])
+    assert "scoliosis" not in {f.code for f in straight.flags}
+    assert "scoliosis" in {f.code for f in curved.flags}
+
+
+def test_growing_gaps_are_fine_and_a_double_gap_is_not_trusted() -> None:
+    maps, canonical, centres = build([38, 37, 36, 34.5, 33, 31, 29])
+    found = decode(maps, canonical)
+    check_names(found, centres, canonical, 2.5)
+    assert not [f for f in found.flags if f.code == "level_uncertain"]
+
+    doubled = [24.0, 24.0, 48.0, 24.0, 24.0, 24.0]  # the network missed a disc
+    flags = {f.code for f in decode(*build(doubled)[:2]).flags}
+    assert "level_uncertain" in flags
+
+
+def test_image_and_phase_that_disagree_are_not_trusted() -> None:
+    maps, canonical, _ = build(phase_gaps_mm=[27.0] * 9)
+    found = decode(maps, canonical)
+    assert "level_uncertain" in {f.code for f in found.flags}
+    named = {v.level: v for v in found.vertebrae}
+    assert not named["L3"].level_certain
+    assert "level_uncertain" in {f.code for f in named["L3"].flags}
+
+
+def test_without_s1_nothing_is_named() -> None:
+    maps, canonical, _ = build(sacrum=False)
+    with pytest.raises(NotEligible) as refusal:
+        decode(maps, canonical)
+    assert refusal.value.code == "insufficient_coverage"
+
+
+def test_without_any_column_there_is_no_lumbar_vertebra() -> None:
+    maps, canonical, _ = build()
+    empty = np.zeros_like(maps.probabilities)
+    empty[SpineClass.BACKGROUND] = 1
+    with pytest.raises(NotEligible) as refusal:
+        decode(SpineMaps(empty, maps.phase), canonical)
+    assert refusal.value.code == "no_lumbar_vertebra"
+
+
+def test_one_lumbar_vertebra_is_too_few() -> None:
+    with pytest.raises(NotEligible) as refusal:
+        decode(*build([36.0])[:2])
+    assert refusal.value.code == "insufficient_coverage"
+
+
+def test_axes_heights_and_mask_describe_the_body() -> None:
+    maps, canonical, _ = build(bend_mm=20.0)
+    for vertebra in decode(maps, canonical).vertebrae:
+        down, back, left = vertebra.axes_lps
+        assert vertebra.axes_lps @ vertebra.axes_lps.T == pytest.approx(np.eye(3), abs=1e-6)
+        assert np.linalg.det(vertebra.axes_lps) == pytest.approx(1.0)
+        assert down[2] < -0.85
+        assert back[1] > 0.85
+        assert left[0] > 0.85
+        if vertebra.level == "S1":
+            continue
+        assert vertebra.heights is not None
+        assert 24 < vertebra.heights.middle_mm < 31
+        assert 24 < vertebra.height_mm < 32
+        # 28 mm of an ellipse of 42 x 34 mm
+        assert vertebra.body_region.volume_mm3 == pytest.approx(28 * np.pi * 21 * 17, rel=0.22)
+        assert vertebra.body_region.centre_lps_mm == pytest.approx(vertebra.centre_lps_mm, abs=0.5)
+        upper, lower = vertebra.superior_lps_mm, vertebra.inferior_lps_mm
+        assert upper[2] > vertebra.centre_lps_mm[2] > lower[2]
+
+
+def test_a_body_cut_by_the_edge_of_the_scan_is_blocked() -> None:
+    maps, canonical, _ = build()
+    seen = canonical.seen.copy()
+    top = int((60 + 5.3 * 36) / SPACING_MM)  # within the sixth vertebra, T12
+    seen[top:] = False
+    p = maps.probabilities.copy()
+    p[:, top:] = 0
+    p[SpineClass.BACKGROUND, top:] = 1
+    cut = CanonicalVolume(canonical.hu, seen, SPACING_MM, canonical.origin_lps_mm)
+    found = {v.level: v for v in decode(SpineMaps(p, maps.phase), cut).vertebrae}
+    assert "T12" not in found or "vertebra_truncated" in {f.code for f in found["T12"].flags}
+    assert not found["L1"].flags
+
+
+def test_metal_blocks_the_vertebra_that_holds_it() -> None:
+    maps, canonical, centres = build()
+    hu = canonical.hu.copy()
+    z, y, x = (round(float(v) / SPACING_MM) for v in centres[1])
+    hu[z - 1 : z + 2, y - 2 : y + 12, x - 6 : x - 4] = 2800
+    metal = CanonicalVolume(hu, canonical.seen, SPACING_MM, canonical.origin_lps_mm)
+    flags = {v.level: {f.code for f in v.flags} for v in decode(maps, metal).vertebrae}
+    assert "implant" in flags["L4"]
+    assert "implant" not in flags["L2"]

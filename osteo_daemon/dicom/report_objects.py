@@ -339,6 +339,12 @@ class _Builder:
         for prefix in ("InstanceCreation", "Content", "Series"):
             setattr(dataset, f"{prefix}Date", date)
             setattr(dataset, f"{prefix}Time", time)
+        if kind == "sc":
+            dataset.DateOfSecondaryCapture, dataset.TimeOfSecondaryCapture = date, time
+        for item in dataset.ContributingEquipmentSequence:
+            # highdicom enters itself with the moment of the call
+            if item.get("ManufacturerModelName") == "highdicom":
+                item.ContributionDateTime = f"{date}{time}"
         dataset.TimezoneOffsetFromUTC = self.request.site.timezone_offset
         if self.request.site.station_name:
             dataset.StationName = self.request.site.station_name[:16]

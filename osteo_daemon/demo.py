@@ -68,7 +68,7 @@ def run_demo(out: Path) -> int:
     Args:
         out: folder for the report, the segmentation, the picture and the node's log; made anew.
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     with tempfile.TemporaryDirectory(prefix="osteo-demo-") as name:
         work = Path(name)
         processes: list[subprocess.Popen[bytes]] = []
@@ -76,7 +76,7 @@ def run_demo(out: Path) -> int:
         try:
             _run(console, work, out, processes, start + DEADLINE_SECONDS)
         except OsteoError as error:
-            console.print(f"demo failed: {error}")
+            console.print(f"demo failed: {error.detail or error}")
             log = work / "node.log"
             if log.exists():
                 console.print("last lines of the node's log:\n" + "\n".join(log.read_text().splitlines()[-15:]))

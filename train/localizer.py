@@ -127,7 +127,7 @@ def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     config = LocalizerConfig()
-    net = SpineLocalizerNet(config).to(memory_format=torch.channels_last_3d)
+    net = SpineLocalizerNet(config).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     optimiser = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=1e-4)
     ema = {name: value.detach().clone() for name, value in net.state_dict().items()}
     step = 0
@@ -143,7 +143,7 @@ def train(args: argparse.Namespace) -> None:
     stream = PatchStream(torso, config.patch_voxels, args.seed * 100_000_000 + step, phantoms, args.phantom_share)
     patches = [synthesise(torso, config.patch_voxels, VALIDATION_SEED + i) for i in range(N_VALIDATION)]
     loader = DataLoader(stream, batch_size=1, num_workers=args.workers, prefetch_factor=6)
-    shadow = SpineLocalizerNet(config).to(memory_format=torch.channels_last_3d)
+    shadow = SpineLocalizerNet(config).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
     def log(record: dict[str, object]) -> None:
         line = json.dumps(record)
@@ -214,7 +214,8 @@ def restart_with_kept_memory() -> None:
         "OMP_WAIT_POLICY": "passive",
     }
     if any(name not in os.environ for name in wanted):
-        os.execve(sys.executable, [sys.executable, "-m", "train.localizer", *sys.argv[1:]], {**wanted, **os.environ})
+        command = [sys.executable, "-m", "train.localizer", *sys.argv[1:]]
+        os.execve(sys.executable, command, {**wanted, **os.environ})  # noqa: S606
 
 
 def main() -> None:

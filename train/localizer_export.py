@@ -1,4 +1,4 @@
-"""Turn a training run of the spine localizer into a bundle: ``python -m train.localizer_export --run DIR --version V``."""
+"""Turn a training run of the spine localizer into a bundle: ``python -m train.localizer_export --version V``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from osteo_daemon.network.localizer import LocalizerConfig, SpineClass, SpineLoc
 ROOT = Path(__file__).resolve().parents[1]
 APACHE_2 = Path("/usr/share/common-licenses/Apache-2.0")
 
-ATTRIBUTION = """Weights of the spine localizer. Copyright 2026 The osteo_daemon maintainers, Apache License 2.0 (below).
+ATTRIBUTION = """Weights of the spine localizer. Copyright 2026 The osteo_daemon maintainers.
+Apache License 2.0 (below).
 
 Trained on one labelled CT of wasserth/TotalSegmentator (tests/reference_files), Apache License 2.0, and on virtual
 patients of this project. No image is contained in the weights' files.
@@ -23,17 +24,17 @@ patients of this project. No image is contained in the weights' files.
 
 CARD = """# spine-localizer {version}
 
-Labels each 3 mm voxel of a CT as vertebral body, disc, body of S1, rest of the sacrum, posterior elements, rib, pelvis,
-spinal canal or background, and gives the phase between two disc planes. Names of vertebrae do not come from the network:
-`osteo_daemon.inference.column` counts bodies upwards from S1.
+Labels each 3 mm voxel of a CT as vertebral body, disc, body of S1, rest of the sacrum, posterior elements, rib,
+pelvis, spinal canal or background, and gives the phase between two disc planes. Names of vertebrae do not come from
+the network: `osteo_daemon.inference.column` counts bodies upwards from S1.
 
 Status: investigational. Not a medical device; see `docs/intended-use.md`.
 
 ## Trained on
-- **One** labelled CT of a real torso (`totalsegmentator_example`: a man of 55, native phase, 3 mm, T12-L5 whole), under
-  random anatomy (size, bending, elastic, wedge and crush fractures, narrow discs, one vertebra left out or put in) and
-  random scans (re-mineralised bone down to dark interiors, contrast, kernel, noise, slice thickness, cut fields of view,
-  metal, cement).
+- **One** labelled CT of a real torso (`totalsegmentator_example`: a man of 55, native phase, 3 mm, T12-L5 whole),
+  under random anatomy (size, bending, elastic, wedge and crush fractures, narrow discs, one vertebra left out or put
+  in) and random scans (re-mineralised bone down to dark interiors, contrast, kernel, noise, slice thickness, cut
+  fields of view, metal, cement).
 - {phantoms}
 - Never on the scans that the project is tested with.
 
@@ -44,8 +45,8 @@ Recipe: `python -m train.localizer`, `train/LOG.md`.
 {figures}
 
 ## Limits
-- One real anatomy. Spines unlike it (severe scoliosis, transitional vertebrae, tumour, long fusions) are known to it from
-  simulation only.
+- One real anatomy. Spines unlike it (severe scoliosis, transitional vertebrae, tumour, long fusions) are known to it
+  from simulation only.
 - A transitional lumbosacral vertebra shifts every name by one. The count is checked for regularity, not for that.
 - Without the body of S1 in view nothing is named.
 - Masks come from 3 mm voxels: centres are good to a few millimetres, surfaces to about one voxel.
@@ -128,7 +129,7 @@ def main() -> None:
     args = parser.parse_args()
     figures = args.figures.read_text() if args.figures else "Intermediate weights, not yet evaluated."
     bundle = export(args.run, args.out, args.version, figures, args.phantoms)
-    print(bundle.name, bundle.version, bundle.sha256)  # noqa: T201
+    print(bundle.name, bundle.version, bundle.sha256)
 
 
 if __name__ == "__main__":

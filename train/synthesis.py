@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from osteo_daemon.network.localizer import N_CLASSES
-from train.torso import BONES, N_TISSUES, SPACING_MM, Tissue, Torso
+from train.torso import BONES, N_TISSUES, SPACING_MM, Floats, Tissue, Torso
 from train.warp import sample_source_points
 
 AIR_HU = -1000.0
@@ -107,13 +107,19 @@ def _remineralise(hu: Tensor, tissue: Tensor, depth: Tensor, torso: Torso, rng: 
     return torch.where(is_bone, inner * interior + (1 - inner) * shell, hu)
 
 
-def _segment_distance(q: Tensor, start: np.ndarray, end: np.ndarray) -> Tensor:
+def _points(q: Tensor, point: Floats) -> Tensor:
+    return q - torch.from_numpy(point.astype(np.float32)).view(3, 1, 1, 1)
+
+
+def _segment_distance(q: Tensor, start: Floats, end: Floats) -> Tensor:
     direction = end - start
     length = float(np.linalg.norm(direction))
-    unit = direction / length
-    rel = [q[i] - float(start[i]) for i in range(3)]
-    along = sum(rel[i] * float(unit[i]) for i in range(3)).clamp(0, length)  # type: ignore[union-attr]
-    return torch.sqrt(sum((rel[i] - along * float(unit[i])) ** 2 for i in range(3)) + 1e-6)  # type: ignore[call-overload]
+    unit = torch.from_numpy((direction / length).astype(np.float32)).view(3, 1, 1, 1)
+    offset = _points(q, start)
+    along = (offset * unit).sum(dim=0).clamp(0, length)
+    across: Tensor = offset - along * unit
+    distance: Tensor = across.norm(dim=0)
+    return distance
 
 
 def _implants(hu: Tensor, tissue: Tensor, q: Tensor, torso: Torso, rng: np.random.Generator) -> Tensor:
@@ -123,7 +129,7 @@ def _implants(hu: Tensor, tissue: Tensor, q: Tensor, torso: Torso, rng: np.rando
         plane = torso.bodies[level]
         centre = plane.centre + rng.normal(0, 4, 3)
         scatter = 1 + 0.3 * torch.sin(q[0] * 0.9) * torch.sin(q[1] * 0.8 + 1) * torch.sin(q[2] * 0.7 + 2)
-        distance = torch.sqrt(sum((q[i] - float(centre[i])) ** 2 for i in range(3)))  # type: ignore[call-overload]
+        distance = _points(q, centre).norm(dim=0)
         cement = (distance * scatter < rng.uniform(6, 14)) & (tissue == Tissue.BODY)
         return torch.where(cement, float(rng.uniform(600, 2200)), hu)
     metal = torch.zeros_like(hu)
@@ -205,15 +211,15 @@ def field_of_view(shape: tuple[int, ...], rng: np.random.Generator) -> Tensor:
     seen = torch.ones(shape, dtype=torch.bool)
     depth, height, width = shape
     if rng.random() < 0.25:
-        seen[depth - int(rng.integers(1, depth * 0.45)) :] = False
+        seen[depth - int(rng.integers(1, int(np.ceil(depth * 0.45)))) :] = False
     if rng.random() < 0.25:
-        seen[: int(rng.integers(1, depth * 0.45))] = False
+        seen[: int(rng.integers(1, int(np.ceil(depth * 0.45))))] = False
     if rng.random() < 0.1:
-        seen[:, : int(rng.integers(1, height * 0.35))] = False
+        seen[:, : int(rng.integers(1, int(np.ceil(height * 0.35))))] = False
     if rng.random() < 0.06:
-        seen[:, height - int(rng.integers(1, height * 0.2)) :] = False
+        seen[:, height - int(rng.integers(1, int(np.ceil(height * 0.2)))) :] = False
     if rng.random() < 0.08:
-        side = int(rng.integers(1, width * 0.25))
+        side = int(rng.integers(1, int(np.ceil(width * 0.25))))
         seen[:, :, slice(0, side) if rng.random() < 0.5 else slice(width - side, width)] = False
     return seen
 

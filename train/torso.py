@@ -123,8 +123,8 @@ class Torso:
 
 def _load(folder: Path, name: str) -> npt.NDArray[np.float32]:
     """A NIfTI grid (RAS) as a (z, y, x) array whose axes run cranial, posterior, left (LPS)."""
-    image = nib.load(folder / name)  # type: ignore[attr-defined]
-    canonical = nib.as_closest_canonical(image)  # type: ignore[attr-defined]
+    image = nib.load(folder / name)
+    canonical = nib.as_closest_canonical(image)
     array = np.asarray(canonical.dataobj, dtype=np.float32)
     return np.ascontiguousarray(array[::-1, ::-1, :].transpose(2, 1, 0))
 

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
@@ -132,7 +133,7 @@ def column_knots(study: PhantomStudy) -> list[Plane]:
     return planes
 
 
-def class_map(labels: np.ndarray) -> np.ndarray:
+def class_map(labels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """Phantom codes to `SpineClass` (uint8, same shape)."""
     table = np.zeros(256, dtype=np.uint8)
     s1 = codes.LEVEL_CODE["S1"]
@@ -145,7 +146,7 @@ def class_map(labels: np.ndarray) -> np.ndarray:
     table[codes.Tissue.CANAL] = SpineClass.CANAL
     table[codes.Tissue.RIB] = SpineClass.RIB
     table[[codes.Tissue.HIP, codes.Tissue.FEMUR]] = SpineClass.PELVIS
-    return table[labels]
+    return np.asarray(table[labels])
 
 
 def write_phantom(path: Path, seed: int) -> None:

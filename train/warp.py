@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.torso import N_LEVELS, SPACING_MM, Plane, Torso
+from train.torso import N_LEVELS, SPACING_MM, Floats, Plane, Torso
 
 Warp = Callable[[Tensor], Tensor]
 
@@ -131,13 +131,13 @@ def extend_cranially(torso: Torso, q: Tensor, limit: int = 8) -> tuple[Tensor, T
     return q, times
 
 
-def _rotation(rng: np.random.Generator, degrees: tuple[float, float, float]) -> np.ndarray:
+def _rotation(rng: np.random.Generator, degrees: tuple[float, float, float]) -> Floats:
     """About z (axial), y and x; (3, 3) acting on (z, y, x)."""
     a, b, c = (math.radians(float(rng.normal(0, d))) for d in degrees)
     axial = np.array([[1, 0, 0], [0, math.cos(a), -math.sin(a)], [0, math.sin(a), math.cos(a)]])
     coronal = np.array([[math.cos(b), 0, -math.sin(b)], [0, 1, 0], [math.sin(b), 0, math.cos(b)]])
     sagittal = np.array([[math.cos(c), -math.sin(c), 0], [math.sin(c), math.cos(c), 0], [0, 0, 1]])
-    return axial @ coronal @ sagittal
+    return np.asarray(axial @ coronal @ sagittal)
 
 
 def _elastic(shape: tuple[int, ...], rng: np.random.Generator, generator: torch.Generator) -> Tensor:

@@ -90,4 +90,4 @@ def _class_path() -> str:
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=280, check=False)
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=800, check=False)

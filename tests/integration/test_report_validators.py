@@ -17,6 +17,7 @@ from tests.report_cases import (
     encoded_name_case,
     excluded_case,
     indeterminate_case,
+    short_case,
     synthetic_case,
     with_result,
     withheld_case,
@@ -29,13 +30,13 @@ CASES: dict[str, Callable[[], ReportRequest]] = {
     "low, one level": lambda: with_result(
         synthetic_case(), category=Category.LOW, vertebrae=synthetic_case().result.vertebrae[1:2]
     ),
-    "tilted, cranial first, mirrored": lambda: synthetic_case(columns_left=False, cranial_first=True, tilt_degrees=15),
-    "bare header": lambda: synthetic_case(
+    "tilted, cranial first, mirrored": lambda: short_case(columns_left=False, cranial_first=True, tilt_degrees=15),
+    "bare header": lambda: short_case(
         PatientName="", PatientID="", PatientBirthDate="", PatientSex="", StudyDate="", StudyTime="", StudyID=None,
         AccessionNumber=None, ReferringPhysicianName=None, Manufacturer=None, ManufacturerModelName=None,
         PatientAge=None, SeriesDate=None, SeriesTime=None, SpecificCharacterSet=None,
     ),
-    "one-component name": lambda: synthetic_case(PatientName="STUDY-0017", ReferringPhysicianName="REMOVED"),
+    "one-component name": lambda: short_case(PatientName="STUDY-0017", ReferringPhysicianName="REMOVED"),
     "Japanese": lambda: encoded_name_case(["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎=やまだ^たろう"),
     "Chinese": lambda: encoded_name_case("GB18030", "Wang^XiaoDong=王^小东"),
     "Korean": lambda: encoded_name_case(["", "ISO 2022 IR 149"], "Hong^Gildong=洪^吉洞=홍^길동"),
@@ -43,6 +44,9 @@ CASES: dict[str, Callable[[], ReportRequest]] = {
     "UTF-8": lambda: encoded_name_case("ISO_IR 192", "Šťastný^Žofie"),
 }  # fmt: skip
 
+
+# PixelMed's style sheets take 20 s of a processor to compile, several minutes on a busy machine
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ALL_VARIANTS = sr_candidates("comprehensive-3d", with_segmentation=True)
 

@@ -83,9 +83,8 @@ def resize_zone(order: float, lower: Plane, upper: Plane, front: float, back: fl
 def recount(torso: Torso, at_disc: int, by: int) -> LevelEdit:
     """Put a copy of the vertebra below disc ``at_disc`` in above it (``by`` = -1) or leave the one above out (+1)."""
     plane = torso.discs[at_disc]
-    return LevelEdit(
-        at_disc + 0.01, _shifted(plane, -1.0), _shifted(plane, 1.0), Rigid(plane, torso.discs[at_disc + by])
-    )
+    motion = Rigid(plane, torso.discs[at_disc + by])
+    return LevelEdit(at_disc + 0.01, _shifted(plane, -1.0), _shifted(plane, 1.0), motion, levels=-by)
 
 
 def random_level_edits(torso: Torso, rng: np.random.Generator) -> tuple[LevelEdit, ...]:

@@ -52,7 +52,7 @@ def test_core_means_of_vois(seed: int, level: str) -> None:
     assert np.isfinite(voi.voxels).all()
 
 
-@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, 2**32))
 def test_coarse_studies_of_any_anatomy(seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -1,6 +1,6 @@
 """The decision table: levels, attenuation, age and flags to the study's category.
 
-Attenuation alone decides. The table is documented with its sources in docs/report.md.
+Attenuation alone decides. The table is documented with its sources in docs/decision.md.
 """
 
 from __future__ import annotations

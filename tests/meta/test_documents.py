@@ -39,7 +39,7 @@ def test_every_code_is_explained(values: type) -> None:
 
 
 def test_decision_table_in_the_document_is_the_one_in_the_code() -> None:
-    text = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "decision.md").read_text(encoding="utf-8")
     lower = None
     for bound, category in TABLE:
         row = next(line for line in text.splitlines() if line.startswith("|") and f"`{category.value}`" in line)

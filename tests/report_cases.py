@@ -205,24 +205,24 @@ def with_result(request: ReportRequest, **changes: Any) -> ReportRequest:
 
 
 def short_case(**attributes: Any) -> ReportRequest:
-    """Two vertebrae of the synthetic spine: less to validate where the header is what matters."""
+    """One vertebra of the synthetic spine: less to validate where the header is what matters."""
     request = synthetic_case(**attributes)
-    return with_result(request, vertebrae=request.result.vertebrae[1:3])
+    return with_result(request, vertebrae=request.result.vertebrae[2:3])
 
 
 def indeterminate_case() -> ReportRequest:
-    """Two levels without a region or a number, flags that block, nothing from the network."""
+    """A level without a region or a number, flags that block, nothing from the network."""
     request = synthetic_case()
     blocked = (QualityFlag("metal_or_cement", Severity.BLOCKING), QualityFlag("region_too_small", Severity.BLOCKING))
     findings = [
         dataclasses.replace(finding, network=None, attenuation_hu_corrected=None)
-        if finding.level in (Level.T12, Level.L1)
+        if finding.level is Level.L1
         else dataclasses.replace(
             finding, network=None, attenuation_hu_corrected=None, attenuation_hu=None, quality_flags=blocked
         )
-        for finding in request.result.vertebrae[:4]
+        for finding in request.result.vertebrae[1:3]
     ]
-    regions = {level: request.regions[level] for level in (Level.T12, Level.L1)}
+    regions = {Level.L1: request.regions[Level.L1]}
     request = with_result(
         request,
         category=Category.INDETERMINATE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator, Mapping
 
 import pytest
@@ -11,6 +12,7 @@ from osteo_daemon.dicom import codes
 from osteo_daemon.dicom.uids import derived_uid
 from osteo_daemon.domain.eligibility import ExclusionCode
 from osteo_daemon.domain.findings import Level
+from tests.conftest import ROOT
 
 
 def all_codes() -> Iterator[Code]:
@@ -63,6 +65,25 @@ def test_what_does_not_fit_is_refused() -> None:
         codes.private("A" * 17, "meaning")
     with pytest.raises(ValueError, match="too long"):
         codes.private("A", "m" * 65)
+
+
+def flags_in_the_source() -> set[str]:
+    """First arguments of every QualityFlag(...) call of the product."""
+    found = set()
+    for path in (ROOT / "osteo_daemon").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "QualityFlag":
+                arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
+                found |= {each.value for each in arguments if isinstance(each, ast.Constant)}
+    return found
+
+
+def test_every_code_stands_in_the_documents() -> None:
+    text = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    flags = flags_in_the_source()
+    assert len(flags) > 15
+    private = {code.value for code in all_codes() if code.scheme_designator == codes.SCHEME}
+    assert {name for name in (*flags, *ExclusionCode, *private) if f"`{name}`" not in text} == set()
 
 
 def test_derived_uids_are_valid_and_keep_their_parts_apart() -> None:

@@ -8,6 +8,7 @@ Resumes when called again. ``best.pt`` holds the averaged weights of the best ep
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import platform
 import time
@@ -77,8 +78,11 @@ def run_training(
     weights: LossWeights,
     augmentation: Augmentation,
     device: torch.device,
+    encoder: Path | None = None,
 ) -> dict[str, Any]:
-    """Train from scratch or go on; writes settings.json, history.json, best.pt and last.pt into ``folder``.
+    """Train from scratch, from a pretrained ``encoder`` (`train.pretrain`), or go on.
+
+    Writes settings.json, history.json, best.pt and last.pt into ``folder``.
 
     Raises:
         ValueError: the folder holds a run with other settings.
@@ -93,6 +97,7 @@ def run_training(
         "loop": asdict(loop),
         "weights": asdict(weights),
         "augmentation": asdict(augmentation),
+        "encoder_sha256": None if encoder is None else hashlib.sha256(encoder.read_bytes()).hexdigest(),
     }
     folder.mkdir(parents=True, exist_ok=True)
     stamp = folder / "settings.json"
@@ -102,6 +107,8 @@ def run_training(
     stamp.write_text(json.dumps(settings, indent=1))
     seed_everything(loop.seed)
     network = MultitaskMoE(network_config)
+    if encoder is not None:
+        network.encoder.load_state_dict(torch.load(encoder, map_location="cpu", weights_only=True)["encoder"])
     fit_statistics(network, data)
     started = time.monotonic()
     result = train(
@@ -139,6 +146,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--experts", type=int, default=MoEConfig().expert_count)
     parser.add_argument("--top-k", type=int, default=None)
+    parser.add_argument("--encoder", type=Path, help="encoder.pt of train.pretrain")
     defaults = LoopConfig()
     for field in fields(LoopConfig):
         value = getattr(defaults, field.name)
@@ -152,7 +160,14 @@ def main() -> None:
     experts = given["experts"]
     network = MoEConfig(expert_count=experts, top_k=given["top_k"], device_count=min(len(MAKERS), experts))
     summary = run_training(
-        given["data"], given["out"], loop, network, LossWeights(), Augmentation(), torch.device(given["device"])
+        given["data"],
+        given["out"],
+        loop,
+        network,
+        LossWeights(),
+        Augmentation(),
+        torch.device(given["device"]),
+        given["encoder"],
     )
     print(json.dumps(summary, indent=1))
 

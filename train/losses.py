@@ -30,11 +30,11 @@ class LossWeights:
     diagnosis: float = 1.0
     bmd: float = 1.0
     level: float = 0.5
-    device: float = 0.2
+    device: float = 1.0
     balance: float = 0.02
     bmd_beta: float = 0.5
     logit_adjustment: float = 0.0
-    device_epochs: float = 0.6
+    device_epochs: float = 0.7
 
     def device_share(self, progress: float) -> float:
         """Weight of the gate's supervision after ``progress`` (0-1) of the training: falls linearly to zero."""

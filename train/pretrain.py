@@ -4,8 +4,8 @@
     python -m train.multitask --data runs/cohort --encoder runs/pretrain/encoder.pt
 
 Mechanism (a) of our reading of the paper: predict the standardised radiomic vector, smooth L1. No label is used and the
-external hospital never enters. Augmentations are those of `train.data.Augmentation`, which change no texture. The result
-is judged by a linear probe: ridge regression from the frozen features to sBMD, beside the same encoder untrained.
+external hospital never enters. Augmentations are those of `train.data.Augmentation`, which change no texture. The
+result is judged by a linear probe: ridge regression from frozen features to sBMD, beside the same encoder untrained.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def standardise(
 ) -> npt.NDArray[np.float32]:
     """Mean 0 and SD 1 within each acquisition stratum, fitted on the rows ``fit`` only.
 
-    Run length and other features shift with slice thickness and kernel; the encoder shall not learn to tell these apart.
+    Run length and other features shift with slice thickness and kernel, which the encoder shall not learn.
     A stratum with too few rows uses the whole of ``fit``. Clipped to `CLIP_SD`.
     """
     result = np.zeros_like(values, dtype=np.float32)

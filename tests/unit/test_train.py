@@ -387,7 +387,7 @@ def test_strata_are_standardised_on_training_rows_only() -> None:
 
 
 def test_augmented_views_keep_the_radiomic_vector_and_blur_does_not() -> None:
-    """Texture-preserving is a property that is tested: shifts, flips, small noise and offset pass, blur and gamma fail."""
+    """Texture-preserving is tested: shifts, flips, small noise and offset pass, blur and gamma fail."""
     from scipy import ndimage
 
     from osteo_daemon.imaging.texture import discretise, texture_features

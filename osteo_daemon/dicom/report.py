@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import highdicom as hd
 import numpy as np
+import numpy.typing as npt
 from highdicom import sr
 from pydicom.dataset import Dataset
 from pydicom.sr.coding import Code
@@ -160,7 +161,7 @@ class _Groups:
                 uid=tracking_uid(self.result.study_instance_uid, finding.level, "attenuation"),
                 identifier=f"{finding.level} trabecular attenuation",
             ),
-            referenced_regions=[self._region(finding, self.anatomy.trabecular)],
+            referenced_regions=self._regions(finding, self.anatomy.trabecular),
             finding_type=codes.VERTEBRA,
             finding_sites=[sr.FindingSite(codes.VERTEBRAE[finding.level])],
             algorithm_id=sr.AlgorithmIdentification(
@@ -193,7 +194,7 @@ class _Groups:
                 identifier=f"{finding.level} network estimate, {network.status}",
             ),
             referenced_segment=None if segment is None else self._segment(segment),
-            referenced_regions=None if segment is not None else [self._region(finding, self.anatomy.bodies)],
+            referenced_regions=None if segment is not None else self._regions(finding, self.anatomy.bodies),
             finding_type=codes.VERTEBRA,
             finding_sites=[sr.FindingSite(codes.VERTEBRAE[finding.level])],
             algorithm_id=sr.AlgorithmIdentification(
@@ -216,18 +217,25 @@ class _Groups:
             source_series=sr.SourceSeriesForSegmentation(str(self.anatomy.headers[0].SeriesInstanceUID)),
         )
 
-    def _region(self, finding: VertebraFinding, masks: Mapping[Level, NativeMask]) -> sr.ImageRegion:
+    def _regions(self, finding: VertebraFinding, masks: Mapping[Level, NativeMask]) -> list[sr.ImageRegion]:
         native = masks.get(finding.level)
-        if native is not None:
-            d = native.middle_slice
-            graphic_type, points = sr.GraphicTypeValues.POLYLINE, slice_polyline(native, d)
-        else:
+        if native is None:
             # nothing was outlined: the centre alone, so that a reader still finds the level
             index = np.zeros(3)
             if self.anatomy.volume is not None:
                 index = self.anatomy.volume.to_index(finding.centre_lps_mm)
             d = int(np.clip(np.rint(index[0]), 0, len(self.anatomy.headers) - 1))
-            graphic_type, points = sr.GraphicTypeValues.POINT, np.array([[index[2] + 0.5, index[1] + 0.5]])
+            points = np.array([[index[2] + 0.5, index[1] + 0.5]])
+            return [self._image_region(d, sr.GraphicTypeValues.POINT, points)]
+        slices = [native.middle_slice]
+        if len(self.result.vertebrae) == 1:
+            # one outline in a whole report makes PixelMed's validator take every group for a planar one (TID 1410)
+            slices += sorted(set(native.slices) - set(slices), key=lambda d: abs(d - slices[0]))[:1]
+        return [self._image_region(d, sr.GraphicTypeValues.POLYLINE, slice_polyline(native, d)) for d in slices]
+
+    def _image_region(
+        self, d: int, graphic_type: sr.GraphicTypeValues, points: npt.NDArray[np.float64]
+    ) -> sr.ImageRegion:
         header = self.anatomy.headers[d]
         self.referenced[str(header.SOPInstanceUID)] = header
         return sr.ImageRegion(

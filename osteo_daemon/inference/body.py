@@ -21,7 +21,9 @@ MASK_SPACING_MM = 1.5
 _BOX_MM = 48.0  # half the edge of the box that holds any vertebral body
 _METAL_HU = 1300.0  # mean of a 3 mm voxel: denser than any cortex
 _METAL_MM3 = 300.0
-_CEMENT_HU = 600.0
+_CEMENT_HU = 600.0  # well inside the body, where no healthy bone is as dense
+_CEMENT_DEPTH_MM = 5.0
+_CEMENT_MM3 = 250.0
 _CORE_MM = 10.5
 _LARGEST_TURN_DEGREES = 25.0  # between the planes of the discs and the body's own endplates
 
@@ -127,8 +129,13 @@ def _content_flags(canonical: CanonicalVolume, places: Floats, centre: Floats) -
     if np.count_nonzero(canonical.hu[window] > _METAL_HU) * spacing**3 > _METAL_MM3:
         flags.append(QualityFlag("implant", Severity.BLOCKING))
     voxels = np.clip(np.round(places / spacing).astype(int), 0, shape - 1)
-    inside = canonical.hu[voxels[:, 0], voxels[:, 1], voxels[:, 2]]
-    if np.count_nonzero(inside > _CEMENT_HU) * MASK_SPACING_MM**3 > 1.5 * _METAL_MM3:
+    body = np.zeros(shape, dtype=bool)
+    body[voxels[:, 0], voxels[:, 1], voxels[:, 2]] = True
+    core = canonical.hu[window][ndimage.distance_transform_edt(body[window]) * spacing > _CEMENT_DEPTH_MM]
+    if (
+        core.size
+        and np.count_nonzero(core > max(_CEMENT_HU, float(np.median(core)) + 300.0)) * spacing**3 > _CEMENT_MM3
+    ):
         flags.append(QualityFlag("cement_or_dense_focus", Severity.BLOCKING))
     rim = np.clip(np.round(places / spacing).astype(int)[:, None] + np.array([[[-1, 0, 0], [1, 0, 0]]]), 0, shape - 1)
     rim = rim.reshape(-1, 3)
@@ -165,7 +172,8 @@ def describe_body(
     core = core if len(core) else along
     top, bottom = float(core.max()) + MASK_SPACING_MM / 2, float(core.min()) - MASK_SPACING_MM / 2
     flags = [] if certain else [QualityFlag("level_uncertain", Severity.BLOCKING)]
-    flags += _content_flags(canonical, places, centre)
+    if limits is not None:
+        flags += _content_flags(canonical, places, centre)
     measured = heights(region, axes) if limits is not None else None
     if measured is not None:
         flags.extend(measured.quality_flags)

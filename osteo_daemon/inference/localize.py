@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +29,7 @@ from osteo_daemon.network.localizer import LocalizerConfig, SpineClass, SpineLoc
 __all__ = ["Localization", "SpineLocalizer", "Vertebra"]
 
 LEVELS_FROM_SACRUM = ("L5", "L4", "L3", "L2", "L1", "T12", "T11", "T10")
+_N_MEASURED = 6  # L5 to T12, the levels that are reported
 _VERTEBRA_MM3 = 8000.0  # one small vertebral body: less than this of body voxels is no spine
 _SMALLEST_EXTENT_MM = 90.0  # along the patient: less cannot hold S1 and two lumbar vertebrae
 _FAIR_AGREEMENT = 0.55  # `Column.agreement`, mean of T12-L5
@@ -142,11 +142,14 @@ def decode(maps: SpineMaps, canonical: CanonicalVolume) -> Localization:
         raise NotEligible(
             ExclusionCode.INSUFFICIENT_COVERAGE, "fewer than two lumbar vertebrae above the sacrum in view"
         )
-    return Localization(vertebrae=tuple(vertebrae[::-1]), flags=count.flags, anchor="s1")
+    flags = list(count.flags)
+    if _coronal_angle(vertebrae) > _SCOLIOSIS_DEGREES:
+        flags.append(QualityFlag("scoliosis", Severity.CAUTION))
+    return Localization(vertebrae=tuple(vertebrae[::-1]), flags=tuple(flags), anchor="s1")
 
 
 def _judge(column: Column) -> _Count:
-    """Up to where is the count to be trusted, and what is remarkable about the column?
+    """Up to where is the count to be trusted?
 
     Counting runs upwards, so doubt at one vertebra is doubt about it and every one above it, not below.
     """
@@ -158,41 +161,39 @@ def _judge(column: Column) -> _Count:
         if uneven or agreement[k] < _POOR_AGREEMENT:
             certain = k
             break
-    if len(agreement) and agreement[:6].mean() < _FAIR_AGREEMENT:
+    if agreement[:_N_MEASURED].mean() < _FAIR_AGREEMENT:
         certain = 0
-    flags = []
-    if certain < len(gaps):
-        severity = Severity.BLOCKING if certain <= LEVELS_FROM_SACRUM.index("L1") else Severity.CAUTION
-        flags.append(QualityFlag("level_uncertain", severity))
-    if _coronal_angle(column) > _SCOLIOSIS_DEGREES:
-        flags.append(QualityFlag("scoliosis", Severity.CAUTION))
-    return _Count(certain, tuple(flags))
+    if certain >= min(_N_MEASURED, len(gaps)):
+        return _Count(certain, ())
+    severity = Severity.BLOCKING if certain <= LEVELS_FROM_SACRUM.index("L1") else Severity.CAUTION
+    return _Count(certain, (QualityFlag("level_uncertain", severity),))
 
 
-def _coronal_angle(column: Column) -> float:
-    """Largest angle in degrees between two stretches of the centre line of T12-L5 seen from the front.
+def _coronal_angle(vertebrae: list[Vertebra]) -> float:
+    """Largest angle in degrees, seen from the front, between the lines that join neighbouring body centres.
 
-    Stands in for the Cobb angle, which is taken between endplates; the centre line is steadier at 3 mm.
+    Stands in for the Cobb angle, which is taken between endplates; centres are steadier at 3 mm.
     """
-    points, tangents = column.profile.points, column.profile.tangents
-    tilts = []
-    for lower, upper in pairwise(column.discs[:7]):
-        middle = (lower.point + upper.point) / 2
-        near = int(np.linalg.norm(points - middle, axis=1).argmin())
-        tilts.append(float(np.degrees(np.arctan2(tangents[near][2], tangents[near][0]))))
-    return max(tilts) - min(tilts) if tilts else 0.0
+    centres = np.array([v.centre_lps_mm for v in vertebrae if v.level in LEVELS_FROM_SACRUM[:_N_MEASURED]])
+    if len(centres) < 3:
+        return 0.0
+    steps = np.diff(centres, axis=0)
+    tilts = np.degrees(np.arctan2(steps[:, 0], np.abs(steps[:, 2])))
+    return float(tilts.max() - tilts.min())
 
 
 def _vertebrae(
     maps: SpineMaps, canonical: CanonicalVolume, column: Column, s1: npt.NDArray[np.bool_], certain: int
 ) -> list[Vertebra]:
-    """S1 and the named vertebrae above it, caudal to cranial, up to the first whose body is not whole."""
+    """S1 and the named vertebrae above it, caudal to cranial; above T12 only those with a certain name."""
     spacing = canonical.spacing_mm
     first = column.discs[0]
     s1_centre = np.argwhere(s1).mean(axis=0) * spacing
     sacral = describe_body("S1", maps, canonical, SpineClass.S1_BODY, s1_centre, first.normal, None, 1.0, True)
     vertebrae = [] if sacral is None else [sacral]
     for k, level in enumerate(LEVELS_FROM_SACRUM[: len(column.agreement)]):
+        if k >= max(certain, _N_MEASURED):
+            break
         lower, upper = column.discs[k], column.discs[k + 1]
         guess = (lower.point + upper.point) / 2
         up = lower.normal + upper.normal

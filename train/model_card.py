@@ -56,11 +56,11 @@ and maker) converted back to sBMD; tests are against the true sBMD.
 ## Training
 
     python -m train.cohort --patients {patients}
-    python -m train.multitask --epochs {epochs} --seed {seed}
+    python -m train.multitask --epochs {epochs} --batch-size {batch} --learning-rate {rate:g} --seed {seed}
     python -m train.export
 
-Best epoch {best} of {run_epochs} by validation loss; {minutes:.1f} minutes on {device} with {threads} thread(s), shared
-with other work.
+Best epoch {best} of {run_epochs} by validation loss; {minutes:.1f} minutes on {device} with {threads} thread(s), the
+machine shared with other work.
 """
 
 _PART: Final = """
@@ -149,6 +149,8 @@ def model_card(
         digest=cohort["sha256"],
         error=100 * truth.CONVERSION_ERROR,
         epochs=settings["loop"]["epochs"],
+        batch=settings["loop"]["batch_size"],
+        rate=settings["loop"]["learning_rate"],
         seed=settings["loop"]["seed"],
         best=best_epoch,
         run_epochs=summary["epochs"],

@@ -175,8 +175,6 @@ def describe_body(
     if limits is not None:
         flags += _content_flags(canonical, places, centre)
     measured = heights(region, axes) if limits is not None else None
-    if measured is not None:
-        flags.extend(measured.quality_flags)
 
     def lps(point: Floats) -> Points:
         return np.asarray(point[::-1] + canonical.origin_lps_mm)

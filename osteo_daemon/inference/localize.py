@@ -22,6 +22,7 @@ from osteo_daemon.inference.body import describe_body
 from osteo_daemon.inference.bundle import ModelBundle
 from osteo_daemon.inference.canonical import CanonicalVolume, resample_canonical
 from osteo_daemon.inference.column import Column, count_column, find_s1
+from osteo_daemon.inference.morphometry import compression_flags
 from osteo_daemon.inference.tiling import PatchRunner, SpineMaps, column_starts, survey_starts
 from osteo_daemon.inference.vertebra import Localization, Vertebra
 from osteo_daemon.network.localizer import LocalizerConfig, SpineClass, SpineLocalizerNet
@@ -205,7 +206,8 @@ def _vertebrae(
         if body is None or body.body_region.volume_mm3 < _VERTEBRA_MM3 / 2:
             break
         vertebrae.append(body)
-    return vertebrae
+    compressed = compression_flags([v.heights for v in vertebrae])
+    return [replace(v, flags=v.flags + more) for v, more in zip(vertebrae, compressed, strict=True)]
 
 
 def _has_bf16() -> bool:

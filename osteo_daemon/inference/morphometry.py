@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,11 +20,7 @@ MINIMUM_VOXELS = 10
 
 MILD_LOSS = 0.20
 MODERATE_LOSS = 0.25
-"""Loss of height from which Genant's grades 1 and 2 begin (Genant et al., J Bone Miner Res 1993;8:1137).
-
-Genant grades by eye on radiographs, against neighbours too; here the lowest height is set against the highest of the
-same body.
-"""
+"""Loss of height from which Genant's grades 1 and 2 begin (Genant et al., J Bone Miner Res 1993;8:1137)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +32,39 @@ class Heights:
     posterior_mm: float
 
     @property
-    def loss(self) -> float:
-        """1 - lowest / highest of the three heights."""
-        heights = (self.anterior_mm, self.middle_mm, self.posterior_mm)
-        return 1.0 - min(heights) / max(heights)
+    def mean_mm(self) -> float:
+        """Mean of the three heights."""
+        return (self.anterior_mm + self.middle_mm + self.posterior_mm) / 3.0
 
     @property
-    def quality_flags(self) -> tuple[QualityFlag, ...]:
-        """``compression_suspected``: caution from `MILD_LOSS`, blocking (out of the average) from `MODERATE_LOSS`."""
-        if self.loss >= MODERATE_LOSS:
-            return (QualityFlag("compression_suspected", Severity.BLOCKING),)
-        if self.loss >= MILD_LOSS:
-            return (QualityFlag("compression_suspected", Severity.CAUTION),)
-        return ()
+    def loss(self) -> float:
+        """Wedge or biconcave loss: 1 - the lower of anterior and middle height over the posterior one, at least 0.
+
+        A posterior height below the anterior one is no fracture: L5 is built so.
+        """
+        return max(0.0, 1.0 - min(self.anterior_mm, self.middle_mm) / self.posterior_mm)
+
+
+def compression_flags(heights: Sequence[Heights | None]) -> list[tuple[QualityFlag, ...]]:
+    """``compression_suspected`` for each vertebra of a column (in order, None where it could not be measured).
+
+    Caution from `MILD_LOSS`, blocking (out of the average) from `MODERATE_LOSS`, of the wedge or biconcave loss or of
+    the crush loss: 1 - mean height over the mean of its neighbours' (Genant grades by eye on radiographs).
+    """
+    flags: list[tuple[QualityFlag, ...]] = []
+    for k, own in enumerate(heights):
+        if own is None:
+            flags.append(())
+            continue
+        beside = [h.mean_mm for h in (*heights[max(0, k - 1) : k], *heights[k + 1 : k + 2]) if h is not None]
+        crush = 1.0 - own.mean_mm / (sum(beside) / len(beside)) if len(beside) == 2 else 0.0
+        loss = max(own.loss, crush)
+        if loss >= MILD_LOSS:
+            severity = Severity.BLOCKING if loss >= MODERATE_LOSS else Severity.CAUTION
+            flags.append((QualityFlag("compression_suspected", severity),))
+        else:
+            flags.append(())
+    return flags
 
 
 def heights(body: Region, axes_lps: npt.NDArray[np.float64]) -> Heights | None:

@@ -17,6 +17,7 @@ from osteo_daemon.domain.study import RemoteAE
 from osteo_daemon.errors import PeerUnavailable, Refused
 
 MAXIMUM_PDU_BYTES = 131072
+_ACCEPTED = 0
 _REJECTED_PERMANENT = 1  # PS3.8 9.3.4, table 9-21: Result
 _REJECT_SOURCE_PRESENTATION = 3
 _TRANSIENT_PRESENTATION_REASONS = frozenset({1, 2})  # temporary congestion, local limit exceeded
@@ -68,9 +69,12 @@ def _no_delay(event: Event) -> None:
 
 def _failure(link: Association, peer: RemoteAE) -> PeerUnavailable | Refused:
     name = f"{peer.ae_title} at {peer.host}:{peer.port}"
-    if not link.is_rejected:
-        return PeerUnavailable(f"{name}: no association (no connection, no answer in time, or aborted)")
     answer: Any = link.acceptor.primitive
+    if answer is not None and int(answer.result) == _ACCEPTED:
+        # accepted without a single context, which the library ends by itself
+        return Refused(f"{name} accepts none of our presentation contexts")
+    if answer is None or not link.is_rejected:
+        return PeerUnavailable(f"{name}: no association (no connection, no answer in time, or aborted)")
     result, source, reason = int(answer.result), int(answer.result_source), int(answer.diagnostic)
     text = f"{name} rejected the association: {answer.reason_str} (result {result}, source {source}, reason {reason})"
     # some peers call a full house permanent: the reason tells better (PS3.8 table 9-21)

@@ -248,8 +248,20 @@ def test_a_peer_that_does_not_know_us_is_not_asked_again(tmp_path: Path, built: 
         store = commit(settings, built)
         with lanes(settings, store):
             delivery = until(lambda: ended(store), PATIENCE_S)
-        assert (delivery.state, delivery.attempts) == (DeliveryState.REFUSED, 1)
+        assert (delivery.state, delivery.attempts) == (DeliveryState.REFUSED, 1), delivery.detail
         assert stored == []
+    store.close()
+
+
+def test_a_peer_that_stores_nothing_of_ours_is_not_asked_again(tmp_path: Path, built: BuiltReport) -> None:
+    with peer(["1.2.840.10008.5.1.4.1.1.4"]) as (port, _stored):
+        settings = settings_for(tmp_path, port)
+        store = commit(settings, built)
+        with lanes(settings, store):
+            delivery = until(lambda: ended(store), PATIENCE_S)
+        assert (delivery.state, delivery.attempts) == (DeliveryState.REFUSED, 1), delivery.detail
+        assert delivery.detail is not None
+        assert "presentation contexts" in delivery.detail
     store.close()
 
 

@@ -74,20 +74,18 @@ def validated(tmp_path_factory: pytest.TempPathFactory) -> Validated:
         for built, path in files[name]:
             path.write_bytes(built.data)
     reports = [path for name in PIXELMED_CASES for built, path in files[name] if built.kind == "sr"]
-    return Validated(requests, files, validators.pixelmed([*reports, _without_segment(files["plain"], folder)]))
+    return Validated(requests, files, validators.pixelmed([*reports, _with_one_outline(files["plain"], folder)]))
 
 
-def _without_segment(files: list[tuple[BuiltObject, Path]], folder: Path) -> Path:
-    """A network group that points to no region: what PixelMed must complain about."""
-    source = next(path for built, path in files if built.variant == "comprehensive-3d+seg")
-    dataset = pydicom.dcmread(source)
+def _with_one_outline(files: list[tuple[BuiltObject, Path]], folder: Path) -> Path:
+    """A report with one outline in all: PixelMed must complain of a group that lacks what a planar region needs."""
+    dataset = pydicom.dcmread(next(path for built, path in files if built.variant == "comprehensive-3d+seg"))
     measurements = next(
         item for item in dataset.ContentSequence if item.ConceptNameCodeSequence[0].CodeValue == "126010"
     )
-    group = measurements.ContentSequence[1]
-    group.ContentSequence = [
-        item for item in group.ContentSequence if item.ConceptNameCodeSequence[0].CodeValue != "121191"
-    ]
+    group = measurements.ContentSequence[0]
+    assert [item.ValueType for item in group.ContentSequence[-2:]] == ["SCOORD", "SCOORD"]
+    group.ContentSequence = group.ContentSequence[:-1]
     path = folder / "broken.dcm"
     dataset.save_as(path)
     return path
@@ -136,7 +134,8 @@ def test_validators_accept_the_objects_of_a_real_ct(acrin: Path, tmp_path: Path)
 
 def test_the_validators_see_a_broken_report(validated: Validated, tmp_path: Path) -> None:
     """A check that cannot fail is none: each validator complains about the mistake that it is there for."""
-    assert any("Referenced Segment" in line for path, lines in validated.pixelmed.items() for line in lines)
+    complaints = [line for path, lines in validated.pixelmed.items() if path.name == "broken.dcm" for line in lines]
+    assert any("Missing conditional content item" in line for line in complaints)
     source = next(path for built, path in validated.files["plain"] if built.kind == "sr")
     broken = tmp_path / "broken.dcm"
     dataset = pydicom.dcmread(source)

@@ -7,7 +7,7 @@ declare -A provided_by=(
   [Orthanc]=orthanc
   [dciodvfy]=dicom3tools
   [strace]=strace
-  [java]=default-jre-headless
+  [javac]=default-jdk-headless
 )
 missing=()
 for command in "${!provided_by[@]}"; do

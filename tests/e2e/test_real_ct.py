@@ -18,7 +18,7 @@ from osteo_daemon.imaging.series import ct_slices, read_headers, split_stacks
 from tests.e2e.node import destination, running_node
 from tests.fakes import CountingScp, a_free_port, storescu, until
 from tests.orthanc import AE_TITLE, running_orthanc
-from tests.validators import validate
+from tests.validators import dciodvfy, dsrdump, measured_groups, pixelmed
 
 pytestmark = [pytest.mark.real_ct, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -56,17 +56,21 @@ def test_report_of_a_real_ct_arrives_in_orthanc(acrin: Path, tmp_path: Path) -> 
         instances = orthanc.get(f"/studies/{study}/instances")
         kinds = Counter(_download(orthanc, entry["ID"], tmp_path).SOPClassUID for entry in instances)
         assert kinds == {Comprehensive3DSRStorage: 1, SegmentationStorage: 1, SecondaryCaptureImageStorage: 1}
-        names = {SegmentationStorage: "seg", SecondaryCaptureImageStorage: "sc", Comprehensive3DSRStorage: "sr"}
         for path in tmp_path.glob("fetched-*.dcm"):
+            assert not dciodvfy(path)
             dataset = pydicom.dcmread(path)
-            validate(names[dataset.SOPClassUID], path)
             if dataset.SOPClassUID == Comprehensive3DSRStorage:
-                report = dataset
+                report, report_path = dataset, path
         log = node.log
         shown = node.study(study_uid)
+    assert not dsrdump(report_path)
+    assert not pixelmed([report_path])[report_path]
+    assert len(measured_groups(report_path, tmp_path)) >= len(REFERENCE)
     source = pydicom.dcmread(files[0], stop_before_pixels=True)
     assert report.StudyInstanceUID == study_uid
-    assert (report.PatientID, report.PatientName) == (source.PatientID, source.PatientName)
+    assert report.PatientID == source.PatientID
+    # PS3.5 6.2.1.1: trailing delimiters do not change a name
+    assert str(report.PatientName).rstrip("^") == str(source.PatientName).rstrip("^")
     assert str(source.PatientName) not in log
     assert str(source.PatientID) not in log
 

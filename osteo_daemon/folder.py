@@ -20,6 +20,9 @@ from osteo_daemon.settings import Settings
 
 STAGES = ("read headers", "decode", "find vertebrae", "measure", "predict", "build report")
 
+REPORT_VARIANT = "comprehensive-3d+seg"
+"""The one form of the structured report that a folder gets, whatever destinations the settings name."""
+
 _FILE_NAMES: Mapping[str, str] = {"sr": "report.dcm", "seg": "segmentation.dcm", "sc": "picture.dcm"}
 
 
@@ -44,7 +47,11 @@ def screen_folder(settings: Settings, folder: Path, out: Path) -> Screening:
         screener = StudyScreener.load(settings)
         screening = screener.screen(paths, advance)
         advance(STAGES[-1])
-        built = None if screening.result.exclusion else build_report(screening, settings, datetime.now(UTC))
+        built = (
+            None
+            if screening.result.exclusion
+            else build_report(screening, settings, datetime.now(UTC), variants=(REPORT_VARIANT,))
+        )
         progress.update(task, advance=1)
     out.mkdir(parents=True, exist_ok=True)
     for stale in ("result.json", "manifest.json", "picture.png", *_FILE_NAMES.values()):

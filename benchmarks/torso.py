@@ -214,6 +214,7 @@ def main() -> None:
     right, wrong = sum(row["right"] for row in rows), sum(row["wrong"] for row in rows)
     figures = {
         "bundle": f"{bundle.name} {bundle.version} {bundle.sha256[:12]}",
+        "weights_sha256": bundle.files["models/model.safetensors"],
         "cases": len(rows),
         "refused": len(rows) - len(named),
         "vertebrae_named": right + wrong,

@@ -23,7 +23,7 @@ _MAX_DISC_TILT_DEGREES = 30.0  # against the centre line
 _SLAB_MM = 4.5
 _REACH_MM = 32.0
 _PROFILE_RADIUS_MM = 12.0
-_GAPS_MM = np.arange(20, 49)  # disc to disc: small osteoporotic women to tall men
+_GAPS_MM = np.arange(20, 57)  # disc to disc: beyond the smallest and the tallest adults
 _GAP_PER_ROOT_AREA = 0.95  # disc-to-disc distance over the root of the body's cross-section, training torso
 _GAP_SD, _SMOOTH_SD = 0.22, 0.16  # of the logarithm of gap over expected gap, and of a gap over the one below
 _PRIOR_WEIGHT, _CLASS_WEIGHT = 2.0, 0.7
@@ -191,23 +191,35 @@ def agreement_of(profile: Profile, stations: list[int]) -> Floats:
     """(n vertebrae,) the least of: phase against the count, disc at both ends, body in the middle; each at most 1.
 
     Phase and classes are two outputs of the network that may fail apart; a count is trusted where both bear it out.
+    Above the uppermost vertebra no disc is asked for when the column ends there, as it does at the edge of the scan,
+    and its phase may stop short of a full turn: it may be as long as the vertebra below.
     """
     share = ndimage.uniform_filter1d(profile.disc / np.maximum(profile.disc + profile.body, 0.2), 3)
     last = len(share) - 1
     at_disc = [float(share[max(0, s - 5) : min(last, s + 5) + 1].max()) for s in stations]
+    open_end = stations[-1] >= last - 8
+    if open_end:
+        at_disc[-1] = 1.0
     result = []
     for k, (low, high) in enumerate(pairwise(stations)):
-        u = np.arange(high - low + 1) / (high - low)
-        wave = np.stack([np.cos(2 * np.pi * u), np.sin(2 * np.pi * u)], axis=1)
         seen = profile.phase[low : high + 1]
         seen = seen / np.maximum(np.linalg.norm(seen, axis=1, keepdims=True), 1.0)
-        in_phase = float((seen * wave).sum(axis=1).mean())
+        lengths = [high - low]
+        if open_end and high == stations[-1] and k > 0:
+            lengths.append(max(high - low, low - stations[k - 1]))
+        in_phase = max(_phase_agreement(seen, length) for length in lengths)
         third = (high - low) // 3
         in_body = float((1 - share[low + third : high - third + 1]).mean()) * float(
             min(1.0, 2 * profile.body[low + third : high - third + 1].mean())
         )
         result.append(min(in_phase, at_disc[k], at_disc[k + 1], in_body))
     return np.array(result)
+
+
+def _phase_agreement(seen: Floats, length_mm: int) -> float:
+    """Mean cosine between (n, 2) unit phases, one a millimetre, and a turn of ``length_mm`` that begins with them."""
+    angle = 2 * np.pi * np.arange(len(seen)) / length_mm
+    return float((seen * np.stack([np.cos(angle), np.sin(angle)], axis=1)).sum(axis=1).mean())
 
 
 def count_discs(profile: Profile) -> list[int] | None:

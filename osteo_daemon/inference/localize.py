@@ -30,6 +30,7 @@ from osteo_daemon.network.localizer import LocalizerConfig, SpineClass, SpineLoc
 __all__ = ["Localization", "SpineLocalizer", "Vertebra"]
 
 LEVELS_FROM_SACRUM = ("L5", "L4", "L3", "L2", "L1", "T12", "T11", "T10")
+_NEARLY_WHOLE = 0.85  # height over that of the vertebra below: a body that only touches the edge of the scan
 _N_MEASURED = 6  # L5 to T12, the levels that are reported
 _VERTEBRA_MM3 = 8000.0  # one small vertebral body: less than this of body voxels is no spine
 _SMALLEST_EXTENT_MM = 90.0  # along the patient: less cannot hold S1 and two lumbar vertebrae
@@ -207,7 +208,14 @@ def _vertebrae(
             break
         vertebrae.append(body)
     compressed = compression_flags([v.heights for v in vertebrae])
-    return [replace(v, flags=v.flags + more) for v, more in zip(vertebrae, compressed, strict=True)]
+    flagged = [replace(v, flags=v.flags + more) for v, more in zip(vertebrae, compressed, strict=True)]
+    if len(flagged) > 2 and flagged[-1].height_mm > _NEARLY_WHOLE * flagged[-2].height_mm:
+        flagged[-1] = replace(flagged[-1], flags=tuple(_milder_if_truncated(flag) for flag in flagged[-1].flags))
+    return flagged
+
+
+def _milder_if_truncated(flag: QualityFlag) -> QualityFlag:
+    return QualityFlag(flag.code, Severity.CAUTION) if flag.code == "vertebra_truncated" else flag
 
 
 def _has_bf16() -> bool:

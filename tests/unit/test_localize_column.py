@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from osteo_daemon.domain.findings import Severity
 from osteo_daemon.errors import NotEligible
 from osteo_daemon.inference.canonical import CanonicalVolume
 from osteo_daemon.inference.localize import LEVELS_FROM_SACRUM, Localization, decode
@@ -162,6 +163,22 @@ def test_a_body_cut_by_the_edge_of_the_scan_is_blocked() -> None:
     found = {v.level: v for v in decode(SpineMaps(p, maps.phase), cut).vertebrae}
     assert "T12" not in found or "vertebra_truncated" in {f.code for f in found["T12"].flags}
     assert not found["L1"].flags
+
+
+def test_the_uppermost_vertebra_needs_no_disc_above_it_where_the_scan_ends() -> None:
+    maps, canonical, centres = build([36.0] * 6)
+    top = int((60 + 5.9 * 36 - 4) / SPACING_MM)  # just below the disc above T12
+    p = maps.probabilities.copy()
+    p[:, top:] = 0
+    p[SpineClass.BACKGROUND, top:] = 1
+    seen = canonical.seen.copy()
+    seen[top:] = False
+    cut = CanonicalVolume(canonical.hu, seen, SPACING_MM, canonical.origin_lps_mm)
+    found = decode(SpineMaps(p, maps.phase), cut)
+    check_names(found, centres, cut, 4.0)
+    assert not [f for f in found.flags if f.code == "level_uncertain"]
+    truncated = [f for f in found.vertebrae[0].flags if f.code == "vertebra_truncated"]
+    assert [f.severity for f in truncated] == [Severity.BLOCKING]  # 20 of its 28 mm were seen
 
 
 def test_metal_blocks_the_vertebra_that_holds_it() -> None:

@@ -6,8 +6,6 @@ STAMP := $(VENV)/.installed
 # Extra arguments for the installation of torch, e.g. TORCH_PIP_ARGS="--index-url <index of CPU builds>"
 TORCH_PIP_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# torch takes every core it sees; two test processes at once would fight over them
-export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup system-packages serve demo test lint bench docs-results clean
@@ -35,8 +33,9 @@ serve: $(STAMP) ## run the node with osteo.toml (CONFIG=other.toml for another)
 demo: $(STAMP) ## a virtual patient through the whole node; shows the report
 	$(BIN)/osteo demo --out demo-output
 
+# One test process a core, a module's tests in one of them. Threads of torch beside them would only spin.
 test: $(STAMP) system-packages lint ## all tests
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadscope
 
 lint: $(STAMP) ## style, types, import contracts
 	$(BIN)/ruff check .

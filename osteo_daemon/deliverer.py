@@ -11,18 +11,16 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from os import getpid
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 
 from osteo_daemon.dicom.storage_scu import Verdict, send_objects
 from osteo_daemon.domain.study import RemoteAE
 from osteo_daemon.errors import Damaged, LeaseLost, OsteoError, PeerUnavailable, Refused, Transient
 from osteo_daemon.jobs.records import Delivery, ReportKind, ReportObject
 from osteo_daemon.jobs.store import JobStore
-from osteo_daemon.log import configure_logging, get_logger
+from osteo_daemon.lease import Heartbeat
+from osteo_daemon.log import configure_logging, get_logger, where
 from osteo_daemon.settings import DestinationSettings, Settings
-
-HEARTBEATS_PER_LEASE = 3
-"""Two heartbeats may fail before a lease runs out."""
 
 LANE_PAUSE_MAXIMUM_SECONDS = 60.0
 """A lane whose peer does not answer asks it this often at least, whatever the deliveries' own back-off says."""
@@ -96,7 +94,7 @@ class Lane(threading.Thread):
                 self._log.warning("store_unavailable", error=type(error).__name__)
                 delivery = None
             except Exception as error:  # noqa: BLE001 - the lane's loop edge: no delivery may end the lane
-                self._log.error("lane_crashed", error=type(error).__name__, detail=_where(error.__traceback__))
+                self._log.error("lane_crashed", error=type(error).__name__, detail=where(error.__traceback__))
                 delivery = None
             pause = self._pause_seconds() if self._failures else (0.0 if delivery else deliverer.poll_seconds)
             self._stopping.wait(pause)
@@ -116,7 +114,8 @@ class Lane(threading.Thread):
         attempt = Attempt(self._settings, self._destination, self._store, delivery, self._stopping)
         unavailable = False
         try:
-            with _Heartbeat(self._store, delivery, self._settings.deliverer.lease_seconds):
+            lease = self._settings.deliverer.lease_seconds
+            with Heartbeat(lambda: self._store.heartbeat_delivery(delivery, lease), lease):
                 outcome = attempt.send()
         except LeaseLost:
             log.warning("delivery_ended", outcome="lease_lost")
@@ -130,7 +129,7 @@ class Lane(threading.Thread):
         except Transient:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, the delivery must not be lost with it
-            log.error("delivery_crashed", error=type(error).__name__, detail=_where(error.__traceback__))
+            log.error("delivery_crashed", error=type(error).__name__, detail=where(error.__traceback__))
             outcome = self._later(delivery, Transient("an error inside the program, see its log"))
         self._failures = self._failures + 1 if unavailable else 0
         log.info("delivery_ended", outcome=outcome)
@@ -250,33 +249,6 @@ class Attempt:
         return outcome
 
 
-class _Heartbeat:
-    """Keeps a delivery's lease alive from a thread of its own while its objects are sent."""
-
-    def __init__(self, store: JobStore, delivery: Delivery, lease_seconds: float) -> None:
-        self._store, self._delivery, self._lease_seconds = store, delivery, lease_seconds
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _beat(self) -> None:
-        while not self._done.wait(self._lease_seconds / HEARTBEATS_PER_LEASE):
-            try:
-                self._store.heartbeat_delivery(self._delivery, self._lease_seconds)
-            except LeaseLost:
-                return  # the next write for this delivery is refused by its fencing token
-            except Transient:
-                continue
-
-
 def _stored(status: str | None) -> bool:
     return status is not None and status.startswith("0x")
 
@@ -297,12 +269,3 @@ def _verify(report: ReportObject) -> None:
         raise Damaged(f"spooled {report.kind.value} {report.sop_instance_uid} is gone") from error
     if digest.hexdigest() != report.sha256:
         raise Damaged(f"spooled {report.kind.value} {report.sop_instance_uid} has changed on disk")
-
-
-def _where(trace: TracebackType | None) -> str:
-    """File and line of the innermost frames: says where without quoting a value."""
-    frames: list[str] = []
-    while trace is not None:
-        frames.append(f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}")
-        trace = trace.tb_next
-    return " > ".join(frames[-4:])

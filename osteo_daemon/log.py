@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import MutableMapping
+from pathlib import Path
+from types import TracebackType
 from typing import Any, cast
 
 import structlog
@@ -122,3 +124,12 @@ class _NameOnly(logging.Handler):
 def get_logger() -> structlog.stdlib.BoundLogger:
     """The process's logger: call with a stable event slug and loggable attributes."""
     return cast("structlog.stdlib.BoundLogger", structlog.get_logger())
+
+
+def where(trace: TracebackType | None) -> str:
+    """File and line of the innermost frames: says where without quoting a value."""
+    frames: list[str] = []
+    while trace is not None:
+        frames.append(f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}")
+        trace = trace.tb_next
+    return " > ".join(frames[-4:])

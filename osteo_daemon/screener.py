@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from os import getpid
-from types import FrameType, TracebackType
+from types import FrameType
 
 from osteo_daemon.dicom.report_objects import BuiltObject
 from osteo_daemon.domain.findings import Exclusion, Outcome
@@ -21,12 +21,10 @@ from osteo_daemon.inference.screening import Screening, StudyScreener
 from osteo_daemon.jobs.records import NewDelivery, ReportKind, ReportObject
 from osteo_daemon.jobs.spool import Spool
 from osteo_daemon.jobs.store import JobStore
-from osteo_daemon.log import configure_logging, get_logger
+from osteo_daemon.lease import Heartbeat
+from osteo_daemon.log import configure_logging, get_logger, where
 from osteo_daemon.reporting import PreviousReport, build_report
 from osteo_daemon.settings import Settings
-
-HEARTBEATS_PER_LEASE = 3
-"""Two heartbeats may fail before a lease runs out."""
 
 
 class _Stopped(BaseException):
@@ -95,7 +93,8 @@ class Worker:
         log.info("screening_started", attempt=job.attempts)
         outcome = "released"
         try:
-            with _Heartbeat(self._store, job, self._settings.screener.lease_seconds):
+            lease = self._settings.screener.lease_seconds
+            with Heartbeat(lambda: self._store.heartbeat(job, lease), lease):
                 outcome = self._screen(job)
         except _Stopped:
             with suppress(LeaseLost):
@@ -111,7 +110,7 @@ class Worker:
         except Exception as error:  # noqa: BLE001 - the process's loop edge: one study must not end the worker
             outcome = "retry"
             # only the class: a library's message may quote what it was given
-            log.error("screening_crashed", error=type(error).__name__, detail=_where(error.__traceback__))
+            log.error("screening_crashed", error=type(error).__name__, detail=where(error.__traceback__))
             self._end(self._retry, job, type(error).__name__, "an error inside the program, see its log")
         log.info("screening_ended", outcome=outcome, duration_s=round(time.perf_counter() - start, 2))
 
@@ -178,43 +177,6 @@ class Worker:
             self._log.warning("outcome_not_written", error=type(error).__name__)
 
 
-class _Heartbeat:
-    """Keeps a job's lease alive from a thread of its own while the study is screened."""
-
-    def __init__(self, store: JobStore, job: Job, lease_seconds: float) -> None:
-        self._store, self._job, self._lease_seconds = store, job, lease_seconds
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _beat(self) -> None:
-        while not self._done.wait(self._lease_seconds / HEARTBEATS_PER_LEASE):
-            try:
-                self._store.heartbeat(self._job, self._lease_seconds)
-            except LeaseLost:
-                return  # the commit's fencing check refuses what this worker still makes
-            except Transient:
-                continue
-
-
 def _summary(screening: Screening) -> str:
     category = screening.result.category
     return Outcome.REPORTED.value if category is None else f"{Outcome.REPORTED.value}, {category.value}"
-
-
-def _where(trace: TracebackType | None) -> str:
-    """File and line of the innermost frames: says where without quoting a value."""
-    frames: list[str] = []
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        frames.append(f"{code.co_filename.rsplit('/', 1)[-1]}:{trace.tb_lineno}")
-        trace = trace.tb_next
-    return " > ".join(frames[-4:])

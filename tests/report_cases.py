@@ -213,7 +213,7 @@ def short_case(**attributes: Any) -> ReportRequest:
 def indeterminate_case() -> ReportRequest:
     """A level without a region or a number, flags that block, nothing from the network."""
     request = synthetic_case()
-    blocked = (QualityFlag("metal_or_cement", Severity.BLOCKING), QualityFlag("region_too_small", Severity.BLOCKING))
+    blocked = (QualityFlag("implant", Severity.BLOCKING), QualityFlag("region_too_small", Severity.BLOCKING))
     findings = [
         dataclasses.replace(finding, network=None, attenuation_hu_corrected=None)
         if finding.level is Level.L1

@@ -28,11 +28,6 @@ OUTLIER_SPREADS = 3.0
 MINIMUM_VOLUME_MM3 = 1000.0
 """A smaller region holds too few independent samples of the texture for a mean: 1 ml at 30 HU noise."""
 
-METAL_HU = 1500.0
-"""Cortical bone stays below: higher values in a vertebral body are metal or cement."""
-
-METAL_VOLUME_MM3 = 100.0
-
 _MAD_TO_SD = 1.4826
 
 
@@ -41,7 +36,7 @@ class Measurement:
     """Attenuation of one vertebra.
 
     Attributes:
-        attenuation: None when the region is too small or holds metal.
+        attenuation: None when the region is too small.
         body: the vertebral body on the volume's native grid.
         trabecular: the measured voxels on the same grid.
         standard_error_hu: of the mean, from the number of voxels as if independent: a lower bound.
@@ -76,9 +71,6 @@ def measure(volume: CtVolume, body: Region, axes_lps: npt.NDArray[np.float64]) -
     native_body = Region(inside, affine)
     core = (depth_mm >= EROSION_MM) & ~_posterior(inside, affine, axes_lps)
     flags: list[QualityFlag] = []
-    voxel_mm3 = volume.voxel_volume_mm3
-    if np.count_nonzero(inside & (hounsfield > METAL_HU)) * voxel_mm3 > METAL_VOLUME_MM3:
-        flags.append(QualityFlag("metal_or_cement", Severity.BLOCKING))
     if not core.any():
         flags.append(QualityFlag("region_too_small", Severity.BLOCKING))
         return Measurement(None, native_body, Region(core, affine), float("nan"), 0, tuple(flags))

@@ -114,12 +114,8 @@ def test_dense_island_is_left_out() -> None:
     assert clean.standard_error_hu == pytest.approx(25.0 / clean.voxel_count**0.5, rel=0.05)
 
 
-def test_metal_blocks_and_a_sliver_gives_no_number() -> None:
+def test_a_sliver_gives_no_number() -> None:
     volume, body = _scan(GRIDS["1 mm"], UPRIGHT)
-    screw = volume.voxels.copy()
-    screw[30:40, 34:38, 34:38] = 2500.0
-    codes = [flag.code for flag in measure(CtVolume(screw, volume.affine), body, UPRIGHT).quality_flags]
-    assert codes == ["metal_or_cement"]
     sliver = Region(body.mask & (np.arange(54)[:, None, None] == 27), body.affine)
     found = measure(volume, sliver, UPRIGHT)
     assert found.attenuation is None

@@ -57,7 +57,7 @@ def test_table_is_ordered_and_covers_everything() -> None:
 
 
 def test_only_unblocked_l1_to_l4_count() -> None:
-    blocking = (QualityFlag("metal_or_cement", Severity.BLOCKING),)
+    blocking = (QualityFlag("implant", Severity.BLOCKING),)
     vertebrae = [
         _vertebra(Level.T12, 300),
         _vertebra(Level.L1, 100),

@@ -11,11 +11,14 @@ from typing import Any
 
 import click
 
-from osteo_daemon.errors import ConfigurationError, OsteoError
+from osteo_daemon.errors import ConfigurationError, Damaged, IllegalTransition, OsteoError
 from osteo_daemon.settings import Settings, load_settings
 
 EXIT_DAMAGED = 3
 """Exit status of `osteo screen` when the folder can't be used."""
+
+PRIVATE_UMASK = 0o077
+"""What the node writes holds patients' images: for its own user alone."""
 
 ROLES = ("receiver", "scheduler", "screener", "deliverer")
 
@@ -42,7 +45,7 @@ def cli() -> None:
     osteo report   read our reports as text
     osteo demo     a virtual patient through the whole node
 
-    Exit status: 0 done, 1 the node isn't as it should be, 2 wrong usage or settings, 3 input that can't be used.
+    Exit status: 0 done, 1 the node is not as it should be, 2 wrong usage or settings, 3 what was named cannot be used.
     """
 
 
@@ -50,6 +53,7 @@ def cli() -> None:
 @_config
 def serve(config: Path | None) -> None:
     """Run receiver, scheduler, screener and deliverer as child processes; stop with SIGTERM or Ctrl-C."""
+    os.umask(PRIVATE_UMASK)
     from osteo_daemon import supervisor
 
     sys.exit(supervisor.serve(load_settings(config), config))
@@ -61,6 +65,7 @@ def serve(config: Path | None) -> None:
 def run(role: str, config: Path | None) -> None:
     """Run one ROLE in the foreground; stop with SIGTERM or Ctrl-C."""
     settings = load_settings(config)
+    os.umask(PRIVATE_UMASK)
     _let_idle_threads_sleep()
     entry: Callable[[Settings], int]
     if role == "receiver":
@@ -141,6 +146,8 @@ def list_studies(config: Path | None, state: str | None, limit: int, as_json: bo
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
+    if not rows:
+        click.echo("no studies")
     for row in rows:
         why = f"  {row['code']}: {row['detail']}" if row["code"] else ""
         click.echo(
@@ -157,7 +164,7 @@ def show_study(study_instance_uid: str, config: Path | None) -> None:
     store = _store(config)
     jobs = store.recent(study_instance_uid=study_instance_uid, limit=1)
     if not jobs:
-        raise click.ClickException(f"no study {study_instance_uid}; see osteo studies list")
+        raise _unknown(study_instance_uid)
     document = {
         "study_instance_uid": study_instance_uid,
         "state": jobs[0].state.value,
@@ -187,17 +194,30 @@ def _let_idle_threads_sleep() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def _unknown(study_instance_uid: str) -> Damaged:
+    return Damaged(f"no study {study_instance_uid}; see osteo studies list")
+
+
+def _not_blank(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+    if not value.strip():
+        raise click.BadParameter("say why")
+    return value
+
+
 def _by_hand(name: str, help_text: str) -> None:
     @studies.command(name, help=help_text)
     @click.argument("study_instance_uid")
-    @click.option("--reason", required=True, help="Why; kept in the study's history.")
+    @click.option("--reason", required=True, callback=_not_blank, help="Why; kept in the study's history.")
     @_config
     def act(study_instance_uid: str, reason: str, config: Path | None) -> None:
         store: Any = _store(config)
         try:
             getattr(store, f"{name}_study")(study_instance_uid, "operator", reason)
         except KeyError:
-            raise click.ClickException(f"no study {study_instance_uid}; see osteo studies list") from None
+            raise _unknown(study_instance_uid) from None
+        except IllegalTransition as error:
+            what = f"{name} is not possible for {study_instance_uid} now ({error.detail})"
+            raise IllegalTransition(f"{what}; see osteo studies show {study_instance_uid}") from None
         click.echo(f"{name}: {study_instance_uid}")
 
 

@@ -13,7 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from osteo_daemon.errors import Damaged
+from osteo_daemon.domain.decision import decide
+from osteo_daemon.errors import ConfigurationError, Damaged
 from osteo_daemon.inference.screening import Screening, StudyScreener
 from osteo_daemon.reporting import build_report
 from osteo_daemon.settings import Settings
@@ -32,10 +33,12 @@ def screen_folder(settings: Settings, folder: Path, out: Path) -> Screening:
     Raises:
         Damaged: no file, no readable DICOM object, several studies, or an undecodable slice.
         BundleError: a model bundle is missing or changed.
+        ConfigurationError: ``out`` can't be written; found out before anything is computed.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "DICOMDIR")
     if not paths:
         raise Damaged(f"{folder} holds no file")
+    _prepare(out)
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
@@ -53,7 +56,6 @@ def screen_folder(settings: Settings, folder: Path, out: Path) -> Screening:
             else build_report(screening, settings, datetime.now(UTC), variants=(REPORT_VARIANT,))
         )
         progress.update(task, advance=1)
-    out.mkdir(parents=True, exist_ok=True)
     for stale in ("result.json", "manifest.json", "picture.png", *_FILE_NAMES.values()):
         (out / stale).unlink(missing_ok=True)  # an older run's picture beside a new result would mislead
     if built is not None:
@@ -67,6 +69,15 @@ def screen_folder(settings: Settings, folder: Path, out: Path) -> Screening:
     return screening
 
 
+def _prepare(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ConfigurationError(f"--out {out} cannot be written ({error.strerror}); name another folder") from error
+
+
 def _line(screening: Screening) -> str:
     result = screening.result
     if result.exclusion is not None:
@@ -76,7 +87,9 @@ def _line(screening: Screening) -> str:
         for vertebra in result.vertebrae
         if vertebra.attenuation_hu is not None
     )
-    return f"{result.category}: {levels}"
+    index = decide(result.vertebrae, result.quality_flags).index_hu
+    decided = "" if index is None else f" (decided by {index:.0f} HU, the mean of L1-L4's medians at 120 kVp)"
+    return f"{result.category}{decided}; measured means: {levels}"
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:

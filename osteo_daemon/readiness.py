@@ -11,7 +11,7 @@ from pathlib import Path
 
 from osteo_daemon.dicom.verification import echo
 from osteo_daemon.domain.study import RemoteAE
-from osteo_daemon.errors import OsteoError
+from osteo_daemon.errors import ConfigurationError, OsteoError
 from osteo_daemon.inference.bundle import find_bundle
 from osteo_daemon.inference.screening import choose_device
 from osteo_daemon.jobs.store import JobStore
@@ -58,10 +58,15 @@ def _run(name: str, probe: Callable[[], str]) -> Finding:
 
 def _writable(folder: Path) -> str:
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    with tempfile.TemporaryFile(dir=existing) as probe:
-        probe.write(b"osteo")
-        probe.flush()
-        os.fsync(probe.fileno())
+    try:
+        with tempfile.TemporaryFile(dir=existing) as probe:
+            probe.write(b"osteo")
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise ConfigurationError(
+            f"state_dir {folder} cannot be used ({error.strerror}); set a folder that this user may write"
+        ) from error
     return f"{folder} is writable" if existing == folder else f"{folder} will be created in {existing}"
 
 
@@ -78,6 +83,7 @@ def _disk(settings: Settings) -> str:
 
 def _store(settings: Settings) -> str:
     if not (settings.state_dir / "jobs.sqlite").exists():
+        _writable(settings.state_dir)
         return "will be created on the first start"
     counts = JobStore(settings.database_url).counts_by_state()
     return ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "empty"

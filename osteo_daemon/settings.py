@@ -179,23 +179,23 @@ def load_settings(path: Path | None, environment: Mapping[str, str] | None = Non
             raise ConfigurationError(f"{path} cannot be read: {error}") from error
         except tomllib.TOMLDecodeError as error:
             raise ConfigurationError(f"{path} is not TOML: {error}") from error
+    overridden: dict[str, str] = {}
     for name, value in sorted((os.environ if environment is None else environment).items()):
-        if name.startswith(ENVIRONMENT_PREFIX):
-            _override(document, name, value)
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in _NOT_SETTINGS:
+            overridden[_override(document, name, value)] = name
     try:
         return Settings.model_validate(document)
     except ValidationError as error:
         where = path or "environment"
-        lines = "; ".join(_explain(entry) for entry in error.errors())
+        lines = "; ".join(_explain(entry, overridden) for entry in error.errors())
         raise ConfigurationError(f"{where}: {lines}") from error
 
 
 _NOT_SETTINGS = frozenset({"OSTEO_TEST_DATA", "OSTEO_CONFIG"})
 
 
-def _override(document: dict[str, Any], name: str, value: str) -> None:
-    if name in _NOT_SETTINGS:
-        return
+def _override(document: dict[str, Any], name: str, value: str) -> str:
+    """Put a variable's value into the document; gives the key as the errors name it."""
     keys = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
     table = document
     for key in keys[:-1]:
@@ -205,10 +205,13 @@ def _override(document: dict[str, Any], name: str, value: str) -> None:
                 f"{name}: [{key}] is a list and cannot be set from the environment; use osteo.toml"
             )
     table[keys[-1]] = value
+    return ".".join(keys)
 
 
-def _explain(entry: Any) -> str:
+def _explain(entry: Any, overridden: Mapping[str, str]) -> str:
     key = ".".join(str(part) for part in entry["loc"]) or "settings"
+    if key in overridden:
+        key = f"{key}, set by the variable {overridden[key]},"
     if entry["type"] == "extra_forbidden":
         return f"{key} is not a setting; see deploy/osteo.example.toml"
     shown = entry["input"]

@@ -20,7 +20,15 @@ from scipy import ndimage
 
 from osteo_daemon.dicom import wording
 from osteo_daemon.dicom.outline import NativeMask, outlines
-from osteo_daemon.domain.findings import Category, Level, ScreeningResult, Severity, VertebraFinding
+from osteo_daemon.domain.decision import decide
+from osteo_daemon.domain.findings import (
+    AVERAGED_LEVELS,
+    Category,
+    Level,
+    ScreeningResult,
+    Severity,
+    VertebraFinding,
+)
 from osteo_daemon.imaging.volume import CtVolume
 
 SC_SERIES_NUMBER = 9103
@@ -209,6 +217,13 @@ def _draw_view(
     axes.set_ylim(rows - 0.5, -0.5)
 
 
+def _table_note(result: ScreeningResult) -> str:
+    index = decide(result.vertebrae, result.quality_flags).index_hu
+    if index is None:
+        return f"mean trabecular attenuation; bar: 0 to {_BAR_FULL_SCALE_HU:.0f} HU"
+    return f"bar: 0 to {_BAR_FULL_SCALE_HU:.0f} HU; decided by {index:.0f} (medians)"
+
+
 def _draw_table(figure: Figure, result: ScreeningResult) -> float:
     left, right, top, step = 0.555, 0.98, 0.905, 0.058
     with_corrected = any(finding.attenuation_hu_corrected is not None for finding in result.vertebrae)
@@ -227,11 +242,12 @@ def _draw_table(figure: Figure, result: ScreeningResult) -> float:
         y -= step
         figure.text(left, y, str(finding.level), color=_TEXT, fontsize=22, va="center", weight="bold")
         measured = finding.attenuation_hu
+        decides = finding.level in AVERAGED_LEVELS and not finding.blocked
         figure.text(
             left + 0.175,
             y,
             "–" if measured is None else f"{measured.mean:.0f}",
-            color=_MUTED if finding.blocked else _TEXT,
+            color=_TEXT if decides else _MUTED,
             fontsize=22,
             va="center",
             ha="right",
@@ -239,14 +255,15 @@ def _draw_table(figure: Figure, result: ScreeningResult) -> float:
         if with_corrected:
             corrected = finding.attenuation_hu_corrected
             shown = "–" if corrected is None else f"{corrected.mean:.0f}"
-            figure.text(left + 0.275, y, shown, color=_MUTED, fontsize=20, va="center", ha="right")
+            colour = _TEXT if decides else _MUTED
+            figure.text(left + 0.275, y, shown, color=colour, fontsize=20, va="center", ha="right")
         if measured is not None:
             share = float(np.clip(measured.mean / _BAR_FULL_SCALE_HU, 0.0, 1.0))
             axes.plot([bar_left, bar_right], [y, y], color="#2A323A", linewidth=12, solid_capstyle="butt")
             axes.plot(
                 [bar_left, bar_left + share * (bar_right - bar_left)],
                 [y, y],
-                color=_MUTED if finding.blocked else _BODY,
+                color=_BODY if decides else _MUTED,
                 linewidth=12,
                 solid_capstyle="butt",
             )
@@ -256,7 +273,7 @@ def _draw_table(figure: Figure, result: ScreeningResult) -> float:
     figure.text(
         left,
         y - 0.045,
-        f"mean trabecular attenuation; bar: 0 to {_BAR_FULL_SCALE_HU:.0f} HU",
+        _table_note(result),
         color=_MUTED,
         fontsize=12.5,
     )

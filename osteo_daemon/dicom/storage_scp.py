@@ -127,7 +127,9 @@ class StorageScp:
             )
         except OSError as error:
             where = f"{settings.address} port {settings.port}"
-            raise ConfigurationError(f"receiver: cannot listen on {where}: {error.strerror}") from error
+            raise ConfigurationError(
+                f"receiver: cannot listen on {where}: {error.strerror}; another node? receiver.port sets it"
+            ) from error
         entity._servers.append(self._server)  # as AE.start_server does; shutdown() takes it out again
         self._thread = threading.Thread(target=self._server.serve_forever, args=(_POLL_SECONDS,), name="listener")
 

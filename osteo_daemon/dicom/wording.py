@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from osteo_daemon.domain.decision import decide
 from osteo_daemon.domain.findings import AVERAGED_LEVELS, Category, Outcome, QualityFlag, ScreeningResult
 
 DISCLAIMER = (
@@ -60,6 +61,11 @@ def impression(result: ScreeningResult) -> str:
     ]
     if measured:
         parts.append(f"Mean trabecular attenuation as measured, HU: {', '.join(measured)}.")
+        index = decide(result.vertebrae, result.quality_flags).index_hu
+        if index is not None:
+            corrected = any(vertebra.attenuation_hu_corrected is not None for vertebra in result.vertebrae)
+            scale = ", corrected to 120 kVp" if corrected else ""
+            parts.append(f"Category decided by the mean of these levels' medians{scale}: {index:.0f} HU.")
     left_out = [str(vertebra.level) for vertebra in result.vertebrae if vertebra.blocked]
     if left_out:
         parts.append(f"Not used for the category: {', '.join(left_out)}.")

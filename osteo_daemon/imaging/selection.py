@@ -15,7 +15,7 @@ from osteo_daemon.domain.eligibility import ExclusionCode
 from osteo_daemon.domain.findings import QualityFlag, Severity
 from osteo_daemon.errors import NotEligible
 from osteo_daemon.imaging.kernel import KernelClass, classify_kernel
-from osteo_daemon.imaging.series import Slice, Stack, split_stacks
+from osteo_daemon.imaging.series import MINIMUM_RUN, Slice, Stack, split_stacks
 
 MINIMUM_COVERAGE_MM = 80.0
 """Two lumbar vertebrae with their discs are about 75 mm tall; a shorter stack can't hold two whole ones."""
@@ -85,8 +85,8 @@ def select_series(series: dict[str, list[Slice]]) -> tuple[list[Candidate], list
     Args:
         series: CT slices by SeriesInstanceUID.
 
-    Raises:
-        NotEligible: no series can be screened; code and reason are those of the series that came furthest.
+    Returns:
+        No candidate when nothing can be screened; `refusal` then says why.
     """
     candidates: list[Candidate] = []
     rejections: list[Rejection] = []
@@ -96,12 +96,15 @@ def select_series(series: dict[str, list[Slice]]) -> tuple[list[Candidate], list
             rejections.append(outcome)
         else:
             candidates.append(outcome)
-    if not candidates:
-        if not rejections:
-            raise NotEligible(ExclusionCode.NO_CT_SERIES, "the study holds no CT image with a position in the patient")
-        furthest = max(rejections, key=lambda rejection: _PROGRESS.index(rejection.code))
-        raise NotEligible(furthest.code, furthest.reason)
     return sorted(candidates, key=_preference), rejections
+
+
+def refusal(rejections: Sequence[Rejection]) -> NotEligible:
+    """Why no series was screened: code and reason of the series that came furthest."""
+    if not rejections:
+        return NotEligible(ExclusionCode.NO_CT_SERIES, "the study holds no CT image with a position in the patient")
+    furthest = max(rejections, key=lambda rejection: _PROGRESS.index(rejection.code))
+    return NotEligible(furthest.code, furthest.reason)
 
 
 def _preference(candidate: Candidate) -> tuple[bool, bool, float, float]:
@@ -118,6 +121,8 @@ def _judge(uid: str, slices: Sequence[Slice]) -> Candidate | Rejection:
         named = "\\".join(image_type) or "none"
         return Rejection(uid, ExclusionCode.DERIVED_SERIES, f"only derived or localizer images (image type {named})")
     stacks = split_stacks(slices)
+    if len(slices) < MINIMUM_RUN:
+        return Rejection(uid, ExclusionCode.INSUFFICIENT_COVERAGE, f"{len(slices)} images; a volume needs more")
     if not stacks:
         return Rejection(uid, ExclusionCode.UNEVEN_GEOMETRY, f"{len(slices)} slices without an even spacing")
     stack = stacks[0]

@@ -242,8 +242,8 @@ def _read_slice(item: Slice) -> npt.NDArray[np.float32]:
         RuntimeError,
     ) as error:
         raise PixelDataUnreadable(
-            f"slice {item.header.get('InstanceNumber', '?')} ({type(error).__name__}); "
-            "ask the sender for the study again"
+            f"slice {item.header.get('InstanceNumber', '?')} ({type(error).__name__}, file {item.path.name}); "
+            "send or copy the study again"
         ) from error
     if pixels.ndim != 2:
         raise PixelDataUnreadable(f"slice {item.header.get('InstanceNumber', '?')} is not a single grey-scale frame")
@@ -264,5 +264,5 @@ def one_study(headers: Sequence[tuple[Path, Dataset]]) -> str:
     if not uids:
         raise Damaged("there is no DICOM object")
     if len(uids) > 1:
-        raise Damaged(f"{len(uids)} studies are mixed; screen one study at a time")
+        raise Damaged(f"the files belong to {len(uids)} studies; screen one study at a time")
     return uids.pop()

@@ -30,7 +30,7 @@ from osteo_daemon.domain.findings import (
     VertebraFinding,
 )
 from osteo_daemon.errors import ConfigurationError, Damaged, NotEligible
-from osteo_daemon.imaging.selection import Candidate, Rejection, select_series
+from osteo_daemon.imaging.selection import Candidate, Rejection, refusal, select_series
 from osteo_daemon.imaging.series import ct_slices, one_study, read_headers, read_volume
 from osteo_daemon.imaging.volume import CtVolume
 from osteo_daemon.inference.bundle import ModelBundle, find_bundle
@@ -129,6 +129,8 @@ class StudyScreener:
         try:
             patient = _Patient.of(headers[0][1])
             candidates, rejections = select_series(ct_slices(headers))
+            if not candidates:
+                raise refusal(rejections)
             patient.check_age()
             return self._first_screenable(study_uid, candidates, rejections, patient, len(unreadable), clock, progress)
         except NotEligible as exclusion:
@@ -154,7 +156,7 @@ class StudyScreener:
         clock: _Clock,
         progress: Progress,
     ) -> Screening:
-        refusal: NotEligible | None = None
+        first: NotEligible | None = None
         for candidate in candidates:
             try:
                 return self._screen_stack(study_uid, candidate, rejections, patient, unreadable, clock, progress)
@@ -162,10 +164,10 @@ class StudyScreener:
                 rejections.append(
                     Rejection(candidate.stack.series_instance_uid, ExclusionCode(error.code), error.reason)
                 )
-                refusal = refusal or error
-        if refusal is None:
+                first = first or error
+        if first is None:
             raise ValueError("select_series gives at least one candidate")
-        raise refusal
+        raise first
 
     def _screen_stack(
         self,

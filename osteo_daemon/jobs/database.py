@@ -40,7 +40,12 @@ class Database:
     def __init__(self, url: str, *, busy_timeout_seconds: float = 30.0) -> None:
         self._sqlite = make_url(url).get_backend_name() == "sqlite"
         if self._sqlite and (path := make_url(url).database):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigurationError(
+                    f"state_dir {Path(path).parent} cannot be made ({error.strerror}); set another folder"
+                ) from error
         self._engine = _sqlite_engine(url, busy_timeout_seconds) if self._sqlite else create_engine(url)
         # SQLite's writers poll for the lock: threads of one process queue here instead, in order of arrival
         self._write_lock = threading.Lock()

@@ -9,7 +9,7 @@ import pytest
 from osteo_daemon.domain.eligibility import ExclusionCode
 from osteo_daemon.errors import Damaged, NotDicom, NotEligible, PixelDataUnreadable
 from osteo_daemon.imaging.kernel import KernelClass, classify_kernel
-from osteo_daemon.imaging.selection import select_series
+from osteo_daemon.imaging.selection import refusal, select_series
 from osteo_daemon.imaging.series import (
     ct_slices,
     one_study,
@@ -27,7 +27,10 @@ def _ramp(count: int, rows: int = 6, columns: int = 5) -> np.ndarray:
 
 def _select(folder: Path):
     headers, _ = read_headers(sorted(folder.rglob("*.dcm")))
-    return select_series(ct_slices(headers))
+    candidates, rejections = select_series(ct_slices(headers))
+    if not candidates:
+        raise refusal(rejections)
+    return candidates, rejections
 
 
 def test_volume_keeps_values_and_places_every_voxel(tmp_path: Path) -> None:
@@ -71,10 +74,10 @@ def test_a_missing_slice_is_never_bridged(tmp_path: Path) -> None:
 def test_uneven_spacing_is_refused(tmp_path: Path) -> None:
     positions = column(40, 2.5) + column(40, 4.0, start_mm=40 * 2.5)
     write_slices(tmp_path, _ramp(80), positions)
-    with pytest.raises(NotEligible) as refusal:
+    with pytest.raises(NotEligible) as refused:
         _select(tmp_path)
-    assert refusal.value.code == ExclusionCode.UNEVEN_GEOMETRY
-    assert "2.5, 4.0 mm" in refusal.value.reason
+    assert refused.value.code == ExclusionCode.UNEVEN_GEOMETRY
+    assert "2.5, 4.0 mm" in refused.value.reason
 
 
 def test_two_images_at_one_position_are_refused(tmp_path: Path) -> None:
@@ -97,9 +100,9 @@ def test_two_images_at_one_position_are_refused(tmp_path: Path) -> None:
 )
 def test_refused_for(tmp_path: Path, attributes: dict[str, object], code: ExclusionCode) -> None:
     write_slices(tmp_path, _ramp(50), column(50, 2.5), **attributes)
-    with pytest.raises(NotEligible) as refusal:
+    with pytest.raises(NotEligible) as refused:
         _select(tmp_path)
-    assert refusal.value.code == code
+    assert refused.value.code == code
 
 
 def test_short_and_sagittal_series_are_refused(tmp_path: Path) -> None:
@@ -158,7 +161,7 @@ def test_studies_are_not_mixed(tmp_path: Path) -> None:
     write_slices(tmp_path, _ramp(3), column(3, 2.5))
     write_slices(tmp_path, _ramp(3), column(3, 2.5))
     headers, _ = read_headers(sorted(tmp_path.iterdir()))
-    with pytest.raises(Damaged, match="2 studies are mixed"):
+    with pytest.raises(Damaged, match="belong to 2 studies"):
         one_study(headers)
 
 
@@ -196,9 +199,9 @@ def test_kernels(values: list[str], expected: KernelClass) -> None:
 def test_real_series_are_refused(real_series, name: str, code: ExclusionCode) -> None:
     headers, unreadable = read_headers(sorted(real_series(name).iterdir()))
     assert not unreadable
-    with pytest.raises(NotEligible) as refusal:
-        select_series(ct_slices(headers))
-    assert refusal.value.code == code
+    candidates, rejections = select_series(ct_slices(headers))
+    assert not candidates
+    assert refusal(rejections).code == code
 
 
 @pytest.mark.real_ct

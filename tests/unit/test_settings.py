@@ -57,6 +57,12 @@ def test_wrong_values_are_named(tmp_path: Path, text: str, message: str) -> None
         load_settings(path, {})
 
 
+@pytest.mark.parametrize("name", ["OSTEO_RECEIVER__PORT", "OSTEO_RECEIVER__PROT"])
+def test_a_wrong_variable_is_named(name: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"set by the variable {name}"):
+        load_settings(EXAMPLE, {name: "abc"})
+
+
 def test_missing_file_says_where_an_example_is(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"osteo\.example\.toml"):
         load_settings(tmp_path / "none.toml", {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +24,8 @@ def missing(what: str) -> None:
 
 
 def require_command(name: str) -> str:
-    """Path of a program; Debian keeps some servers outside an ordinary user's PATH."""
-    found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
+    """Path of a program: on PATH, among Debian's servers, or installed by pip beside the interpreter."""
+    found = shutil.which(name) or shutil.which(name, path=f"/usr/sbin:/sbin:{Path(sys.executable).parent}")
     if found is None:
         missing(f"{name} is not installed (make system-packages)")
     assert found is not None

@@ -42,6 +42,9 @@ from osteo_daemon.settings import Settings
 
 Progress = Callable[[str], None]
 
+CLINICAL = "clinical"
+"""Status of a bundle that a site promoted on a verdict on real DXA pairs."""
+
 LEVEL_DISAGREEMENT_PROBABILITY = 0.8
 """The network contradicts the localiser's name when it gives this much to another level."""
 
@@ -311,14 +314,19 @@ def _finding(
     if prediction is not None:
         network = NetworkFinding(
             status=status,
-            bmd_g_cm2=prediction.bmd_g_cm2,
-            t_score=prediction.t_score if patient.classifiable else None,
-            class_probabilities=prediction.class_probabilities if patient.classifiable else None,
-            level_probabilities=prediction.level_probabilities,
-            expert_weights=tuple(prediction.expert_weights),
+            bmd_g_cm2=_rounded(prediction.bmd_g_cm2, 3),
+            t_score=_rounded(prediction.t_score, 1) if patient.classifiable else None,
+            class_probabilities=_shares(prediction.class_probabilities) if patient.classifiable else None,
+            level_probabilities=_shares(prediction.level_probabilities) or {},
+            expert_weights=tuple(round(weight, 3) for weight in prediction.expert_weights),
         )
         likeliest = max(prediction.level_probabilities, key=lambda level: prediction.level_probabilities[level])
-        if likeliest != vertebra.level and prediction.level_probabilities[likeliest] >= LEVEL_DISAGREEMENT_PROBABILITY:
+        # an investigational network raises no doubt about names either
+        if (
+            status == CLINICAL
+            and likeliest != vertebra.level
+            and prediction.level_probabilities[likeliest] >= LEVEL_DISAGREEMENT_PROBABILITY
+        ):
             flags.append(QualityFlag("level_disagreement", Severity.INFO))
     x, y, z = (round(float(value), 1) for value in np.asarray(vertebra.centre_lps_mm))
     finding = VertebraFinding(
@@ -331,6 +339,14 @@ def _finding(
         quality_flags=tuple(flags),
     )
     return finding, correction_flags
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+def _shares(values: Mapping[str, float] | None) -> dict[str, float] | None:
+    return None if values is None else {name: round(value, 3) for name, value in values.items()}
 
 
 def choose_device(name: str) -> torch.device:

@@ -56,7 +56,7 @@ def association(
         raise _failure(link, peer)
     try:
         yield link
-    except BaseException:
+    except BaseException:  # whatever ends the body, a signal too: the peer must not wait for us
         link.abort()
         raise
     link.release()

@@ -58,6 +58,8 @@ class VirtualPatient:
         sacralised: 0-1, how far the transverse processes of the last lumbar vertebra widen into wings that meet the
             sacral ala (Castellvi-like).
         lumbar_rib_mm: length of a rudimentary rib on L1 (0 is none).
+        last_rib: length of the last pair of ribs relative to the usual one; 0 leaves it out. The vertebra keeps its
+            name, which counts from the skull: with five lumbar vertebrae below it, T12 then looks like a sixth.
         fractures: compressed vertebrae.
         osteophytes: 0-1, size of marginal osteophytes.
         disc_degeneration: 0-1; None follows age.
@@ -82,6 +84,7 @@ class VirtualPatient:
     thoracic_count: int = 12
     sacralised: float = 0.0
     lumbar_rib_mm: float = 0.0
+    last_rib: float = 1.0
     fractures: tuple[Fracture, ...] = ()
     osteophytes: float = 0.2
     disc_degeneration: float | None = None
@@ -99,6 +102,8 @@ class VirtualPatient:
             raise ValueError(f"lumbar_count must lie in {MIN_LUMBAR}-{MAX_LUMBAR}, got {self.lumbar_count}")
         if not MIN_THORACIC <= self.thoracic_count <= MAX_THORACIC:
             raise ValueError(f"thoracic_count must lie in {MIN_THORACIC}-{MAX_THORACIC}, got {self.thoracic_count}")
+        if not 0.0 <= self.last_rib <= 1.5:
+            raise ValueError(f"last_rib must lie in 0-1.5, got {self.last_rib}")
 
     def rng(self, *names: str | int) -> np.random.Generator:
         """A generator of its own for each named part, so that the order of drawing never matters."""

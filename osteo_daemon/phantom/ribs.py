@@ -18,6 +18,9 @@ from osteo_daemon.phantom.spine import Spine
 _END_DEG: Final = (58.0, 92.0, 128.0, 140.0, 146.0, 150.0, 152.0)
 _FALL_MM: Final = (96.0, 112.0, 118.0, 116.0, 108.0, 100.0, 90.0)
 _REACH_MM: Final = 9.0
+_ARC_START_RAD: Final = 0.30
+_STUB_SHARE: Final = 0.25
+"""Share of a last rib that lies between its vertebra and the start of its arc on the chest wall."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,7 @@ class Ribs:
             if rib.z + 10 < z.min() or rib.z - rib.fall_mm - 12 > z.max():
                 continue
             fall = np.float32(rib.fall_mm) * np.sin(np.minimum(angle * np.float32(0.68), np.float32(np.pi / 2)))
-            along = np.maximum(np.float32(0.30) - angle, angle - np.float32(rib.end_rad)) * np.float32(110.0)
+            along = np.maximum(np.float32(_ARC_START_RAD) - angle, angle - np.float32(rib.end_rad)) * np.float32(110.0)
             level = np.sqrt((radial / (3.6 * self.size)) ** 2 + ((z - rib.z + fall) / (6.8 * self.size)) ** 2) - 1
             np.minimum(best, np.maximum(level * np.float32(3.6 * self.size), along), out=best)
         share = region.cover(best)
@@ -116,9 +119,14 @@ def build_ribs(patient: VirtualPatient, spine: Spine, outline: Outline, palette:
         k = min(i, len(_END_DEG) - 1)
         stretch = float(1 + (0.12 if i == 0 else 0.03) * rng.standard_normal())
         head = float(v.centre[2]) + 0.25 * v.height
-        ribs.append(
-            Rib(head, np.radians(_END_DEG[k]) * stretch, _FALL_MM[k] * size * float(1 + 0.05 * rng.standard_normal()))
-        )
+        share = patient.last_rib if i == 0 else 1.0
+        arc = float(np.clip((share - _STUB_SHARE) / (1 - _STUB_SHARE), 0.0, None))
+        end = (1 - arc) * _ARC_START_RAD + arc * np.radians(_END_DEG[k]) * stretch
+        rib = Rib(head, end, _FALL_MM[k] * size * float(1 + 0.05 * rng.standard_normal()))
+        if share == 0.0:
+            continue
+        if arc > 0:
+            ribs.append(rib)
         for side in (1.0, -1.0):
             start = v.at(side * (0.5 * v.width - 1), 0.5 * v.depth - 6, 0.25 * v.height)
             tip = v.at(side * (v.transverse + 3), 0.5 * v.depth + v.canal_depth, 0.1 * v.height)
@@ -127,7 +135,8 @@ def build_ribs(patient: VirtualPatient, spine: Spine, outline: Outline, palette:
             back = float(np.interp(heights, outline.heights, outline.cavity.back)[0])
             wide = float(np.interp(heights, outline.heights, outline.cavity.half_width)[0])
             wall = np.array([side * 0.47 * wide, back + 1.0, heights[0] - 0.0])
-            joints.append((tip, wall))
+            reach = min(1.0, share / _STUB_SHARE)
+            joints.append((tip, (1 - reach) * tip + reach * wall))
     if patient.lumbar_rib_mm > 0:
         v = spine["L1"]
         for side in (1.0, -1.0):

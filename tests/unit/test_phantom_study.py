@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from osteo_daemon.phantom.body import build_body
 from osteo_daemon.phantom.calibration import density_of_hu, trabecular_hu
 from osteo_daemon.phantom.labels import BODY, CORE, LEVEL_CODE, Tissue, body_mask, core_mask, posterior_mask
 from osteo_daemon.phantom.patient import Fracture, VirtualPatient
@@ -153,6 +154,31 @@ def test_transitional_anatomy_keeps_its_names() -> None:
     assert body_mask(six.labels, "L6").sum() > 800
     four = render_study(replace(PATIENT, lumbar_count=4, thoracic_count=11), COARSE, top="T11", bottom="S1")
     assert [v.level for v in four.vertebrae] == ["T11", "L1", "L2", "L3", "L4", "S1"]
+
+
+def test_ribs_may_be_short_absent_or_lumbar() -> None:
+    # thoracic_count 12: names count from the skull, whether T12 carries a rib or not
+    def ribs_by_level(patient: VirtualPatient) -> dict[str, int]:
+        study = render_study(patient, COARSE, top="T11", bottom="L2")
+        d, _, _ = np.nonzero(study.labels == Tissue.RIB)
+        z = study.affine[2, 3] + 3.0 * d
+        bounds = {v.level: (float(v.centre_lps_mm[2]), 0.5 * v.size_mm[2]) for v in study.vertebrae}
+        return {level: int((np.abs(z - middle) < half).sum()) for level, (middle, half) in bounds.items()}
+
+    straight = replace(PATIENT, scoliosis_deg=0.0)
+    usual, short, none, lumbar = (
+        ribs_by_level(replace(straight, **change))  # type: ignore[arg-type]
+        for change in ({}, {"last_rib": 0.2}, {"last_rib": 0.0}, {"lumbar_rib_mm": 40.0})
+    )
+    assert list(usual) == list(none) == ["T11", "T12", "L1", "L2"]
+    assert none["T12"] < short["T12"] < usual["T12"]
+    # beside L1 the eleventh rib passes too
+    assert short["L1"] - none["L1"] < 0.2 * (usual["L1"] - none["L1"])
+    assert lumbar["L1"] > usual["L1"] + 50
+    lowest = build_body(replace(straight, last_rib=0.0), COARSE, 3.0).ribs.ribs[0]
+    assert lowest.z > build_spine(straight)["T11"].centre[2], "the lowest rib is the eleventh"
+    with pytest.raises(ValueError, match="last_rib"):
+        VirtualPatient(seed=1, last_rib=-0.1)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from sqlalchemy import (
     DateTime,
     Dialect,
     Enum,
+    Float,
     ForeignKey,
     Index,
     MetaData,
@@ -87,6 +88,17 @@ class StudyRow(Base):
     source_ae: Mapped[str] = mapped_column(_AE)
     first_received_at: Mapped[datetime] = mapped_column(UtcDateTime)
     last_received_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    instances: Mapped[int] = mapped_column(server_default="0")  # how many rows of `InstanceRow` are the study's
+    purging_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # files go now: nothing may be stored meanwhile
+
+
+class SourceRow(Base):
+    """A sender, and when its work was last taken up: ``turn`` grows with every claim."""
+
+    __tablename__ = "sources"
+
+    source_ae: Mapped[str] = mapped_column(_AE, primary_key=True)
+    turn: Mapped[int] = mapped_column(BigInteger)
 
 
 class InstanceRow(Base):
@@ -121,7 +133,7 @@ class QuarantineRow(Base):
     sha256: Mapped[str] = mapped_column(_DIGEST)
     reason: Mapped[str] = mapped_column(Text)
     source_ae: Mapped[str] = mapped_column(_AE)
-    received_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    received_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
 
 
 class AssociationRow(Base):
@@ -141,24 +153,53 @@ class JobRow(Base):
     __tablename__ = "jobs"
     __table_args__ = (
         UniqueConstraint("study_instance_uid", "kind"),
-        Index(None, "state", "priority", "job_id"),
+        Index(None, "state", "priority", "source_ae", "job_id"),  # claims
+        # lists, newest first, by one filter each
+        Index(None, "created_at", "job_id"),
+        Index(None, "state", "created_at", "job_id"),
+        Index(None, "source_ae", "created_at", "job_id"),
+        Index(None, "code", "created_at", "job_id"),
+        # retention
+        Index(None, "images_purged_at", "state", "changed_at"),
+        Index(None, "reports_purged_at", "state", "changed_at"),
     )
 
     job_id: Mapped[int] = mapped_column(primary_key=True)
     kind: Mapped[JobKind] = mapped_column(_names(JobKind))
     study_instance_uid: Mapped[str] = mapped_column(ForeignKey("studies.study_instance_uid"))
+    source_ae: Mapped[str] = mapped_column(_AE, server_default="")  # that of its study, for claims in turn and lists
     state: Mapped[JobState] = mapped_column(_names(JobState))
-    priority: Mapped[int]  # smaller is earlier
+    priority: Mapped[int]  # of `domain.job.Priority`; smaller is earlier
     revision: Mapped[int]
     attempts: Mapped[int]
     fencing_token: Mapped[int]
     worker: Mapped[str | None] = mapped_column(Text)
     lease_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    claimed_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    deadline: Mapped[datetime | None] = mapped_column(UtcDateTime)  # no heartbeat extends the lease beyond it
     not_before: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    localizer_bundle: Mapped[str | None] = mapped_column(String(64))  # of this revision, instead of the settings'
+    network_bundle: Mapped[str | None] = mapped_column(String(64))
+    images_purged_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    reports_purged_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     code: Mapped[str | None] = mapped_column(String(64))  # of the last exclusion, hold, error or failure
     detail: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     changed_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class JobCountRow(Base):
+    """So many jobs more (or fewer) in a state; the sum of all rows is what stands in it.
+
+    Appended by every transition and folded by the scheduler: one counter row would make transitions of several
+    processes wait for each other.
+    """
+
+    __tablename__ = "job_counts"
+
+    count_id: Mapped[int] = mapped_column(primary_key=True)
+    state: Mapped[JobState] = mapped_column(_names(JobState))
+    jobs: Mapped[int]
 
 
 class EventRow(Base):
@@ -169,7 +210,7 @@ class EventRow(Base):
     event_id: Mapped[int] = mapped_column(primary_key=True)
     study_instance_uid: Mapped[str] = mapped_column(_UID, index=True)
     job_id: Mapped[int | None] = mapped_column(ForeignKey("jobs.job_id"))
-    at: Mapped[datetime] = mapped_column(UtcDateTime)
+    at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
     who: Mapped[str] = mapped_column(Text)
     event: Mapped[str] = mapped_column(String(64))
     from_state: Mapped[str | None] = mapped_column(String(16))
@@ -204,6 +245,7 @@ class ReportObjectRow(Base):
     path: Mapped[str] = mapped_column(Text)
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     sha256: Mapped[str] = mapped_column(_DIGEST)
+    removed_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # the file is gone, by retention or by hand
 
 
 class DeliveryRow(Base):
@@ -213,6 +255,7 @@ class DeliveryRow(Base):
     __table_args__ = (
         UniqueConstraint("job_id", "revision", "destination"),
         Index(None, "state", "not_before"),
+        Index(None, "state", "delivery_id"),
     )
 
     delivery_id: Mapped[int] = mapped_column(primary_key=True)
@@ -241,3 +284,31 @@ class DeliveryObjectRow(Base):
     position: Mapped[int]
     status: Mapped[str | None] = mapped_column(String(64))
     sent_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class LeaseRow(Base):
+    """A role that only one process may have at a time."""
+
+    __tablename__ = "leases"
+
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    holder: Mapped[str] = mapped_column(Text)
+    fencing_token: Mapped[int]
+    lease_until: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class SchedulerRunRow(Base):
+    """What the scheduler does, when it did it last and when it will again."""
+
+    __tablename__ = "scheduler_runs"
+
+    step: Mapped[str] = mapped_column(String(64), primary_key=True)
+    interval_seconds: Mapped[float] = mapped_column(Float)
+    next_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    started_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    ended_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    outcome: Mapped[str | None] = mapped_column(String(64))
+    detail: Mapped[str | None] = mapped_column(Text)
+    runs: Mapped[int]
+    failures: Mapped[int]
+    missed: Mapped[int]

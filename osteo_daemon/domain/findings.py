@@ -104,6 +104,9 @@ class NetworkFinding:
         class_probabilities: ``normal``, ``osteopenia``, ``osteoporosis``; sums to 1.
         level_probabilities: vertebral level to probability; sums to 1.
         expert_weights: gate weight per expert; sums to 1.
+        bmd_interval_90_g_cm2: 90 % prediction interval of the BMD, or None when that is withheld.
+        t_score_reference: the young adults that the T-score compares with, as the bundle names them.
+        withheld: why a value isn't given: ``bmd``, ``t_score`` or ``class`` to a code of docs/report.md.
     """
 
     status: str
@@ -112,6 +115,9 @@ class NetworkFinding:
     class_probabilities: Mapping[str, float] | None
     level_probabilities: Mapping[str, float]
     expert_weights: tuple[float, ...]
+    bmd_interval_90_g_cm2: tuple[float, float] | None = None
+    t_score_reference: str | None = None
+    withheld: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +229,11 @@ def _vertebra_to_json(vertebra: VertebraFinding) -> dict[str, Any]:
             "class_probabilities": None if network.class_probabilities is None else dict(network.class_probabilities),
             "level_probabilities": dict(network.level_probabilities),
             "expert_weights": list(network.expert_weights),
+            "bmd_interval_90_g_cm2": None
+            if network.bmd_interval_90_g_cm2 is None
+            else list(network.bmd_interval_90_g_cm2),
+            "t_score_reference": network.t_score_reference,
+            "withheld": dict(network.withheld),
         },
         "quality_flags": [_flag_to_json(flag) for flag in vertebra.quality_flags],
     }
@@ -236,8 +247,18 @@ def _vertebra_from_json(entry: Mapping[str, Any]) -> VertebraFinding:
         confidence=entry["confidence"],
         attenuation_hu=None if entry["attenuation_hu"] is None else Attenuation(**entry["attenuation_hu"]),
         attenuation_hu_corrected=None if corrected is None else CorrectedAttenuation(**corrected),
-        network=None
-        if network is None
-        else NetworkFinding(**{**network, "expert_weights": tuple(network["expert_weights"])}),
+        network=None if network is None else _network_from_json(network),
         quality_flags=tuple(_flag_from_json(flag) for flag in entry["quality_flags"]),
+    )
+
+
+def _network_from_json(entry: Mapping[str, Any]) -> NetworkFinding:
+    # results written before 0.2.0 have no interval, reference and reasons
+    interval = entry.get("bmd_interval_90_g_cm2")
+    return NetworkFinding(
+        **{
+            **entry,
+            "expert_weights": tuple(entry["expert_weights"]),
+            "bmd_interval_90_g_cm2": None if interval is None else (interval[0], interval[1]),
+        }
     )

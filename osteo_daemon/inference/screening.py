@@ -37,7 +37,7 @@ from osteo_daemon.inference.bundle import ModelBundle, find_bundle
 from osteo_daemon.inference.density import Measurement, measure
 from osteo_daemon.inference.localize import SpineLocalizer, Vertebra
 from osteo_daemon.inference.quality import ScanQuality, assess, correct, tube_voltage
-from osteo_daemon.inference.vertebra_network import Prediction, VertebraNetwork
+from osteo_daemon.inference.vertebra_network import MINIMUM_COVERAGE, Prediction, VertebraNetwork
 from osteo_daemon.settings import Settings
 
 Progress = Callable[[str], None]
@@ -204,7 +204,13 @@ class StudyScreener:
         findings, correction_flags = [], set[QualityFlag]()
         for vertebra, prediction in zip(vertebrae, predictions, strict=True):
             finding, flags = _finding(
-                vertebra, measurements[Level(vertebra.level)], prediction, self._network_status, kvp, patient
+                vertebra,
+                measurements[Level(vertebra.level)],
+                prediction,
+                self._network_status,
+                "" if self._network is None else self._network.scale.reference,
+                kvp,
+                patient,
             )
             findings.append(finding)
             correction_flags.update(flags)
@@ -303,6 +309,7 @@ def _finding(
     measurement: Measurement,
     prediction: Prediction | None,
     status: str,
+    reference: str,
     kvp: float | None,
     patient: _Patient,
 ) -> tuple[VertebraFinding, tuple[QualityFlag, ...]]:
@@ -319,6 +326,9 @@ def _finding(
             class_probabilities=_shares(prediction.class_probabilities) if patient.classifiable else None,
             level_probabilities=_shares(prediction.level_probabilities) or {},
             expert_weights=tuple(round(weight, 3) for weight in prediction.expert_weights),
+            bmd_interval_90_g_cm2=_interval(prediction.bmd_interval_90_g_cm2),
+            t_score_reference=reference if prediction.t_score is not None and patient.classifiable else None,
+            withheld=_withheld(prediction, patient),
         )
         likeliest = max(prediction.level_probabilities, key=lambda level: prediction.level_probabilities[level])
         # an investigational network raises no doubt about names either
@@ -339,6 +349,21 @@ def _finding(
         quality_flags=tuple(flags),
     )
     return finding, correction_flags
+
+
+def _withheld(prediction: Prediction, patient: _Patient) -> dict[str, str]:
+    """Why a value of the network isn't given, by value; codes of docs/report.md."""
+    if prediction.bmd_g_cm2 is None:
+        reason = "scan_edge" if prediction.coverage < MINIMUM_COVERAGE else "level_without_reference"
+        return {"bmd": reason, "t_score": reason, "class": reason}
+    if not patient.classifiable:
+        reason = next(flag.code for flag in patient.quality_flags)
+        return {"t_score": reason, "class": reason}
+    return {} if prediction.t_score is not None else {"t_score": "level_without_reference"}
+
+
+def _interval(values: tuple[float, float] | None) -> tuple[float, float] | None:
+    return None if values is None else (round(values[0], 3), round(values[1], 3))
 
 
 def _rounded(value: float | None, digits: int) -> float | None:

@@ -83,6 +83,10 @@ class ScreenerSettings(_Section):
     maximum_attempts: int = Field(default=3, ge=1)
     retry_base_seconds: Seconds = 30
     threads: int = Field(default=0, ge=0)
+    wall_clock_seconds: Seconds = 1800
+    stop_grace_seconds: Seconds = 15
+    prefetch_maximum_bytes: int = Field(default=2 * 1024**3, ge=0)
+    cpu_fallback: bool = True
 
 
 class DestinationSettings(_Section):

@@ -244,12 +244,29 @@ def find_bundle(name: str, models_dir: str | Path | None = None) -> ModelBundle:
     Raises:
         BundleError: there is none of that name, or the first one found is damaged.
     """
+    return read_bundle(_place(name, models_dir))
+
+
+def bundle_digest(name: str, models_dir: str | Path | None = None) -> str:
+    """Digest of the bundle that `find_bundle` would read now; nothing but its manifest is read.
+
+    Raises:
+        BundleError: there is none of that name.
+    """
+    path = _place(name, models_dir) / MANIFEST_NAME
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({error.strerror}); {_READ_AGAIN}") from error
+
+
+def _place(name: str, models_dir: str | Path | None) -> Path:
     if not _NAME.fullmatch(name):
         raise BundleError(f"the name {name!r} is not of the form {_NAME.pattern}")
     places = [*([Path(models_dir)] if models_dir is not None else []), *_shipped_places()]
     for place in places:
         if (place / name / MANIFEST_NAME).is_file():
-            return read_bundle(place / name)
+            return place / name
     raise BundleError(f"no bundle {name!r} in {', '.join(map(str, places))}; install the package again or set its path")
 
 

@@ -31,7 +31,8 @@ from osteo_daemon.domain.findings import (
 )
 from osteo_daemon.errors import ConfigurationError, Damaged, NotEligible
 from osteo_daemon.imaging.selection import Candidate, Rejection, refusal, select_series
-from osteo_daemon.imaging.series import ct_slices, one_study, read_headers, read_volume
+from osteo_daemon.imaging.series import ct_slices, one_study
+from osteo_daemon.imaging.study_files import StudyFiles
 from osteo_daemon.imaging.volume import CtVolume
 from osteo_daemon.inference.bundle import ModelBundle, find_bundle
 from osteo_daemon.inference.density import Measurement, measure
@@ -97,24 +98,30 @@ class StudyScreener:
         self._network_status = "" if network is None else network.status
 
     @classmethod
-    def load(cls, settings: Settings) -> StudyScreener:
+    def load(cls, settings: Settings, device: torch.device | None = None) -> StudyScreener:
         """Load and verify the bundles that the settings name.
+
+        Args:
+            settings: of the node.
+            device: another than that of the settings.
 
         Raises:
             BundleError: a bundle is missing, changed or of another schema.
+            ConfigurationError: the GPU asked for isn't there.
         """
         screener = settings.screener
         if screener.threads:
             torch.set_num_threads(screener.threads)
         localizer = find_bundle(screener.localizer_bundle, settings.models_dir)
         network = find_bundle(screener.network_bundle, settings.models_dir) if screener.network_enabled else None
-        return cls(localizer, network, choose_device(screener.device))
+        return cls(localizer, network, device or choose_device(screener.device))
 
-    def screen(self, paths: Iterable[Path], progress: Progress = lambda _stage: None) -> Screening:
-        """Screen the study whose objects lie at ``paths``.
+    def screen(self, source: Iterable[Path] | StudyFiles, progress: Progress = lambda _stage: None) -> Screening:
+        """Screen one study.
 
         Args:
-            paths: every object of one study, in any order; other objects than CT images are passed over.
+            source: every object of one study, in any order, as files or read ahead; other objects than CT images are
+                passed over.
             progress: called with the name of each stage as it starts.
 
         Raises:
@@ -123,9 +130,10 @@ class StudyScreener:
         clock = _Clock()
         progress("read headers")
         with clock.stage("headers"):
-            headers, unreadable = read_headers(paths)
+            files = source if isinstance(source, StudyFiles) else StudyFiles.read(source)
+        headers = files.headers
         if not headers:
-            reasons = "; ".join(entry.reason for entry in unreadable[:3])
+            reasons = "; ".join(entry.reason for entry in files.unreadable[:3])
             raise Damaged(f"there is no readable DICOM object{': ' + reasons if reasons else ''}")
         study_uid = one_study(headers)
         rejections: list[Rejection] = []
@@ -135,7 +143,7 @@ class StudyScreener:
             if not candidates:
                 raise refusal(rejections)
             patient.check_age()
-            return self._first_screenable(study_uid, candidates, rejections, patient, len(unreadable), clock, progress)
+            return self._first_screenable(study_uid, candidates, rejections, patient, files, clock, progress)
         except NotEligible as exclusion:
             result = ScreeningResult(
                 study_instance_uid=study_uid,
@@ -155,14 +163,14 @@ class StudyScreener:
         candidates: Sequence[Candidate],
         rejections: list[Rejection],
         patient: _Patient,
-        unreadable: int,
+        files: StudyFiles,
         clock: _Clock,
         progress: Progress,
     ) -> Screening:
         first: NotEligible | None = None
         for candidate in candidates:
             try:
-                return self._screen_stack(study_uid, candidate, rejections, patient, unreadable, clock, progress)
+                return self._screen_stack(study_uid, candidate, rejections, patient, files, clock, progress)
             except NotEligible as error:
                 rejections.append(
                     Rejection(candidate.stack.series_instance_uid, ExclusionCode(error.code), error.reason)
@@ -178,14 +186,14 @@ class StudyScreener:
         candidate: Candidate,
         rejections: Sequence[Rejection],
         patient: _Patient,
-        unreadable: int,
+        files: StudyFiles,
         clock: _Clock,
         progress: Progress,
     ) -> Screening:
         stack = candidate.stack
         progress("decode")
         with clock.stage("decode"):
-            volume = read_volume(stack)
+            volume = files.volume(stack)
         progress("find vertebrae")
         with clock.stage("localize"):
             localization = self._localize(volume)
@@ -216,7 +224,7 @@ class StudyScreener:
             correction_flags.update(flags)
         study_flags = [*candidate.quality_flags, *localization.flags, *quality.quality_flags, *patient.quality_flags]
         study_flags += sorted(correction_flags, key=lambda flag: flag.code)
-        if unreadable:
+        if files.unreadable:
             study_flags.append(QualityFlag("unreadable_objects", Severity.CAUTION))
         decision = decide(findings, study_flags)
         result = ScreeningResult(

@@ -90,14 +90,27 @@ class ScreenerSettings(_Section):
 
 
 class DestinationSettings(_Section):
-    """A PACS that gets the results."""
+    """A system that gets the results: a PACS, an HL7 interface or a FHIR server."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
-    ae_title: AETitle
-    host: str
-    port: Annotated[int, Field(ge=1, le=65535)]
-    objects: tuple[Literal["sr", "seg", "sc"], ...] = ("seg", "sr", "sc")
-    sr_class: Literal["comprehensive-3d", "comprehensive", "enhanced"] = "comprehensive-3d"
+    kind: Literal["dicom", "hl7", "fhir"] = "dicom"
+    ae_title: AETitle = ""
+    host: str = ""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    objects: tuple[Literal["sr", "seg", "sc", "kos", "pdf"], ...] = ("seg", "sr", "sc")
+    sr_class: Literal["comprehensive-3d", "comprehensive", "enhanced", "basic-text"] = "comprehensive-3d"
+    receiving_application: Annotated[str, Field(max_length=180)] = ""
+    receiving_facility: Annotated[str, Field(max_length=180)] = ""
+    url: Annotated[str, Field(pattern=r"^(https?://[^\s?#]+)?$")] = ""
+    token_file: Path | None = None
+
+    @model_validator(mode="after")
+    def _what_its_kind_needs(self) -> DestinationSettings:
+        needed = {"dicom": ("ae_title", "host", "port"), "hl7": ("host", "port"), "fhir": ("url",)}[self.kind]
+        missing = [key for key in needed if not getattr(self, key)]
+        if missing:
+            raise ValueError(f"destination {self.name} of kind {self.kind} needs {', '.join(missing)}")
+        return self
 
 
 class DelivererSettings(_Section):
@@ -119,6 +132,8 @@ class SiteSettings(_Section):
     station_name: str = "osteo-daemon"
     device_serial_number: str = "1"
     timezone_offset: Annotated[str, Field(pattern=r"^[+-]\d{4}$")] = "+0000"
+    language: Literal["en", "de", "fr", "es", "zh-Hans", "ja"] = "en"
+    templates_dir: Path | None = None
 
 
 class LogSettings(_Section):

@@ -96,3 +96,10 @@ class NotEligible(OsteoError):
         self.code = code
         self.reason = reason
         super().__init__(f"{code}: {reason}")
+
+
+class VertebraeUnusable(OsteoError):
+    """Vertebrae that came from outside cannot be used
+
+    The localiser's network takes over; the manifest keeps the reason.
+    """

@@ -118,7 +118,7 @@ def level_axes(places: Floats, centre: Floats, axes_lps: Floats) -> Floats:
     return axes_lps
 
 
-def _content_flags(canonical: CanonicalVolume, places: Floats, centre: Floats) -> list[QualityFlag]:
+def content_flags(canonical: CanonicalVolume, places: Floats, centre: Floats) -> list[QualityFlag]:
     """Metal and cement in and around a body, and a body cut by the edge of the scan."""
     spacing = canonical.spacing_mm
     shape = np.array(canonical.hu.shape)
@@ -173,7 +173,7 @@ def describe_body(
     top, bottom = float(core.max()) + MASK_SPACING_MM / 2, float(core.min()) - MASK_SPACING_MM / 2
     flags = [] if certain else [QualityFlag("level_uncertain", Severity.BLOCKING)]
     if limits is not None:
-        flags += _content_flags(canonical, places, centre)
+        flags += content_flags(canonical, places, centre)
     measured = heights(region, axes) if limits is not None else None
 
     def lps(point: Floats) -> Points:

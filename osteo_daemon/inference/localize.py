@@ -145,7 +145,7 @@ def decode(maps: SpineMaps, canonical: CanonicalVolume) -> Localization:
             ExclusionCode.INSUFFICIENT_COVERAGE, "fewer than two lumbar vertebrae above the sacrum in view"
         )
     flags = list(count.flags)
-    if _coronal_angle(vertebrae) > _SCOLIOSIS_DEGREES:
+    if coronal_angle(vertebrae) > _SCOLIOSIS_DEGREES:
         flags.append(QualityFlag("scoliosis", Severity.CAUTION))
     return Localization(vertebrae=tuple(vertebrae[::-1]), flags=tuple(flags), anchor="s1")
 
@@ -171,7 +171,7 @@ def _judge(column: Column) -> _Count:
     return _Count(certain, (QualityFlag("level_uncertain", severity),))
 
 
-def _coronal_angle(vertebrae: list[Vertebra]) -> float:
+def coronal_angle(vertebrae: list[Vertebra]) -> float:
     """Largest angle in degrees, seen from the front, between the lines that join neighbouring body centres.
 
     Stands in for the Cobb angle, which is taken between endplates; centres are steadier at 3 mm.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from types import MappingProxyType
 
 
@@ -26,6 +26,15 @@ class JobKind(StrEnum):
     """What a job does; the kinds share one queue, one claim and one table of transitions."""
 
     SCREEN = "screen"
+
+
+class Priority(IntEnum):
+    """Which jobs go first; within one class the sources take turns. Gaps leave room for further classes."""
+
+    STAT = 10  # somebody waits for the answer
+    ROUTINE = 100  # a study that nobody hurries
+    BACKFILL = 200  # archived studies, when nothing new waits
+    REFIT = 300  # work on models, when nothing else waits
 
 
 TRANSITIONS: Mapping[JobState, frozenset[JobState]] = MappingProxyType(
@@ -52,10 +61,18 @@ TRANSITIONS: Mapping[JobState, frozenset[JobState]] = MappingProxyType(
 )
 """Every legal transition; the store refuses all others."""
 
+FINISHED = frozenset({JobState.DELIVERED, JobState.EXCLUDED})
+"""States in which nothing more will happen by itself: only here may retention remove files."""
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One claimed or listed job. ``fencing_token`` grows with every claim and is checked at commit."""
+    """One claimed or listed job.
+
+    ``fencing_token`` grows with every claim and is checked at commit. No heartbeat extends a lease beyond
+    ``deadline``. ``localizer_bundle`` and ``network_bundle`` name the bundles of this revision when a person asked for
+    others than the settings name.
+    """
 
     job_id: int
     kind: JobKind
@@ -66,3 +83,8 @@ class Job:
     fencing_token: int
     lease_until: datetime | None
     not_before: datetime | None
+    priority: Priority = Priority.ROUTINE
+    claimed_at: datetime | None = None
+    deadline: datetime | None = None
+    localizer_bundle: str | None = None
+    network_bundle: str | None = None

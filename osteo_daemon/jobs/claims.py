@@ -6,31 +6,50 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, Row, insert, or_, select, update
+from sqlalchemy import Connection, Row, select, update
 
 from osteo_daemon.domain.job import Job, JobState
 from osteo_daemon.errors import LeaseLost
 from osteo_daemon.jobs.database import Database
-from osteo_daemon.jobs.records import DeliveryState, NewDelivery, ReportKind, ReportObject
-from osteo_daemon.jobs.schema import DeliveryObjectRow, DeliveryRow, JobRow, ReportObjectRow, ResultRow
-from osteo_daemon.jobs.transitions import NO_LEASE, change_state, claimed_row, to_job, utc_now
+from osteo_daemon.jobs.records import NewDelivery, ReportObject
+from osteo_daemon.jobs.report_rows import save_delivery, save_object, save_result
+from osteo_daemon.jobs.schema import JobRow
+from osteo_daemon.jobs.transitions import NO_CLAIM, change_state, claimed_row, to_job, utc_now
+from osteo_daemon.jobs.turns import is_due, next_in_turn, take_turn
 
 ATTEMPTS_SPENT = "attempts_spent"
 """Code of a job that failed as often as it may."""
 
-_SENDING_ORDER = tuple(ReportKind)
+WORKER_LOST = "worker_lost"
+"""Code of a job whose worker went silent."""
+
+WALL_CLOCK_LIMIT = "wall_clock_limit"
+"""Code of a job that was not finished by its deadline."""
 
 
 class Claims(Database):
     """The screener's side of the store."""
 
     def claim(
-        self, worker: str, lease_seconds: float, maximum_attempts: int = 3, *, now: datetime | None = None
+        self,
+        worker: str,
+        lease_seconds: float,
+        maximum_attempts: int = 3,
+        *,
+        limit_seconds: float | None = None,
+        now: datetime | None = None,
     ) -> Job | None:
         """Take the next job for ``lease_seconds``; the attempt counts from here.
 
-        Jobs whose lease ran out are taken back first. A job that has spent its attempts becomes FAILED: a study that
-        kills its worker ends there, not in a loop.
+        Jobs whose lease ran out are taken back first. Within a priority class the sources take turns. A job that has
+        spent its attempts becomes FAILED: a study that kills its worker ends there, not in a loop.
+
+        Args:
+            worker: name of the claiming process.
+            lease_seconds: until when it is heard of again.
+            maximum_attempts: so many claims may end without an outcome.
+            limit_seconds: no heartbeat extends the lease beyond this from now (the wall-clock limit); None: no limit.
+            now: the present, for tests.
 
         Returns:
             The job in state SCREENING under a new fencing token, or None when nothing waits.
@@ -40,10 +59,12 @@ class Claims(Database):
             return None
         with self._writing() as connection:
             _take_back(connection, now)
-            while (row := connection.execute(_next_ready(now).with_for_update(skip_locked=True)).first()) is not None:
+            while (row := next_in_turn(connection, now)) is not None:
                 if row.attempts >= maximum_attempts:
                     _spend(connection, row, worker, maximum_attempts, now)
                     continue
+                deadline = None if limit_seconds is None else now + timedelta(seconds=limit_seconds)
+                take_turn(connection, row.source_ae)
                 change_state(
                     connection,
                     row,
@@ -55,7 +76,9 @@ class Claims(Database):
                     attempts=row.attempts + 1,
                     fencing_token=row.fencing_token + 1,
                     worker=worker,
-                    lease_until=now + timedelta(seconds=lease_seconds),
+                    lease_until=_until(now, lease_seconds, deadline),
+                    claimed_at=now,
+                    deadline=deadline,
                     not_before=None,
                 )
                 return to_job(connection.execute(select(JobRow.__table__).where(JobRow.job_id == row.job_id)).one())
@@ -74,9 +97,11 @@ class Claims(Database):
         """Extend the lease from now.
 
         Raises:
-            LeaseLost: the job is no longer this worker's: drop the work.
+            LeaseLost: the job is no longer this worker's, or its deadline has passed: drop the work.
         """
         now = now or utc_now()
+        if job.deadline is not None and job.deadline <= now:
+            raise LeaseLost(f"job {job.job_id} was not finished by its deadline")
         with self._writing() as connection:
             changed = connection.execute(
                 update(JobRow)
@@ -85,10 +110,28 @@ class Claims(Database):
                     JobRow.state == JobState.SCREENING,
                     JobRow.fencing_token == job.fencing_token,
                 )
-                .values(lease_until=now + timedelta(seconds=lease_seconds))
+                .values(lease_until=_until(now, lease_seconds, job.deadline))
             )
             if changed.rowcount != 1:
                 raise LeaseLost(f"job {job.job_id}, fencing token {job.fencing_token}")
+
+    def overdue(self, *, now: datetime | None = None) -> list[Job]:
+        """Jobs that are screened beyond their deadline: their workers may be killed."""
+        query = select(JobRow.__table__).where(JobRow.state == JobState.SCREENING, JobRow.deadline < (now or utc_now()))
+        with self._reading() as connection:
+            return [to_job(row) for row in connection.execute(query)]
+
+    def worker_ended(self, worker: str, reason: str, *, code: str = WORKER_LOST, now: datetime | None = None) -> int:
+        """SCREENING to READY at once for what a worker held that is known to be gone; returns how many.
+
+        The attempt stays counted and the reason stays with the job.
+        """
+        query = select(JobRow.__table__).where(JobRow.state == JobState.SCREENING, JobRow.worker == worker)
+        with self._writing() as connection:
+            rows = connection.execute(query.with_for_update()).all()
+            for row in rows:
+                _end(connection, row, JobState.READY, "worker_ended", code, reason, now or utc_now(), who="store")
+        return len(rows)
 
     def commit_report(
         self,
@@ -120,11 +163,11 @@ class Claims(Database):
                 raise ValueError(f"{delivery.destination}: not among the report objects: {sorted(unknown)}")
         with self._writing() as connection:
             row = claimed_row(connection, job)
-            _save_result(connection, job, result, now)
+            save_result(connection, job, result, now)
             for entry in objects:
-                _save_object(connection, job, entry)
+                save_object(connection, job, entry)
             for delivery in deliveries:
-                _save_delivery(connection, job, delivery, by_uid, now)
+                save_delivery(connection, job, delivery, by_uid, now)
             change_state(
                 connection,
                 row,
@@ -135,7 +178,7 @@ class Claims(Database):
                 now=now,
                 code=None,
                 detail=None,
-                **NO_LEASE,
+                **NO_CLAIM,
             )
 
     def exclude(
@@ -149,7 +192,7 @@ class Claims(Database):
         now = now or utc_now()
         with self._writing() as connection:
             row = claimed_row(connection, job)
-            _save_result(connection, job, result, now)
+            save_result(connection, job, result, now)
             _end(connection, row, JobState.EXCLUDED, "study_excluded", code, reason, now)
 
     def hold(self, job: Job, code: str, reason: str, *, now: datetime | None = None) -> None:
@@ -196,7 +239,7 @@ class Claims(Database):
                 reason="the worker stops",
                 now=now,
                 attempts=max(row.attempts - 1, 0),
-                **NO_LEASE,
+                **NO_CLAIM,
             )
 
     def _finish(
@@ -209,17 +252,14 @@ class Claims(Database):
         # an idle worker polls: it must not take the write lock for that
         with self._reading() as connection:
             return any(
-                connection.execute(query.limit(1)).first() is not None for query in (_next_ready(now), _expired(now))
+                connection.execute(query.limit(1)).first() is not None
+                for query in (select(JobRow.job_id).where(is_due(now)), _expired(now))
             )
 
 
-def _next_ready(now: datetime) -> Any:
-    return (
-        select(JobRow.__table__)
-        .where(JobRow.state == JobState.READY, or_(JobRow.not_before.is_(None), JobRow.not_before <= now))
-        .order_by(JobRow.priority, JobRow.job_id)
-        .limit(1)
-    )
+def _until(now: datetime, lease_seconds: float, deadline: datetime | None) -> datetime:
+    until = now + timedelta(seconds=lease_seconds)
+    return until if deadline is None else min(until, deadline)
 
 
 def _expired(now: datetime) -> Any:
@@ -229,15 +269,16 @@ def _expired(now: datetime) -> Any:
 def _take_back(connection: Connection, now: datetime) -> int:
     rows = connection.execute(_expired(now).with_for_update(skip_locked=True)).all()
     for row in rows:
-        reason = f"no heartbeat from {row.worker}"
-        change_state(
-            connection, row, JobState.READY, who="store", event="lease_expired", reason=reason, now=now, **NO_LEASE
-        )
+        late = row.deadline is not None and row.deadline <= now
+        code, reason = WORKER_LOST, f"no heartbeat from {row.worker}"
+        if late:
+            code, reason = WALL_CLOCK_LIMIT, f"{row.worker} did not finish by {row.deadline:%Y-%m-%d %H:%M:%S} UTC"
+        _end(connection, row, JobState.READY, "lease_expired", code, reason, now, who="store")
     return len(rows)
 
 
 def _spend(connection: Connection, row: Row[Any], worker: str, maximum_attempts: int, now: datetime) -> None:
-    last = f"; last: {row.code}: {row.detail}" if row.code else "; the worker ended without a word"
+    last = f"; last: {row.code}: {row.detail}" if row.code else ""
     _end(
         connection,
         row,
@@ -273,60 +314,5 @@ def _end(
         code=code,
         detail=reason,
         not_before=not_before,
-        **NO_LEASE,
+        **NO_CLAIM,
     )
-
-
-def _save_result(connection: Connection, job: Job, result: Mapping[str, Any], now: datetime) -> None:
-    key = (ResultRow.job_id == job.job_id, ResultRow.revision == job.revision)
-    values = {"document": dict(result), "created_at": now}
-    # a revision that was screened again (a retry after an exclusion) keeps its latest result; events keep the history
-    if connection.execute(update(ResultRow).where(*key).values(**values)).rowcount == 0:
-        connection.execute(insert(ResultRow).values(job_id=job.job_id, revision=job.revision, **values))
-
-
-def _save_object(connection: Connection, job: Job, entry: ReportObject) -> None:
-    known = connection.execute(
-        select(ReportObjectRow.sha256).where(ReportObjectRow.sop_instance_uid == entry.sop_instance_uid)
-    ).scalar_one_or_none()
-    if known is not None:
-        if known != entry.sha256:
-            raise ValueError(f"report object {entry.sop_instance_uid} is already committed with other bytes")
-        return
-    connection.execute(
-        insert(ReportObjectRow).values(
-            sop_instance_uid=entry.sop_instance_uid,
-            job_id=job.job_id,
-            revision=job.revision,
-            kind=entry.kind,
-            variant=entry.variant,
-            sop_class_uid=entry.sop_class_uid,
-            path=str(entry.path),
-            size_bytes=entry.size_bytes,
-            sha256=entry.sha256,
-        )
-    )
-
-
-def _save_delivery(
-    connection: Connection, job: Job, delivery: NewDelivery, by_uid: Mapping[str, ReportObject], now: datetime
-) -> None:
-    delivery_id = connection.execute(
-        insert(DeliveryRow)
-        .values(
-            job_id=job.job_id,
-            revision=job.revision,
-            destination=delivery.destination,
-            state=DeliveryState.PENDING,
-            attempts=0,
-            fencing_token=0,
-            created_at=now,
-            changed_at=now,
-        )
-        .returning(DeliveryRow.delivery_id)
-    ).scalar_one()
-    ordered = sorted(delivery.sop_instance_uids, key=lambda uid: _SENDING_ORDER.index(by_uid[uid].kind))
-    for position, uid in enumerate(ordered):
-        connection.execute(
-            insert(DeliveryObjectRow).values(delivery_id=delivery_id, sop_instance_uid=uid, position=position)
-        )

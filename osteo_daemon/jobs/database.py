@@ -1,40 +1,43 @@
-"""The connection to the job store: engine, migrations, transactions. The only place that knows the dialect."""
+"""The connection to the job store: engine, migrations, transactions.
+
+SQLite is the default: one machine, one file. PostgreSQL serves roles on several machines, through pg8000.
+"""
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.pool import ConnectionPoolEntry
 
 from osteo_daemon.errors import ConfigurationError, StoreUnavailable
+from osteo_daemon.jobs.engines import postgresql_engine, postgresql_says_no, reason_of, says_no, sqlite_engine
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
-_WAL_ATTEMPTS = 50
+_SNAPSHOT = {"isolation_level": "REPEATABLE READ"}
+_LOCK_STUDY = text("SELECT pg_advisory_xact_lock(hashtextextended(:uid, 0))")
 
 
 class Database:
     """One process's connection to the job store.
 
     Args:
-        url: SQLAlchemy URL; a SQLite file's folder is created.
+        url: SQLAlchemy URL of SQLite (its file's folder is created) or of PostgreSQL over pg8000.
         busy_timeout_seconds: how long a transaction waits for another process's.
 
     Raises:
         StoreUnavailable: the store does not answer.
-        ConfigurationError: the store was written by a newer version.
+        ConfigurationError: the store was written by a newer version, the server refuses the user or the database, or it
+            doesn't write to disk.
     """
 
     def __init__(self, url: str, *, busy_timeout_seconds: float = 30.0) -> None:
@@ -46,10 +49,11 @@ class Database:
                 raise ConfigurationError(
                     f"state_dir {Path(path).parent} cannot be made ({error.strerror}); set another folder"
                 ) from error
-        self._engine = _sqlite_engine(url, busy_timeout_seconds) if self._sqlite else create_engine(url)
+        self._engine = (sqlite_engine if self._sqlite else postgresql_engine)(url, busy_timeout_seconds)
         # SQLite's writers poll for the lock: threads of one process queue here instead, in order of arrival
         self._write_lock = threading.Lock()
         self._writer = self._engine.execution_options(osteo_writes=True)
+        self._reader = self._engine if self._sqlite else self._engine.execution_options(**_SNAPSHOT)
         self._migrate()
 
     def close(self) -> None:
@@ -80,19 +84,27 @@ class Database:
     @contextmanager
     def _reading(self) -> Iterator[Connection]:
         """A transaction that sees one state of the store and writes nothing."""
-        with self._answering(), self._engine.begin() as connection:
+        with self._answering(), self._reader.begin() as connection:
             yield connection
 
-    @staticmethod
+    def _alone(self, connection: Connection, study_instance_uid: str) -> None:
+        """Until this transaction ends, no other that asks the same of this study runs beside it.
+
+        SQLite has one writer anyway. On PostgreSQL two objects of a new study may arrive at one moment: neither
+        transaction sees the other's rows, and there's no row yet to lock.
+        """
+        if not self._sqlite:
+            connection.execute(_LOCK_STUDY, {"uid": study_instance_uid})
+
     @contextmanager
-    def _answering() -> Iterator[None]:
+    def _answering(self) -> Iterator[None]:
         try:
             yield
         except (OperationalError, PoolTimeout) as error:
-            raise StoreUnavailable(_reason(error)) from error
-        except DatabaseError as error:
-            if _is_damage(error):
-                raise StoreUnavailable(_reason(error)) from error
+            raise StoreUnavailable(reason_of(error)) from error
+        except DBAPIError as error:
+            if (says_no if self._sqlite else postgresql_says_no)(error):
+                raise StoreUnavailable(reason_of(error)) from error
             raise
 
     def _migrate(self) -> None:
@@ -113,54 +125,3 @@ class Database:
             # several roles start at once: whoever waited for the lock finds the work done
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
-
-
-def _sqlite_engine(url: str, busy_timeout_seconds: float) -> Engine:
-    engine = create_engine(url, connect_args={"timeout": busy_timeout_seconds}, pool_size=8, max_overflow=64)
-
-    @event.listens_for(engine, "connect")
-    def _settings(connection: Any, _record: ConnectionPoolEntry) -> None:
-        # the driver's own transaction control is off: BEGIN is written below
-        connection.isolation_level = None
-        _use_wal(connection)
-        connection.execute("PRAGMA synchronous=FULL")  # a commit returns only when the WAL is on disk
-        connection.execute("PRAGMA foreign_keys=ON")
-
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Connection) -> None:
-        # a deferred transaction that turns into a writer fails at once when another wrote meanwhile
-        writes = connection.get_execution_options().get("osteo_writes", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-    return engine
-
-
-def _use_wal(connection: Any) -> None:
-    # changing the journal mode does not wait for the busy timeout when several processes open a new file at once
-    for attempt in range(_WAL_ATTEMPTS):
-        try:
-            mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
-        except connection_error(connection):
-            if attempt == _WAL_ATTEMPTS - 1:
-                raise
-            time.sleep(0.05)
-            continue
-        if mode == "wal":
-            return
-        raise ConfigurationError(f"the job store's file system does not support WAL (journal mode {mode})")
-
-
-def connection_error(connection: Any) -> type[Exception]:
-    """The driver's class for "cannot now"."""
-    kind: type[Exception] = connection.OperationalError
-    return kind
-
-
-def _is_damage(error: DatabaseError) -> bool:
-    # "file is not a database", "database disk image is malformed": the base class itself, not a programming error
-    return isinstance(error, DBAPIError) and type(error) is DatabaseError
-
-
-def _reason(error: Exception) -> str:
-    # the driver's own words, without SQLAlchemy's quotation of statement and parameters
-    return str(error.orig) if isinstance(error, DBAPIError) else type(error).__name__

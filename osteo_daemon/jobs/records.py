@@ -7,7 +7,7 @@ from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 
-from osteo_daemon.domain.job import JobState
+from osteo_daemon.domain.job import JobState, Priority
 
 
 class RecordOutcome(StrEnum):
@@ -33,8 +33,25 @@ class DeliveryState(StrEnum):
 
     PENDING = "PENDING"  # waits for a deliverer, perhaps with not_before
     SENDING = "SENDING"  # claimed under a lease
-    DELIVERED = "DELIVERED"  # the destination has every object
+    AWAITING = "AWAITING"  # accepted; waits until not_before for the proof that it is kept
+    DELIVERED = "DELIVERED"  # the destination has every object, proven as its settings ask
+    UNPROVEN = "UNPROVEN"  # accepted, and no proof to be had; a late event report still makes it DELIVERED
     REFUSED = "REFUSED"  # dead letter: the destination refused for good, or patience ended
+
+
+class CommitmentState(StrEnum):
+    """Where a storage commitment transaction stands."""
+
+    ASKED = "ASKED"  # the request may have left
+    ACCEPTED = "ACCEPTED"  # the destination will report
+    REFUSED = "REFUSED"  # it does not do storage commitment for us
+    COMMITTED = "COMMITTED"  # it keeps every object
+    PARTIAL = "PARTIAL"  # it keeps some
+
+
+def is_stored(status: str | None) -> bool:
+    """True for a C-STORE status that means stored: success and the warnings."""
+    return status is not None and status.startswith("0x")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +77,21 @@ class NewDelivery:
 
 @dataclass(frozen=True, slots=True)
 class DeliveryObject:
-    """An object of a claimed delivery; ``status`` is what the destination answered, None when not yet sent."""
+    """An object of a claimed delivery.
+
+    Attributes:
+        status: what the destination answered (``0x....`` is stored), None when not yet sent.
+        proof: how it is known that the destination keeps it, None when it is not.
+    """
 
     report: ReportObject
     status: str | None
+    proof: str | None = None
+
+    @property
+    def stored(self) -> bool:
+        """True when the destination accepted it."""
+        return is_stored(self.status)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +114,40 @@ class Delivery:
     objects: tuple[DeliveryObject, ...]
     outcome: str | None = None
     detail: str | None = None
+    proof_rounds: int = 0
+    proof_questions: int = 0
+
+    @property
+    def unproven(self) -> tuple[ReportObject, ...]:
+        """Objects that the destination accepted and has not proven to keep."""
+        return tuple(entry.report for entry in self.objects if entry.stored and entry.proof is None)
 
     @property
     def unsent(self) -> tuple[ReportObject, ...]:
         """Objects that the destination has not yet accepted."""
         return tuple(entry.report for entry in self.objects if entry.status is None)
+
+
+@dataclass(frozen=True, slots=True)
+class Commitment:
+    """A storage commitment transaction of a delivery."""
+
+    transaction_uid: str
+    delivery_id: int
+    round: int
+    state: CommitmentState
+    detail: str | None
+    requested_at: datetime
+    answered_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class HeldReport:
+    """The structured report that a destination accepted last."""
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    path: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +172,7 @@ class JobSummary:
     state: JobState
     revision: int
     attempts: int
+    priority: Priority
     source_ae: str
     instances: int
     code: str | None

@@ -27,8 +27,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from osteo_daemon.domain.breaker import BreakerState
 from osteo_daemon.domain.job import JobKind, JobState
-from osteo_daemon.jobs.records import DeliveryState, ReportKind
+from osteo_daemon.jobs.records import CommitmentState, DeliveryState, ReportKind
 
 _UID = String(64)  # PS3.5 9.1: at most 64 characters
 _AE = String(16)  # PS3.5 6.2, VR AE
@@ -90,6 +91,7 @@ class StudyRow(Base):
     last_received_at: Mapped[datetime] = mapped_column(UtcDateTime)
     instances: Mapped[int] = mapped_column(server_default="0")  # how many rows of `InstanceRow` are the study's
     purging_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # files go now: nothing may be stored meanwhile
+    purged_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # when files went last
 
 
 class SourceRow(Base):
@@ -256,6 +258,7 @@ class DeliveryRow(Base):
         UniqueConstraint("job_id", "revision", "destination"),
         Index(None, "state", "not_before"),
         Index(None, "state", "delivery_id"),
+        Index(None, "destination", "state"),
     )
 
     delivery_id: Mapped[int] = mapped_column(primary_key=True)
@@ -272,6 +275,8 @@ class DeliveryRow(Base):
     detail: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     changed_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    proof_rounds: Mapped[int] = mapped_column(server_default="0")  # how often objects went again for want of proof
+    proof_questions: Mapped[int] = mapped_column(server_default="0")  # C-FIND questions since they last went
 
 
 class DeliveryObjectRow(Base):
@@ -284,6 +289,35 @@ class DeliveryObjectRow(Base):
     position: Mapped[int]
     status: Mapped[str | None] = mapped_column(String(64))
     sent_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    proof: Mapped[str | None] = mapped_column(String(64))  # how it is known that the destination keeps it
+    proved_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class CommitmentRow(Base):
+    """A storage commitment transaction (PS3.4 annex J): asked of a destination, answered by an event report."""
+
+    __tablename__ = "commitments"
+
+    transaction_uid: Mapped[str] = mapped_column(_UID, primary_key=True)
+    delivery_id: Mapped[int] = mapped_column(ForeignKey("deliveries.delivery_id"), index=True)
+    round: Mapped[int]  # the delivery's ``proof_rounds`` when it was asked
+    state: Mapped[CommitmentState] = mapped_column(_names(CommitmentState))
+    detail: Mapped[str | None] = mapped_column(Text)
+    requested_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    answered_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class BreakerRow(Base):
+    """The circuit breaker of one destination."""
+
+    __tablename__ = "breakers"
+
+    destination: Mapped[str] = mapped_column(String(32), primary_key=True)
+    state: Mapped[BreakerState] = mapped_column(_names(BreakerState))
+    since: Mapped[datetime] = mapped_column(UtcDateTime)
+    failures: Mapped[int]
+    next_probe_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    error: Mapped[str | None] = mapped_column(Text)
 
 
 class LeaseRow(Base):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Connection, Row, insert, select, update
 
-from osteo_daemon.domain.job import TRANSITIONS, Job, JobState
+from osteo_daemon.domain.job import TRANSITIONS, Job, JobKind, JobState, Priority
 from osteo_daemon.errors import IllegalTransition, LeaseLost
-from osteo_daemon.jobs.schema import EventRow, JobRow
+from osteo_daemon.jobs.schema import EventRow, JobCountRow, JobRow
 
 NO_LEASE: dict[str, Any] = {"worker": None, "lease_until": None}
+"""Column values of a delivery that nobody works on."""
+
+NO_CLAIM: dict[str, Any] = {**NO_LEASE, "claimed_at": None, "deadline": None}
 """Column values of a job that nobody works on."""
 
 
@@ -56,6 +60,7 @@ def change_state(
     )
     if changed.rowcount != 1:
         raise LeaseLost(f"job {job.job_id}")
+    count_jobs(connection, {job.state: -1, state: 1})
     add_event(
         connection,
         study_instance_uid=job.study_instance_uid,
@@ -68,6 +73,11 @@ def change_state(
         from_state=job.state,
         to_state=state,
     )
+
+
+def count_jobs(connection: Connection, changes: Mapping[JobState, int]) -> None:
+    """So many jobs more (or fewer) stand in each state, in the transaction that moves them."""
+    connection.execute(insert(JobCountRow), [{"state": state, "jobs": jobs} for state, jobs in changes.items()])
 
 
 def add_event(
@@ -99,6 +109,15 @@ def add_event(
     )
 
 
+def screening_job(study_instance_uid: str) -> Any:
+    """The query of a study's screening job, its row locked."""
+    return (
+        select(JobRow.__table__)
+        .where(JobRow.study_instance_uid == study_instance_uid, JobRow.kind == JobKind.SCREEN)
+        .with_for_update()
+    )
+
+
 def claimed_row(connection: Connection, job: Job) -> Row[Any]:
     """The row of a claimed job.
 
@@ -125,4 +144,9 @@ def to_job(row: Row[Any]) -> Job:
         fencing_token=row.fencing_token,
         lease_until=row.lease_until,
         not_before=row.not_before,
+        priority=Priority(row.priority),
+        claimed_at=row.claimed_at,
+        deadline=row.deadline,
+        localizer_bundle=row.localizer_bundle,
+        network_bundle=row.network_bundle,
     )

@@ -16,7 +16,8 @@ def upgrade() -> None:
     _sources()
     _jobs()
     op.add_column("studies", sa.Column("instances", sa.Integer(), nullable=False, server_default="0"))
-    op.add_column("studies", sa.Column("purging_at", sa.DateTime(timezone=True), nullable=True))
+    for name in ("purging_at", "purged_at"):
+        op.add_column("studies", sa.Column(name, sa.DateTime(timezone=True), nullable=True))
     op.execute(
         "UPDATE studies SET instances = (SELECT count(*) FROM instances"
         " WHERE instances.study_instance_uid = studies.study_instance_uid)"

@@ -8,7 +8,7 @@ import sys
 
 import benchmarks
 
-NOT_BENCHMARKS = frozenset({"all", "results", "tables"})
+NOT_BENCHMARKS = frozenset({"all", "heldout", "phantom_cache", "results", "spine_figures", "tables", "tissue"})
 
 
 def names() -> list[str]:

@@ -100,7 +100,7 @@ def add_noise(hu: F32, level: F32, patient: VirtualPatient, scanner: Scanner, fi
         hu: (D, H, W).
         level: (H, W) standard deviation in HU.
     """
-    sigma = scanner.shape.noise_blur_mm / scanner.pixel_spacing_mm
+    sigma = scanner.shape.noise_blur_mm * scanner.noise_grain / scanner.pixel_spacing_mm
     plane = (hu.shape[1], hu.shape[2])
     fields = (_coloured(patient.rng("noise", scanner.seed, first + i), plane, sigma) for i in range(len(hu) + 1))
     own = next(fields)
@@ -147,7 +147,7 @@ def noise_voi(
 ) -> F32:
     """(D, H, W) noise as it looks after resampling a series to the box."""
     white = rng.standard_normal(shape, dtype=np.float32)
-    sigma = max(scanner.shape.noise_blur_mm, 0.4 * scanner.pixel_spacing_mm) / spacing_mm
+    sigma = max(scanner.shape.noise_blur_mm * scanner.noise_grain, 0.4 * scanner.pixel_spacing_mm) / spacing_mm
     along_z = 0.36 * scanner.spacing_mm[0] / spacing_mm
     near = _axis_blur(_axis_blur(_axis_blur(white, along_z, 0), sigma * 0.75, 1), sigma * 1.2, 2)
     far = _axis_blur(_axis_blur(near, sigma * 1.8, 1), sigma * 1.8, 2)

@@ -101,7 +101,7 @@ class Palette:
         index = _PHASE_INDEX[scanner.phase]
         mineral = kvp_ratio(scanner.kvp)
         # fat reads lower at low voltage, by about 0.35 HU per kV around 120
-        fat_shift = 0.35 * (float(np.clip(scanner.kvp, 80, 140)) - 120.0)
+        fat_shift = 0.35 * (float(np.clip(scanner.kvp, 80, 140)) - 120.0) + patient.constitution.fat_hu
         # iodine is taken to follow the voltage as bone mineral does
         gain = (1.0 + 0.12 * float(spread[0])) * mineral
         uptake = {name: values[0] + (values[index] - values[0]) * gain for name, values in _BY_PHASE.items()}
@@ -111,7 +111,7 @@ class Palette:
             skin=12.0 + 4.0 * spread[1],
             fat=-106.0 + 3.0 * spread[2] + fat_shift,
             visceral_fat=-101.0 + 3.0 * spread[3] + fat_shift,
-            muscle=uptake["muscle"] - 10.0 * patient.ageing + 3.0 * spread[4],
+            muscle=uptake["muscle"] - 10.0 * patient.ageing + 3.0 * spread[4] + patient.constitution.muscle_hu,
             liver=uptake["liver"] + 6.0 * spread[5] - 10.0 * max(0.0, (patient.bmi_kg_m2 - 28.0) / 8.0),
             spleen=uptake["spleen"] + 3.0 * spread[6],
             kidney_cortex=uptake["kidney_cortex"] + 3.0 * spread[7],
@@ -125,7 +125,7 @@ class Palette:
             bowel_content=24.0 + 6.0 * spread[11],
             urine=6.0 + 3.0 * spread[12],
             lung=-840.0 + 25.0 * spread[13],
-            disc=82.0 + 8.0 * spread[14],
+            disc=82.0 + 8.0 * spread[14] + patient.constitution.disc_hu,
             thecal=22.0 + 4.0 * spread[15],
             cartilage=90.0,
             cortical=1150.0 * mineral * bone,

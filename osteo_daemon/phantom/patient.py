@@ -38,6 +38,37 @@ class Fracture:
 
 
 @dataclass(frozen=True, slots=True)
+class Constitution:
+    """How one patient departs from what the tables and palettes of this package draw; neutral by default.
+
+    Nothing that draws training material sets it, so a benchmark can go where no training went.
+
+    Attributes:
+        body_height, body_depth: factors on the height and depth of vertebral bodies.
+        disc_height: factor on the height of discs.
+        disc_hu, muscle_hu, fat_hu: added to discs, muscles and all fat.
+        cortex: factor on the thickness of the bodies' shell and endplates.
+        texture_length: factor on the correlation lengths of trabecular texture.
+        texture_spread: factor on its standard deviation.
+    """
+
+    body_height: float = 1.0
+    body_depth: float = 1.0
+    disc_height: float = 1.0
+    disc_hu: float = 0.0
+    muscle_hu: float = 0.0
+    fat_hu: float = 0.0
+    cortex: float = 1.0
+    texture_length: float = 1.0
+    texture_spread: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("body_height", "body_depth", "disc_height", "cortex", "texture_length", "texture_spread"):
+            if not 0.1 <= getattr(self, name) <= 5.0:
+                raise ValueError(f"{name} must lie in 0.1-5, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True)
 class VirtualPatient:
     """One adult, from whom any number of scans can be drawn.
 
@@ -67,6 +98,7 @@ class VirtualPatient:
         cement_levels: levels with a cement plug (vertebroplasty).
         hip_prosthesis: ``""``, ``"left"``, ``"right"`` or ``"both"``.
         bone_islands: levels with a dense focus in the trabecular region.
+        constitution: departures of shape, texture and tissue from the tables.
     """
 
     seed: int
@@ -92,6 +124,7 @@ class VirtualPatient:
     cement_levels: tuple[str, ...] = ()
     hip_prosthesis: Literal["", "left", "right", "both"] = ""
     bone_islands: tuple[str, ...] = ()
+    constitution: Constitution = Constitution()
 
     def __post_init__(self) -> None:
         if not 18 <= self.age_years <= 100:

@@ -45,6 +45,7 @@ class Scanner:
         kvp: tube voltage, 70-150 kV.
         kernel: reconstruction kernel.
         noise_hu: noise SD in the middle of the torso, for the soft kernel.
+        noise_grain: factor on the correlation length of the noise in plane.
         slice_thickness_mm: full width of the slice sensitivity profile.
         slice_spacing_mm: distance of slices; None is the thickness.
         pixel_spacing_mm: in plane.
@@ -61,6 +62,7 @@ class Scanner:
     kvp: float = 120.0
     kernel: Kernel = "soft"
     noise_hu: float = 14.0
+    noise_grain: float = 1.0
     slice_thickness_mm: float = 2.5
     slice_spacing_mm: float | None = None
     pixel_spacing_mm: float = 0.8

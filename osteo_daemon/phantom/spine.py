@@ -167,6 +167,9 @@ def build_spine(patient: VirtualPatient) -> Spine:
         jitter = 1.0 + 0.025 * rng.standard_normal(12)
         jitter[2:4] = 1.0 + 0.02 * rng.standard_normal()
         row = np.array(_row(name, patient)) * jitter * size
+        row[1] *= patient.constitution.body_depth
+        row[2:4] *= patient.constitution.body_height
+        row[4] *= patient.constitution.disc_height
         row[4] *= 1.0 - 0.45 * patient.degeneration * float(rng.uniform(0.2, 1.0) ** 1.5)
         rows.append(row)
     wedges = np.array([np.arctan2(r[2] - r[3], r[1]) for r in rows])

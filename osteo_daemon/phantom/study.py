@@ -52,6 +52,8 @@ class PhantomStudy:
         labels: (D, H, W) codes of `osteo_daemon.phantom.labels`.
         vertebrae: every vertebra of the patient whose body centre lies in the volume, from above.
         patient, scanner: what was scanned and how.
+        ideal_hu: (D, H, W) float16 mean attenuation of each voxel's volume, before point spread, noise and
+            miscalibration; None unless asked for.
     """
 
     voxels: npt.NDArray[np.int16]
@@ -60,6 +62,7 @@ class PhantomStudy:
     vertebrae: tuple[TrueVertebra, ...]
     patient: VirtualPatient
     scanner: Scanner
+    ideal_hu: npt.NDArray[np.float16] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,6 +122,7 @@ def render_study(
     bottom: str = "pelvis",
     slices: int | None = None,
     workers: int = 2,
+    ideal: bool = False,
 ) -> PhantomStudy:
     """Scan a virtual patient.
 
@@ -128,6 +132,7 @@ def render_study(
         top, bottom: limits of the scan, see `field_of_view`.
         slices: exact number of slices, centred on those limits; None covers them.
         workers: threads that paint slabs side by side; the result does not depend on it.
+        ideal: whether to keep `PhantomStudy.ideal_hu` too.
 
     Returns:
         The volume along the patient axes: D runs cranially, H posteriorly, W to the left. The origin of LPS lies on the
@@ -146,6 +151,7 @@ def render_study(
 
     voxels = np.empty((count, n, n), dtype=np.int16)
     labels = np.empty((count, n, n), dtype=np.uint8)
+    ideal_hu = np.empty((count, n, n), dtype=np.float16) if ideal else None
     subs = max(1, 2 * int(np.ceil(scanner.slice_thickness_mm / MAX_SUBSLICE_MM / 2 - 0.5)) + 1)
     offsets = (np.arange(subs) - (subs - 1) / 2.0) * scanner.slice_thickness_mm / subs
     edge = float(np.mean([scanner.slice_thickness_mm / subs, spacing[1], spacing[2]]))
@@ -163,6 +169,8 @@ def render_study(
             codes = canvas.labels[back].reshape(stop - start, subs, n, n)[:, subs // 2]
         else:
             hu, codes = canvas.hu, canvas.labels
+        if ideal_hu is not None:
+            ideal_hu[start:stop] = hu
         hu = blur_slices(hu, scanner)
         add_streaks(hu, (codes == Tissue.METAL) & (hu > _STREAKING_HU), patient, scanner)
         add_noise(hu, noise_map, patient, scanner, start)
@@ -180,9 +188,13 @@ def render_study(
     affine = np.eye(4)
     affine[:3, :3] = np.array([[0, 0, spacing[1]], [0, spacing[2], 0], [spacing[0], 0, 0]])
     affine[:3, 3] = [x[0], y[0], z[0]]
-    inside = [v for v in body.spine.vertebrae if z[0] <= v.centre[2] <= z[-1]]
-    truth = tuple(true_vertebra(body, v) for v in reversed(inside))
-    return PhantomStudy(voxels, affine, labels, truth, patient, scanner)
+    truth = true_vertebrae(body, float(z[0]), float(z[-1]))
+    return PhantomStudy(voxels, affine, labels, truth, patient, scanner, ideal_hu)
+
+
+def true_vertebrae(body: Body, low_mm: float, high_mm: float) -> tuple[TrueVertebra, ...]:
+    """The vertebrae whose centre lies between two heights, from above."""
+    return tuple(true_vertebra(body, v) for v in reversed(body.spine.vertebrae) if low_mm <= v.centre[2] <= high_mm)
 
 
 def true_vertebra(body: Body, v: VertebraShape) -> TrueVertebra:

@@ -41,15 +41,15 @@ class TextureShape:
     coarse_share: float
 
 
-def texture_of(density_mg_cm3: float, ageing: float) -> TextureShape:
-    """Texture for a density and an age (0 at 25 years, 1 at 90)."""
+def texture_of(density_mg_cm3: float, ageing: float, length: float = 1.0, spread: float = 1.0) -> TextureShape:
+    """Texture for a density and an age (0 at 25 years, 1 at 90), times the factors ``length`` and ``spread``."""
     loss = float(np.clip(1.0 - density_mg_cm3 / 180.0, 0.0, 1.0))
     return TextureShape(
-        fine_mm=0.54 * (1.0 + 0.45 * loss + 0.15 * ageing),
-        coarse_mm=3.2 * (1.0 + 0.3 * loss),
+        fine_mm=0.54 * (1.0 + 0.45 * loss + 0.15 * ageing) * length,
+        coarse_mm=3.2 * (1.0 + 0.3 * loss) * length,
         anisotropy=1.35 + 0.5 * loss + 0.25 * ageing,
         skew=0.25 + 0.5 * loss,
-        spread=0.29 + 0.26 * loss,
+        spread=(0.29 + 0.26 * loss) * spread,
         coarse_share=0.22,
     )
 

@@ -278,7 +278,8 @@ def prepare_vertebra(
     """
     rng = patient.rng("vertebra", shape.level)
     core_hu = trabecular_hu(shape.trabecular_mg_cm3, scanner.kvp, scanner.phase)
-    character = texture_of(shape.trabecular_mg_cm3, patient.ageing)
+    own = patient.constitution
+    character = texture_of(shape.trabecular_mg_cm3, patient.ageing, own.texture_length, own.texture_spread)
     field = draw_texture(rng, character, core_hu, (shape.height + 6, shape.depth + 4, shape.width + 4), voxel_mm)
     zc, yc, xc = texture_positions(field)
     z, y, x = (a.astype(np.float32) for a in (zc[:, None, None], yc[None, :, None], xc[None, None, :]))
@@ -303,7 +304,7 @@ def prepare_vertebra(
         radius = float(rng.uniform(3.0, 5.0))
         away = np.sqrt((x - float(spot[0])) ** 2 + (y - float(spot[1])) ** 2 + (z - float(spot[2])) ** 2)
         field += np.float32(500.0) * np.clip((radius - away) / np.float32(2 * STEP_MM) + 0.5, 0, 1)
-    solid = float(np.clip(0.55 + 0.45 * patient.density_mg_cm3 / 130.0, 0.55, 1.25))
+    solid = own.cortex * float(np.clip(0.55 + 0.45 * patient.density_mg_cm3 / 130.0, 0.55, 1.25))
     return VertebraPainter(
         shape=shape,
         palette=palette,

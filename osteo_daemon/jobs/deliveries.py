@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, exists, or_, select, update
+from sqlalchemy import and_, exists, func, insert, or_, select, update
 from sqlalchemy.orm import aliased
 
-from osteo_daemon.domain.job import JobState
-from osteo_daemon.errors import LeaseLost
-from osteo_daemon.jobs.database import Database
-from osteo_daemon.jobs.records import Delivery, DeliveryObject, DeliveryState, ReportObject
+from osteo_daemon.jobs.breakers import Breakers
+from osteo_daemon.jobs.commitments import Commitments
+from osteo_daemon.jobs.delivery_rows import (
+    claimed,
+    end_delivered,
+    loaded,
+    move,
+    note,
+    send_again,
+    set_values,
+    to_report_object,
+)
+from osteo_daemon.jobs.records import Delivery, DeliveryState, HeldReport, ReportKind, ReportObject
 from osteo_daemon.jobs.schema import DeliveryObjectRow, DeliveryRow, JobRow, ReportObjectRow
-from osteo_daemon.jobs.transitions import NO_LEASE, add_event, change_state, utc_now
+from osteo_daemon.jobs.transitions import utc_now
+
+LONGEST_WAIT_SECONDS = 7 * 24 * 3600.0
+"""No moment that is further away was meant: the clock that wrote it has been put right since."""
+
+_EXPIRED_AT_ONCE = 500
 
 
-class Deliveries(Database):
+class Deliveries(Commitments, Breakers):
     """The deliverer's side of the store."""
 
     def claim_delivery(
@@ -25,7 +39,8 @@ class Deliveries(Database):
     ) -> Delivery | None:
         """Take the next delivery for ``lease_seconds``, only of ``destination`` when given.
 
-        A destination gets the revisions of a study in order: a later one waits while an earlier one is on its way.
+        A destination gets the revisions of a study in order: a later one waits while an earlier one is on its way. A
+        delivery whose wait for a proof is over is claimed like any other, and that is no attempt.
 
         Returns:
             The delivery in state SENDING under a new fencing token, or None when nothing waits.
@@ -44,7 +59,7 @@ class Deliveries(Database):
                 .where(DeliveryRow.delivery_id == row.delivery_id)
                 .values(
                     state=DeliveryState.SENDING,
-                    attempts=row.attempts + 1,
+                    attempts=row.attempts + (row.state is not DeliveryState.AWAITING),
                     fencing_token=row.fencing_token + 1,
                     worker=worker,
                     lease_until=now + timedelta(seconds=lease_seconds),
@@ -52,7 +67,7 @@ class Deliveries(Database):
                     changed_at=now,
                 )
             )
-            return _load(connection, row.delivery_id)
+            return loaded(connection, row.delivery_id)
 
     def heartbeat_delivery(self, delivery: Delivery, lease_seconds: float, *, now: datetime | None = None) -> None:
         """Extend the lease from now.
@@ -62,8 +77,8 @@ class Deliveries(Database):
         """
         now = now or utc_now()
         with self._writing() as connection:
-            _claimed(connection, delivery)
-            _set(connection, delivery, lease_until=now + timedelta(seconds=lease_seconds))
+            claimed(connection, delivery)
+            set_values(connection, delivery.delivery_id, lease_until=now + timedelta(seconds=lease_seconds))
 
     def delivery_object_sent(
         self, delivery: Delivery, sop_instance_uid: str, status: str, *, now: datetime | None = None
@@ -76,7 +91,7 @@ class Deliveries(Database):
         """
         now = now or utc_now()
         with self._writing() as connection:
-            _claimed(connection, delivery)
+            claimed(connection, delivery)
             changed = connection.execute(
                 update(DeliveryObjectRow)
                 .where(
@@ -99,28 +114,11 @@ class Deliveries(Database):
         """
         now = now or utc_now()
         with self._writing() as connection:
-            row = _claimed(connection, delivery)
-            waiting = select(DeliveryObjectRow.sop_instance_uid).where(
-                DeliveryObjectRow.delivery_id == delivery.delivery_id, DeliveryObjectRow.status.is_(None)
-            )
-            if (missing := connection.execute(waiting).scalars().first()) is not None:
-                raise ValueError(f"{missing} was not accepted by {delivery.destination}")
-            _end(connection, delivery, DeliveryState.DELIVERED, now, outcome=outcome, detail=None)
-            job = _note(connection, delivery, row.worker, "delivery_done", outcome, now)
-            if (
-                job.state is JobState.REPORTED
-                and job.revision == delivery.revision
-                and not _undelivered(connection, job)
-            ):
-                change_state(
-                    connection,
-                    job,
-                    JobState.DELIVERED,
-                    who=row.worker,
-                    event="job_delivered",
-                    reason="every destination has the report",
-                    now=now,
-                )
+            row = claimed(connection, delivery)
+            present = loaded(connection, delivery.delivery_id)
+            if present.unsent:
+                raise ValueError(f"{present.unsent[0].sop_instance_uid} was not accepted by {delivery.destination}")
+            end_delivered(connection, present, row.worker, outcome, now)
 
     def delivery_retry(
         self, delivery: Delivery, not_before: datetime, detail: str, *, now: datetime | None = None
@@ -132,9 +130,9 @@ class Deliveries(Database):
         """
         now = now or utc_now()
         with self._writing() as connection:
-            row = _claimed(connection, delivery)
-            _end(connection, delivery, DeliveryState.PENDING, now, not_before=not_before, detail=detail)
-            _note(connection, delivery, row.worker, "delivery_retry", detail, now)
+            row = claimed(connection, delivery)
+            move(connection, delivery.delivery_id, DeliveryState.PENDING, now, not_before=not_before, detail=detail)
+            note(connection, delivery, row.worker, "delivery_retry", detail, now)
 
     def delivery_refused(self, delivery: Delivery, detail: str, *, now: datetime | None = None) -> None:
         """Dead letter: the destination refused for good; the objects stay and the job stays REPORTED.
@@ -144,9 +142,9 @@ class Deliveries(Database):
         """
         now = now or utc_now()
         with self._writing() as connection:
-            row = _claimed(connection, delivery)
-            _end(connection, delivery, DeliveryState.REFUSED, now, outcome="refused", detail=detail)
-            _note(connection, delivery, row.worker, "delivery_refused", detail, now)
+            row = claimed(connection, delivery)
+            move(connection, delivery.delivery_id, DeliveryState.REFUSED, now, outcome="refused", detail=detail)
+            note(connection, delivery, row.worker, "delivery_refused", detail, now)
 
     def delivery_release(self, delivery: Delivery, *, now: datetime | None = None) -> None:
         """Give the claim back because the worker stops: the attempt is not counted.
@@ -156,57 +154,180 @@ class Deliveries(Database):
         """
         now = now or utc_now()
         with self._writing() as connection:
-            row = _claimed(connection, delivery)
-            _end(connection, delivery, DeliveryState.PENDING, now, attempts=max(row.attempts - 1, 0))
+            row = claimed(connection, delivery)
+            attempts = max(row.attempts - 1, 0)
+            move(connection, delivery.delivery_id, DeliveryState.PENDING, now, attempts=attempts, detail=row.detail)
+
+    def expire_deliveries(
+        self, destination: str, created_before: datetime, detail: str, *, now: datetime | None = None
+    ) -> int:
+        """Patience ends for what has waited since before ``created_before``; returns how many deliveries that were.
+
+        What was never accepted becomes a dead letter; what was accepted and not proven becomes UNPROVEN.
+        """
+        now = now or utc_now()
+        query = (
+            select(DeliveryRow.delivery_id)
+            .where(
+                DeliveryRow.destination == destination,
+                DeliveryRow.state.in_((DeliveryState.PENDING, DeliveryState.AWAITING)),
+                DeliveryRow.created_at < created_before,
+            )
+            .limit(_EXPIRED_AT_ONCE)
+        )
+        with self._reading() as connection:
+            if connection.execute(query).first() is None:
+                return 0
+        with self._writing() as connection:
+            identifiers = connection.execute(query.with_for_update(skip_locked=True)).scalars().all()
+            for delivery_id in identifiers:
+                delivery = loaded(connection, delivery_id)
+                state, outcome, event = DeliveryState.UNPROVEN, "unproven", "delivery_unproven"
+                if delivery.unsent:
+                    state, outcome, event = DeliveryState.REFUSED, "refused", "delivery_refused"
+                move(connection, delivery_id, state, now, outcome=outcome, detail=detail)
+                note(connection, delivery, "deliverer", event, detail, now)
+        return len(identifiers)
 
     def resend(self, delivery_id: int, who: str, *, now: datetime | None = None) -> Delivery:
-        """Take a dead letter up again: every object, from the first attempt.
+        """Take a dead letter or an unproven delivery up again: every object, from the first attempt.
 
         Raises:
-            KeyError: there is no such dead letter.
+            KeyError: there is no such delivery, or it is neither.
         """
         now = now or utc_now()
         with self._writing() as connection:
-            changed = connection.execute(
-                update(DeliveryRow)
-                .where(DeliveryRow.delivery_id == delivery_id, DeliveryRow.state == DeliveryState.REFUSED)
-                .values(
-                    state=DeliveryState.PENDING,
-                    attempts=0,
-                    not_before=None,
-                    outcome=None,
-                    created_at=now,
-                    changed_at=now,
+            delivery = _ended_badly(loaded(connection, delivery_id))
+            move(
+                connection,
+                delivery_id,
+                DeliveryState.PENDING,
+                now,
+                attempts=0,
+                outcome=None,
+                created_at=now,
+                proof_rounds=0,
+                proof_questions=0,
+            )
+            send_again(connection, delivery_id)
+            note(connection, delivery, who, "delivery_resend", "by hand", now)
+            return loaded(connection, delivery_id)
+
+    def accept_delivery(self, delivery_id: int, who: str, reason: str, *, now: datetime | None = None) -> Delivery:
+        """A person says that a dead letter or an unproven delivery is settled: it counts as delivered.
+
+        Raises:
+            KeyError: there is no such delivery, or it is neither.
+        """
+        now = now or utc_now()
+        with self._writing() as connection:
+            delivery = _ended_badly(loaded(connection, delivery_id))
+            note(connection, delivery, who, "delivery_accepted", reason, now)
+            end_delivered(connection, delivery, who, f"accepted by hand, {delivery.outcome}", now)
+            return loaded(connection, delivery_id)
+
+    def held_report(self, delivery: Delivery) -> HeldReport | None:
+        """The structured report that the destination accepted last of earlier revisions of the study, or None."""
+        query = (
+            select(ReportObjectRow.__table__)
+            .join(DeliveryObjectRow, DeliveryObjectRow.sop_instance_uid == ReportObjectRow.sop_instance_uid)
+            .join(DeliveryRow, DeliveryRow.delivery_id == DeliveryObjectRow.delivery_id)
+            .where(
+                DeliveryRow.job_id == delivery.job_id,
+                DeliveryRow.destination == delivery.destination,
+                DeliveryRow.revision < delivery.revision,
+                ReportObjectRow.kind == ReportKind.SR,
+                DeliveryObjectRow.status.like("0x%"),
+            )
+            .order_by(DeliveryRow.revision.desc(), DeliveryObjectRow.position)
+            .limit(1)
+        )
+        with self._reading() as connection:
+            row = connection.execute(query).first()
+        if row is None:
+            return None
+        report = to_report_object(row)
+        return HeldReport(report.sop_class_uid, report.sop_instance_uid, report.path)
+
+    def replace_unsent(self, delivery: Delivery, sop_instance_uid: str, report: ReportObject) -> None:
+        """This destination gets ``report``, already durable in the spool, in the place of an object not yet sent.
+
+        Raises:
+            LeaseLost: another worker has the delivery.
+            KeyError: the object is not part of it, or was sent.
+        """
+        with self._writing() as connection:
+            claimed(connection, delivery)
+            known = select(ReportObjectRow.sha256).where(ReportObjectRow.sop_instance_uid == report.sop_instance_uid)
+            if connection.execute(known).scalar_one_or_none() is None:
+                connection.execute(
+                    insert(ReportObjectRow).values(
+                        sop_instance_uid=report.sop_instance_uid,
+                        job_id=delivery.job_id,
+                        revision=delivery.revision,
+                        kind=report.kind,
+                        variant=report.variant,
+                        sop_class_uid=report.sop_class_uid,
+                        path=str(report.path),
+                        size_bytes=report.size_bytes,
+                        sha256=report.sha256,
+                    )
                 )
+            changed = connection.execute(
+                update(DeliveryObjectRow)
+                .where(
+                    DeliveryObjectRow.delivery_id == delivery.delivery_id,
+                    DeliveryObjectRow.sop_instance_uid == sop_instance_uid,
+                    DeliveryObjectRow.status.is_(None),
+                )
+                .values(sop_instance_uid=report.sop_instance_uid)
             )
             if changed.rowcount != 1:
-                raise KeyError(delivery_id)
-            connection.execute(
-                update(DeliveryObjectRow)
-                .where(DeliveryObjectRow.delivery_id == delivery_id)
-                .values(status=None, sent_at=None)
-            )
-            delivery = _load(connection, delivery_id)
-            _note(connection, delivery, who, "delivery_resend", "by hand", now)
-            return delivery
+                raise KeyError(sop_instance_uid)
+
+    def delivery(self, delivery_id: int) -> Delivery:
+        """One delivery.
+
+        Raises:
+            KeyError: there is none.
+        """
+        with self._reading() as connection:
+            return loaded(connection, delivery_id)
+
+    def delivery_counts(self) -> dict[tuple[str, DeliveryState], int]:
+        """How many deliveries of each destination stand in each state; what there is none of is left out."""
+        query = select(DeliveryRow.destination, DeliveryRow.state, func.count()).group_by(
+            DeliveryRow.destination, DeliveryRow.state
+        )
+        with self._reading() as connection:
+            return {(destination, state): count for destination, state, count in connection.execute(query)}
 
     def deliveries(
         self,
         *,
         state: DeliveryState | None = None,
+        states: Collection[DeliveryState] = (),
+        destination: str | None = None,
         study_instance_uid: str | None = None,
+        before_delivery_id: int | None = None,
         limit: int = 100,
     ) -> list[Delivery]:
-        """Deliveries, newest first."""
+        """Deliveries, newest first; ``before_delivery_id`` pages on."""
         query = select(DeliveryRow.delivery_id).order_by(DeliveryRow.delivery_id.desc()).limit(limit)
         if state is not None:
-            query = query.where(DeliveryRow.state == state)
+            states = (*states, state)
+        if states:
+            query = query.where(DeliveryRow.state.in_(tuple(states)))
+        if destination is not None:
+            query = query.where(DeliveryRow.destination == destination)
+        if before_delivery_id is not None:
+            query = query.where(DeliveryRow.delivery_id < before_delivery_id)
         if study_instance_uid is not None:
             query = query.join(JobRow, JobRow.job_id == DeliveryRow.job_id).where(
                 JobRow.study_instance_uid == study_instance_uid
             )
         with self._reading() as connection:
-            return [_load(connection, delivery_id) for delivery_id in connection.execute(query).scalars()]
+            return [loaded(connection, delivery_id) for delivery_id in connection.execute(query).scalars()]
 
 
 def _next_delivery(now: datetime, destination: str | None) -> Any:
@@ -222,8 +343,12 @@ def _next_delivery(now: datetime, destination: str | None) -> Any:
         .where(
             or_(
                 and_(
-                    DeliveryRow.state == DeliveryState.PENDING,
-                    or_(DeliveryRow.not_before.is_(None), DeliveryRow.not_before <= now),
+                    DeliveryRow.state.in_((DeliveryState.PENDING, DeliveryState.AWAITING)),
+                    or_(
+                        DeliveryRow.not_before.is_(None),
+                        DeliveryRow.not_before <= now,
+                        DeliveryRow.not_before > now + timedelta(seconds=LONGEST_WAIT_SECONDS),
+                    ),
                 ),
                 and_(DeliveryRow.state == DeliveryState.SENDING, DeliveryRow.lease_until < now),
             ),
@@ -235,84 +360,7 @@ def _next_delivery(now: datetime, destination: str | None) -> Any:
     return query if destination is None else query.where(DeliveryRow.destination == destination)
 
 
-def _claimed(connection: Connection, delivery: Delivery) -> Row[Any]:
-    row = connection.execute(
-        select(DeliveryRow.__table__).where(DeliveryRow.delivery_id == delivery.delivery_id).with_for_update()
-    ).one_or_none()
-    if row is None or row.state is not DeliveryState.SENDING or row.fencing_token != delivery.fencing_token:
-        raise LeaseLost(f"delivery {delivery.delivery_id}, fencing token {delivery.fencing_token}")
-    return row
-
-
-def _set(connection: Connection, delivery: Delivery, **values: Any) -> None:
-    connection.execute(update(DeliveryRow).where(DeliveryRow.delivery_id == delivery.delivery_id).values(**values))
-
-
-def _end(connection: Connection, delivery: Delivery, state: DeliveryState, now: datetime, **values: Any) -> None:
-    _set(connection, delivery, state=state, changed_at=now, **NO_LEASE, **values)
-
-
-def _undelivered(connection: Connection, job: Row[Any]) -> bool:
-    others = select(DeliveryRow.delivery_id).where(
-        DeliveryRow.job_id == job.job_id,
-        DeliveryRow.revision == job.revision,
-        DeliveryRow.state != DeliveryState.DELIVERED,
-    )
-    return connection.execute(others).first() is not None
-
-
-def _note(connection: Connection, delivery: Delivery, who: str, event: str, detail: str, now: datetime) -> Row[Any]:
-    job = connection.execute(select(JobRow.__table__).where(JobRow.job_id == delivery.job_id).with_for_update()).one()
-    add_event(
-        connection,
-        study_instance_uid=job.study_instance_uid,
-        job_id=job.job_id,
-        now=now,
-        who=who,
-        event=event,
-        reason=f"{delivery.destination}: {detail}",
-        revision=delivery.revision,
-    )
-    return job
-
-
-def _load(connection: Connection, delivery_id: int) -> Delivery:
-    row = connection.execute(
-        select(DeliveryRow.__table__, JobRow.study_instance_uid)
-        .join(JobRow, JobRow.job_id == DeliveryRow.job_id)
-        .where(DeliveryRow.delivery_id == delivery_id)
-    ).one()
-    objects = connection.execute(
-        select(ReportObjectRow.__table__, DeliveryObjectRow.status)
-        .join(DeliveryObjectRow, DeliveryObjectRow.sop_instance_uid == ReportObjectRow.sop_instance_uid)
-        .where(DeliveryObjectRow.delivery_id == delivery_id)
-        .order_by(DeliveryObjectRow.position)
-    ).all()
-    return Delivery(
-        delivery_id=row.delivery_id,
-        job_id=row.job_id,
-        study_instance_uid=row.study_instance_uid,
-        revision=row.revision,
-        destination=row.destination,
-        state=row.state,
-        attempts=row.attempts,
-        fencing_token=row.fencing_token,
-        created_at=row.created_at,
-        not_before=row.not_before,
-        objects=tuple(DeliveryObject(to_report_object(entry), entry.status) for entry in objects),
-        outcome=row.outcome,
-        detail=row.detail,
-    )
-
-
-def to_report_object(row: Row[Any]) -> ReportObject:
-    """A row of `ReportObjectRow` as a value."""
-    return ReportObject(
-        kind=row.kind,
-        sop_class_uid=row.sop_class_uid,
-        sop_instance_uid=row.sop_instance_uid,
-        path=Path(row.path),
-        size_bytes=row.size_bytes,
-        sha256=row.sha256,
-        variant=row.variant,
-    )
+def _ended_badly(delivery: Delivery) -> Delivery:
+    if delivery.state not in (DeliveryState.REFUSED, DeliveryState.UNPROVEN):
+        raise KeyError(delivery.delivery_id)
+    return delivery

@@ -10,7 +10,7 @@ from sqlalchemy import Row, delete, func, select, tuple_
 
 from osteo_daemon.domain.job import Job, JobKind, JobState, Priority
 from osteo_daemon.jobs.database import Database
-from osteo_daemon.jobs.deliveries import to_report_object
+from osteo_daemon.jobs.delivery_rows import to_report_object
 from osteo_daemon.jobs.records import Event, JobSummary, ReportObject
 from osteo_daemon.jobs.schema import EventRow, JobCountRow, JobRow, ReportObjectRow, ResultRow, StudyRow
 from osteo_daemon.jobs.transitions import count_jobs, to_job

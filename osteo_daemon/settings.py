@@ -12,12 +12,14 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import quote, urlsplit, urlunsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from osteo_daemon.errors import ConfigurationError
 
 ENVIRONMENT_PREFIX = "OSTEO_"
+_POSTGRESQL = "postgresql+pg8000"
 _AE_TITLE = re.compile(r"[\x21-\x5b\x5d-\x7e](?:[\x20-\x5b\x5d-\x7e]{0,14}[\x21-\x5b\x5d-\x7e])?")
 
 
@@ -48,6 +50,7 @@ class SourceSettings(_Section):
 
     ae_title: AETitle
     addresses: Annotated[tuple[Network, ...], Field(min_length=1)]
+    priority: Literal["stat", "routine", "backfill"] = "routine"
 
 
 class ReceiverSettings(_Section):
@@ -125,6 +128,43 @@ class DelivererSettings(_Section):
     dimse_timeout_seconds: Seconds = 60
 
 
+class StoreSettings(_Section):
+    """Where the job store is: a SQLite file below ``state_dir`` unless ``url`` names a PostgreSQL database."""
+
+    url: str = ""
+    password_file: Path | None = None
+    password: SecretStr | None = None
+
+    @model_validator(mode="after")
+    def _no_password_in_url(self) -> StoreSettings:
+        # a validator of the section, not of the key: its error must not quote the URL
+        parts = urlsplit(self.url)
+        if self.url and parts.scheme not in ("postgresql", _POSTGRESQL):
+            raise ValueError("url: postgresql://USER@HOST:PORT/DATABASE, or empty for SQLite")
+        if parts.password is not None:
+            raise ValueError("url: no password in it, please: password_file, or the variable OSTEO_STORE__PASSWORD")
+        return self
+
+
+class RetentionSettings(_Section):
+    """When files and rows of finished studies go; 0 days: never."""
+
+    images_days: float = Field(default=30, ge=0)
+    reports_days: float = Field(default=0, ge=0)
+    quarantine_days: float = Field(default=90, ge=0)
+    events_days: float = Field(default=0, ge=0)
+    sweep_seconds: Seconds = 3600
+
+
+class BackupSettings(_Section):
+    """Backups by the scheduler; without a folder there are none."""
+
+    folder: Path | None = None
+    every_hours: Annotated[float, Field(gt=0)] = 24
+    keep: int = Field(default=7, ge=1)
+    spool: bool = False
+
+
 class SiteSettings(_Section):
     """What the report says about the site."""
 
@@ -154,6 +194,9 @@ class Settings(_Section):
     screener: ScreenerSettings = ScreenerSettings()
     deliverer: DelivererSettings = DelivererSettings()
     destinations: tuple[DestinationSettings, ...] = ()
+    store: StoreSettings = StoreSettings()
+    retention: RetentionSettings = RetentionSettings()
+    backup: BackupSettings = BackupSettings()
     site: SiteSettings = SiteSettings()
     log: LogSettings = LogSettings()
 
@@ -169,8 +212,30 @@ class Settings(_Section):
 
     @property
     def database_url(self) -> str:
-        """SQLAlchemy URL of the job store."""
-        return f"sqlite:///{self.state_dir / 'jobs.sqlite'}"
+        """SQLAlchemy URL of the job store; it may hold a password: for the store alone, never for a log.
+
+        Raises:
+            ConfigurationError: the password's file can't be read.
+        """
+        if not self.store.url:
+            return f"sqlite:///{self.state_dir / 'jobs.sqlite'}"
+        parts = urlsplit(self.store.url)
+        password = None if self.store.password is None else self.store.password.get_secret_value()
+        if self.store.password_file is not None:
+            try:
+                password = self.store.password_file.read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigurationError(f"store.password_file cannot be read: {error}") from None
+        place = parts.netloc
+        if password is not None:
+            user, _, host = place.rpartition("@")
+            place = f"{user}:{quote(password, safe='')}@{host}"
+        return urlunsplit(parts._replace(scheme=_POSTGRESQL, netloc=place))
+
+    @property
+    def database_file(self) -> Path | None:
+        """The job store's file; None when it is in PostgreSQL."""
+        return None if self.store.url else self.state_dir / "jobs.sqlite"
 
     @property
     def spool_dir(self) -> Path:
@@ -234,5 +299,6 @@ def _explain(entry: Any, overridden: Mapping[str, str]) -> str:
     if entry["type"] == "extra_forbidden":
         return f"{key} is not a setting; see deploy/osteo.example.toml"
     shown = entry["input"]
-    value = f" (is {shown!r})" if isinstance(shown, str | int | float | bool) else ""
+    secret = entry["loc"][-1:] == ("password",)
+    value = f" (is {shown!r})" if isinstance(shown, str | int | float | bool) and not secret else ""
     return f"{key}{value}: {entry['msg'].removeprefix('Value error, ')}"

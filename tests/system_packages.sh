@@ -14,6 +14,7 @@ for command in "${!provided_by[@]}"; do
   command -v "$command" >/dev/null || [ -x "/usr/sbin/$command" ] || missing+=("${provided_by[$command]}")
 done
 [ -e /usr/share/java/pixelmed.jar ] || missing+=(libpixelmed-java)
+compgen -G "/usr/lib/postgresql/*/bin/initdb" >/dev/null || missing+=(postgresql)
 [ ${#missing[@]} -eq 0 ] && exit 0
 
 if [ "$(id -u)" = 0 ]; then

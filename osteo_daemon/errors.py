@@ -50,6 +50,14 @@ class PeerUnavailable(Transient):
     """The peer did not answer or asked to try again"""
 
 
+class WorkerDied(Transient):
+    """The screening process ended by itself"""
+
+
+class PeerBusy(PeerUnavailable):
+    """The peer answers, but cannot do this for now"""
+
+
 class Refused(OsteoError):
     """The peer refuses this object for good"""
 

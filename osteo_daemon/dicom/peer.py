@@ -31,8 +31,12 @@ def association(
     *,
     connect_timeout_seconds: float,
     dimse_timeout_seconds: float,
+    handlers: Sequence[Any] = (),
 ) -> Iterator[Association]:
     """Open an association, release it at the end, abort it when the body raises.
+
+    Args:
+        handlers: further event handlers of pynetdicom.
 
     Raises:
         PeerUnavailable: no connection, no answer in time, aborted, or rejected for now (PS3.8 9.3.4 result 2).
@@ -50,7 +54,7 @@ def association(
         peer.port,
         ae_title=peer.ae_title,
         max_pdu=MAXIMUM_PDU_BYTES,
-        evt_handlers=[(evt.EVT_CONN_OPEN, _no_delay)],
+        evt_handlers=[(evt.EVT_CONN_OPEN, _no_delay), *handlers],
     )
     if not link.is_established:
         raise _failure(link, peer)

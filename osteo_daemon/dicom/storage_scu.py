@@ -15,7 +15,7 @@ from pynetdicom.association import Association
 
 from osteo_daemon.dicom.peer import association
 from osteo_daemon.domain.study import RemoteAE
-from osteo_daemon.errors import PeerUnavailable, Refused
+from osteo_daemon.errors import PeerBusy, PeerUnavailable, Refused
 
 # a file given by its path is sent as it is, never decoded (pynetdicom's documented switch)
 _config.STORE_SEND_CHUNKED_DATASET = True
@@ -62,14 +62,16 @@ class Verdict:
 def judge(status: int, what: str) -> PeerUnavailable | Refused | None:
     """The error of a C-STORE status, None for success and for warnings, which mean stored.
 
-    Classes of PS3.4 B.2.3 and PS3.7 annex C: A7xx and the peer's own processing failures may succeed later; all other
-    failures (0122, 0124, A9xx, Cxxx, ...) are for good.
+    Classes of PS3.4 B.2.3 and PS3.7 annex C: A7xx (the peer has no room for anything) and its own processing failures
+    (it may be this object alone) may succeed later; all other failures (0122, 0124, A9xx, Cxxx, ...) are for good.
     """
     if status == _SUCCESS or status in STORED_WITH_WARNING:
         return None
     text = f"{what}: status 0x{status:04X}"
-    if status in _OUT_OF_RESOURCES or status in _TRANSIENT:
+    if status in _OUT_OF_RESOURCES:
         return PeerUnavailable(text)
+    if status in _TRANSIENT:
+        return PeerBusy(text)
     return Refused(text)
 
 

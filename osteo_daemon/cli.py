@@ -42,6 +42,7 @@ def cli() -> None:
     osteo run      run one role of it (systemd, containers)
     osteo screen   screen a folder of DICOM files, no PACS needed
     osteo studies  what came in and what became of it
+    osteo screener pause, resume or drain the screening
     osteo report   read our reports as text
     osteo demo     a virtual patient through the whole node
 
@@ -233,6 +234,39 @@ def _store(config: Path | None) -> Any:
     if not (settings.state_dir / "jobs.sqlite").exists():
         raise ConfigurationError(f"{settings.state_dir} holds no job store; has the node run with these settings?")
     return JobStore(settings.database_url)
+
+
+@cli.group()
+def screener() -> None:
+    """Pause, resume or drain the screeners of this node."""
+
+
+def _wish(name: str, mode: str, help_text: str) -> None:
+    @screener.command(name, help=help_text)
+    @click.option("--reason", required=True, callback=_not_blank, help="Why; kept until the next word.")
+    @_config
+    def say(reason: str, config: Path | None) -> None:
+        from osteo_daemon.control import Mode, write_wish
+
+        write_wish(load_settings(config).state_dir, Mode(mode), "operator", reason)
+        click.echo(f"{name}: said to every screener of this node")
+
+
+_wish("pause", "pause", "Finish the study in hand and claim no other; the models stay loaded.")
+_wish("resume", "run", "Claim studies again.")
+_wish("drain", "drain", "Finish the study in hand, claim no other and unload the models: the GPU is free.")
+
+
+@screener.command("status")
+@_config
+def screener_status(config: Path | None) -> None:
+    """Print as JSON what was last said to the screeners and what each of them says of itself."""
+    from dataclasses import asdict
+
+    from osteo_daemon.control import read_wish, screener_statuses
+
+    state_dir = load_settings(config).state_dir
+    click.echo(json.dumps({"wish": asdict(read_wish(state_dir)), "screeners": screener_statuses(state_dir)}, indent=2))
 
 
 @cli.group()

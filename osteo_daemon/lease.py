@@ -1,8 +1,9 @@
-"""A lease that is kept alive while its holder works."""
+"""A lease that is kept alive while its holder works, and no longer."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from types import TracebackType
 
@@ -44,3 +45,45 @@ class Heartbeat:
                 return
             except Transient:
                 continue
+
+
+class LeaseWatch:
+    """For a holder that watches over the work of another process: when to beat, and when the work has had its time.
+
+    Args:
+        lease_seconds: how long the lease lasts without renewal.
+        wall_clock_seconds: how long the work may take.
+        grace_seconds: how long it may go on once ``stopping`` is set.
+        stopping: the node stops.
+    """
+
+    def __init__(
+        self, lease_seconds: float, wall_clock_seconds: float, grace_seconds: float, stopping: threading.Event
+    ) -> None:
+        now = time.monotonic()
+        self._every_seconds = lease_seconds / HEARTBEATS_PER_LEASE
+        self._next_beat = now + self._every_seconds
+        self._end = now + wall_clock_seconds
+        self._grace_seconds = grace_seconds
+        self._stopping = stopping
+        self._stop_noticed: float | None = None
+
+    def beat_due(self) -> bool:
+        """True once for each beat; beats that were missed are not made up for."""
+        now = time.monotonic()
+        if now < self._next_beat:
+            return False
+        self._next_beat = now + self._every_seconds
+        return True
+
+    def over(self) -> bool:
+        """The work has had its time."""
+        return time.monotonic() >= self._end
+
+    def grace_over(self) -> bool:
+        """The node stops and will not wait any longer."""
+        if not self._stopping.is_set():
+            return False
+        now = time.monotonic()
+        self._stop_noticed = self._stop_noticed or now
+        return now >= self._stop_noticed + self._grace_seconds

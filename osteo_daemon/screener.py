@@ -1,4 +1,9 @@
-"""The screening role: claim a study, screen it, spool its report objects, commit, again."""
+"""The screening role: claim a study, have it screened, keep its lease, commit its report.
+
+Two processes share it. This one claims, beats and commits, and never touches a pixel; its worker (`screening_worker`)
+computes. So a heartbeat does not depend on a busy interpreter, a lease does not outlive a worker that hangs, and a
+study that kills its worker is told from one that hangs it.
+"""
 
 from __future__ import annotations
 
@@ -7,176 +12,321 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from os import getpid
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from osteo_daemon.dicom.report_objects import BuiltObject
-from osteo_daemon.domain.findings import Exclusion, Outcome
+from osteo_daemon.control import Mode, StatusFile, read_wish
 from osteo_daemon.domain.job import Job
-from osteo_daemon.errors import ConfigurationError, Damaged, LeaseLost, Transient
-from osteo_daemon.inference.screening import Screening, StudyScreener
+from osteo_daemon.errors import LeaseLost, Transient, WorkerDied
+from osteo_daemon.jobs.claims import WALL_CLOCK_LIMIT
 from osteo_daemon.jobs.records import NewDelivery, ReportKind, ReportObject
-from osteo_daemon.jobs.spool import Spool
 from osteo_daemon.jobs.store import JobStore
-from osteo_daemon.lease import Heartbeat
-from osteo_daemon.log import configure_logging, get_logger, where
-from osteo_daemon.reporting import PreviousReport, build_report
+from osteo_daemon.lease import LeaseWatch
+from osteo_daemon.log import configure_logging, get_logger
 from osteo_daemon.settings import Settings
+from osteo_daemon.worker_process import WorkerProcess
 
+WORKER_DIED = "worker_died"
+"""Code of a study whose worker ended in the middle: out of memory, a crash in a decoder."""
 
-class _Stopped(BaseException):
-    """SIGTERM came: leave the study where it is."""
+_TICK_SECONDS = 0.2  # how soon a signal or a pause is noticed while the worker computes
+_CANCEL_SECONDS = 30.0  # how long a worker may go on with a study that nobody wants any more
+_COMMIT_PAUSE_SECONDS = 1.0
+_SUSPECTS = 64
 
 
 def run(settings: Settings) -> int:
     """Screen studies until SIGTERM or SIGINT; returns the exit status.
 
     Raises:
-        BundleError: a model bundle is missing or changed.
-        ConfigurationError: the job store or the spool can't be used, or the GPU asked for isn't there.
+        ConfigurationError: a bundle is missing or changed, the GPU asked for isn't there, or the job store can't be
+            used.
     """
     configure_logging(settings.log, "screener")
-    worker = Worker(settings)
+    screener = Screener(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, worker.stop)
-    worker.work()
-    return 0
+        signal.signal(number, screener.stop)
+    return screener.work()
 
 
-class Worker:
-    """One screening process: one study at a time, models warm."""
+class Screener:
+    """One screening slot: one worker process, one study at a time."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._log = get_logger()
         self._store = JobStore(settings.database_url)
-        self._spool = Spool(settings.spool_dir)
         self._name = f"screener-{socket.gethostname()}-{getpid()}"
         self._stopping = threading.Event()
-        self._interruptible = False
-        start = time.perf_counter()
-        self._screener = StudyScreener.load(settings)
-        self._log.info(
-            "screener_ready", device=str(self._screener.device), duration_s=round(time.perf_counter() - start, 2)
-        )
-        for model in self._screener.models:
-            self._log.info("model_loaded", bundle=model.bundle, version=model.version, digest=model.sha256)
+        self._status = StatusFile(settings.state_dir)
+        self._worker: WorkerProcess | None = None
+        self._ahead: tuple[int, int] | None = None
+        self._reading_ahead = False
+        self._suspects: list[int] = []
+        self._token = 0
 
     def stop(self, _number: int, _frame: FrameType | None) -> None:
-        """Signal handler: finish at once; a study in hand goes back without losing an attempt."""
+        """Signal handler: no further claim; a study in hand gets a short grace."""
         self._stopping.set()
-        if self._interruptible:
-            self._interruptible = False
-            raise _Stopped
 
-    def work(self) -> None:
-        """Claim and screen until `stop`."""
-        screener = self._settings.screener
-        while not self._stopping.is_set():
-            try:
-                job = self._store.claim(self._name, screener.lease_seconds, screener.maximum_attempts)
-            except Transient as error:
-                self._log.warning("claim_failed", error=type(error).__name__)
-                job = None
-            if job is None:
-                self._stopping.wait(screener.poll_seconds)
-                continue
-            self._one(job)
+    def work(self) -> int:
+        """Claim and screen until `stop`; returns the exit status: 1 when the worker ends without a study in hand."""
+        try:
+            while not self._stopping.is_set():
+                self._turn()
+        except WorkerDied as error:
+            # without a study in hand it is not a study's fault: whoever started this role starts it again, later
+            self._log.error("worker_died", detail=error.detail)
+            return 1
+        finally:
+            if self._worker is not None:
+                self._worker.kill()
+            self._status.remove()
+            self._store.close()
         self._log.info("screener_stopped")
+        return 0
 
-    def _one(self, job: Job) -> None:
-        start = time.perf_counter()
+    def _turn(self) -> None:
+        mode = read_wish(self._settings.state_dir).mode
+        if mode is Mode.DRAIN:
+            self._unload()
+        if mode is not Mode.RUN:
+            self._status.write(state="paused" if mode is Mode.PAUSE else "drained", job_id=None)
+            self._idle()
+            return
+        worker = self._ready_worker()
+        if worker is None:
+            return
+        self._status.write(state="idle", job_id=None)
+        job = self._claim()
+        if job is None:
+            self._idle()
+            return
+        self._status.write(state="screening", job_id=job.job_id)
+        self._one(worker, job)
+
+    def _idle(self) -> None:
+        """Wait; a worker that dies meanwhile is noticed."""
+        if self._worker is None:
+            self._stopping.wait(self._settings.screener.poll_seconds)
+        elif (message := self._worker.receive(self._settings.screener.poll_seconds)) is not None:
+            self._told(message)
+
+    def _ready_worker(self) -> WorkerProcess | None:
+        """The worker with its models loaded; None when the node stops first."""
+        if self._worker is None:
+            self._status.write(state="loading", job_id=None)
+            self._worker = WorkerProcess(self._settings)
+            while not self._stopping.is_set():
+                message = self._worker.receive(_TICK_SECONDS)
+                if message is not None and message["type"] == "ready":
+                    self._told(message)
+                    seconds = round(time.monotonic() - self._worker.started_at, 2)
+                    self._log.info("screener_ready", device=message["device"], pid=self._worker.pid, duration_s=seconds)
+                    return self._worker
+            return None
+        return self._worker
+
+    def _unload(self) -> None:
+        if self._worker is not None:
+            self._log.info("models_unloaded", pid=self._worker.pid)
+            self._worker.kill()
+            self._worker, self._ahead, self._reading_ahead = None, None, False
+
+    def _claim(self) -> Job | None:
+        screener = self._settings.screener
+        # the store's own limit is for a screener that hangs itself: it comes after the one that is kept here
+        limit = screener.wall_clock_seconds + screener.lease_seconds
+        try:
+            return self._store.claim(self._name, screener.lease_seconds, screener.maximum_attempts, limit_seconds=limit)
+        except Transient as error:
+            self._log.warning("claim_failed", error=type(error).__name__)
+            return None
+
+    def _one(self, worker: WorkerProcess, job: Job) -> None:
+        screener = self._settings.screener
+        start = time.monotonic()
         log = self._log.bind(job_id=job.job_id, study_instance_uid=job.study_instance_uid, revision=job.revision)
         log.info("screening_started", attempt=job.attempts)
-        outcome = "released"
+        watch = LeaseWatch(
+            screener.lease_seconds, screener.wall_clock_seconds, screener.stop_grace_seconds, self._stopping
+        )
         try:
-            lease = self._settings.screener.lease_seconds
-            with Heartbeat(lambda: self._store.heartbeat(job, lease), lease):
-                outcome = self._screen(job)
-        except _Stopped:
-            with suppress(LeaseLost):
-                self._store.release(job)
+            answer = self._screened(worker, job, watch)
+            outcome = self._commit(job, answer, watch)
         except LeaseLost:
             outcome = "lease_lost"
-        except Damaged as error:
-            outcome = "held"
-            self._end(self._store.hold, job, type(error).__name__, error.detail)
-        except (ConfigurationError, Transient) as error:
-            outcome = "retry"
-            self._end(self._retry, job, type(error).__name__, error.detail)
-        except Exception as error:  # noqa: BLE001 - the process's loop edge: one study must not end the worker
-            outcome = "retry"
-            # only the class: a library's message may quote what it was given
-            log.error("screening_crashed", error=type(error).__name__, detail=where(error.__traceback__))
-            self._end(self._retry, job, type(error).__name__, "an error inside the program, see its log")
-        log.info("screening_ended", outcome=outcome, duration_s=round(time.perf_counter() - start, 2))
+        except WorkerDied as error:
+            outcome = self._worker_died(job, error)
+        except Transient as error:
+            # the store: the lease runs out by itself and the study comes back
+            outcome = "not_written"
+            log.warning("outcome_not_written", error=type(error).__name__)
+        log.info("screening_ended", outcome=outcome, duration_s=round(time.monotonic() - start, 2))
 
-    def _screen(self, job: Job) -> str:
-        instances, predecessors = self._store.instances(job), self._predecessors(job)
-        with self._computing():
-            screening = self._screener.screen(instance.path for instance in instances)
-            built = screening.result.exclusion or build_report(
-                screening, self._settings, datetime.now(UTC), revision=job.revision, predecessors=predecessors
-            )
-        if isinstance(built, Exclusion):
-            self._store.exclude(job, built.code, built.reason, screening.result.to_json())
-            return built.code
-        objects = {entry.sop_instance_uid: self._keep(job, entry) for entry in built.objects}
-        deliveries = [
-            NewDelivery(destination.name, tuple(entry.sop_instance_uid for entry in built.for_destination(destination)))
-            for destination in self._settings.destinations
-        ]
-        self._store.commit_report(job, screening.result.to_json(), list(objects.values()), deliveries)
-        return _summary(screening)
+    def _screened(self, worker: WorkerProcess, job: Job, watch: LeaseWatch) -> dict[str, Any]:
+        """The worker's answer, or the one that is given in its place.
 
-    @contextmanager
-    def _computing(self) -> Iterator[None]:
-        """The long computing part, which a signal may cut off; never a transaction."""
-        self._interruptible = True
+        Raises:
+            LeaseLost: the study changed or was held, or another worker has it.
+            WorkerDied: the worker is gone.
+            Transient: the store did not answer before anything was asked of the worker.
+        """
+        self._token += 1
+        worker.send({"type": "screen", "token": self._token, **self._study(job)})
+        self._ahead = None
+        while True:
+            message = worker.receive(_TICK_SECONDS)
+            if message is not None and message.get("token") == self._token:
+                return message
+            if message is not None:
+                self._told(message)
+            if watch.over() or watch.grace_over():
+                self._kill(worker)
+                return {"type": WALL_CLOCK_LIMIT if watch.over() else "released"}
+            if watch.beat_due():
+                try:
+                    self._store.heartbeat(job, self._settings.screener.lease_seconds)
+                except LeaseLost:
+                    self._cancel(worker)
+                    raise
+                except Transient as error:
+                    self._log.warning("heartbeat_failed", job_id=job.job_id, error=type(error).__name__)
+            self._read_ahead(worker, job)
+
+    def _read_ahead(self, worker: WorkerProcess, present: Job) -> None:
+        """Let the worker read the study that will probably be claimed next; nothing is claimed by it."""
+        screener = self._settings.screener
+        if self._ahead is not None or not screener.prefetch_maximum_bytes or present.job_id in self._suspects:
+            return
         try:
-            if self._stopping.is_set():
-                raise _Stopped
-            yield
-        finally:
-            self._interruptible = False
+            following = self._store.next_ready()
+        except Transient:
+            return
+        if following is None or following.job_id in self._suspects or self._stopping.is_set():
+            return
+        self._ahead = (following.job_id, following.revision)
+        self._reading_ahead = True
+        worker.send({"type": "prefetch", **self._study(following)})
 
-    def _keep(self, job: Job, entry: BuiltObject) -> ReportObject:
-        stored = self._spool.store_report(job.study_instance_uid, entry.sop_instance_uid, [entry.data])
-        return ReportObject(
-            kind=ReportKind(entry.kind),
-            sop_class_uid=entry.sop_class_uid,
-            sop_instance_uid=entry.sop_instance_uid,
-            path=stored.path,
-            size_bytes=stored.size_bytes,
-            sha256=stored.sha256,
-            variant=entry.variant,
-        )
-
-    def _predecessors(self, job: Job) -> dict[str, PreviousReport]:
+    def _study(self, job: Job) -> dict[str, Any]:
+        screener = self._settings.screener
         # report_objects lists the oldest revision first: the last of each variant is the one to be replaced
-        return {
-            entry.variant: PreviousReport.read(entry.path)
+        predecessors = {
+            entry.variant: str(entry.path)
             for entry in self._store.report_objects(job.study_instance_uid)
             if entry.kind is ReportKind.SR
         }
+        return {
+            "study": job.study_instance_uid,
+            "revision": job.revision,
+            "paths": [str(instance.path) for instance in self._store.instances(job)],
+            "predecessors": predecessors,
+            "localizer_bundle": job.localizer_bundle or screener.localizer_bundle,
+            "network_bundle": job.network_bundle or screener.network_bundle,
+        }
 
-    def _retry(self, job: Job, code: str, detail: str) -> None:
-        delay = self._settings.screener.retry_base_seconds * 2 ** (job.attempts - 1)
+    def _told(self, message: Mapping[str, Any]) -> None:
+        """What the worker says between its answers."""
+        if message["type"] == "prefetched":
+            self._reading_ahead = False
+        elif message["type"] in ("ready", "models"):
+            self._status.write(
+                device=message["device"], models=message["models"], refused_bundle=message["refused_bundle"]
+            )
+
+    def _cancel(self, worker: WorkerProcess) -> None:
+        """Have the worker drop the study; one that does not is replaced."""
+        deadline = time.monotonic() + _CANCEL_SECONDS
+        with suppress(WorkerDied):
+            worker.send({"type": "cancel", "token": self._token})
+            while (left := deadline - time.monotonic()) > 0 and not self._stopping.is_set():
+                message = worker.receive(min(left, _TICK_SECONDS))
+                if message is not None and message.get("token") == self._token:
+                    return
+                if message is not None:
+                    self._told(message)
+        self._kill(worker)
+
+    def _kill(self, worker: WorkerProcess) -> None:
+        gone = worker.kill()
+        self._worker, self._ahead, self._reading_ahead = None, None, False
+        if not gone:
+            raise WorkerDied("it cannot be killed")
+
+    def _worker_died(self, job: Job, error: WorkerDied) -> str:
+        """Count the attempt, unless the study that was read ahead may have been the cause."""
+        ambiguous = self._reading_ahead and self._ahead is not None
+        suspects = [job.job_id, self._ahead[0]] if self._ahead is not None and ambiguous else []
+        self._worker, self._ahead, self._reading_ahead = None, None, False
+        self._log.error("worker_died", job_id=job.job_id, detail=error.detail)
+        if suspects:
+            # from now on each of them runs alone, so that its next end is its own
+            self._suspects = [*self._suspects, *suspects][-_SUSPECTS:]
+            return self._end(lambda: self._store.release(job), "released")
+        return self._retry(job, WORKER_DIED, error.detail)
+
+    def _commit(self, job: Job, answer: Mapping[str, Any], watch: LeaseWatch) -> str:
+        """Write what came of it. A store that does not answer is asked again as long as the lease may hold.
+
+        Raises:
+            LeaseLost: another worker has the job or its study changed: nothing was written.
+            Transient: the store did not answer in time.
+        """
+        if answer["type"] == "released":
+            return self._end(lambda: self._store.release(job), "released")
+        if answer["type"] == "cancelled":
+            return "cancelled"
+        if answer["type"] == WALL_CLOCK_LIMIT:
+            limit = self._settings.screener.wall_clock_seconds
+            return self._retry(job, WALL_CLOCK_LIMIT, f"not done within {limit:g} s")
+        if answer["type"] == "retry":
+            return self._retry(job, answer["code"], answer["detail"])
+        if answer["type"] == "held":
+            return self._end(lambda: self._store.hold(job, answer["code"], answer["detail"]), "held")
+        while True:
+            try:
+                if answer["type"] == "excluded":
+                    self._store.exclude(job, answer["code"], answer["reason"], answer["result"])
+                    return str(answer["code"])
+                self._store.commit_report(job, answer["result"], _objects(answer), _deliveries(answer))
+                return str(answer["summary"])
+            except Transient:
+                if watch.over() or self._stopping.wait(_COMMIT_PAUSE_SECONDS):
+                    raise
+            with suppress(Transient):
+                self._store.heartbeat(job, self._settings.screener.lease_seconds)
+
+    def _retry(self, job: Job, code: str, detail: str) -> str:
+        screener = self._settings.screener
+        if job.attempts >= screener.maximum_attempts:
+            return self._end(lambda: self._store.fail(job, code, detail), f"failed, {code}")
+        delay = screener.retry_base_seconds * 2 ** (job.attempts - 1)
         # jitter: several workers that failed for one reason don't come back at one moment
         not_before = datetime.now(UTC) + timedelta(seconds=delay * random.uniform(0.8, 1.2))  # noqa: S311
-        self._store.retry_later(job, code, detail, not_before)
+        return self._end(lambda: self._store.retry_later(job, code, detail, not_before), f"retry, {code}")
 
-    def _end(self, act: Callable[[Job, str, str], None], job: Job, code: str, detail: str) -> None:
+    def _end(self, act: Callable[[], None], outcome: str) -> str:
         try:
-            act(job, code, detail)
+            act()
         except (LeaseLost, Transient) as error:
             # the lease runs out by itself and another worker takes the study
             self._log.warning("outcome_not_written", error=type(error).__name__)
+            return "not_written"
+        return outcome
 
 
-def _summary(screening: Screening) -> str:
-    category = screening.result.category
-    return Outcome.REPORTED.value if category is None else f"{Outcome.REPORTED.value}, {category.value}"
+def _objects(answer: Mapping[str, Any]) -> list[ReportObject]:
+    return [
+        ReportObject(**{**entry, "kind": ReportKind(entry["kind"]), "path": Path(entry["path"])})
+        for entry in answer["objects"]
+    ]
+
+
+def _deliveries(answer: Mapping[str, Any]) -> list[NewDelivery]:
+    return [NewDelivery(name, tuple(uids)) for name, uids in answer["deliveries"].items()]

@@ -6,8 +6,6 @@ never outlive the supervisor.
 
 from __future__ import annotations
 
-import ctypes
-import os
 import signal
 import subprocess
 import sys
@@ -17,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from osteo_daemon.errors import ConfigurationError
+from osteo_daemon.child import start_child
 from osteo_daemon.log import configure_logging, get_logger
 from osteo_daemon.settings import Settings
 
@@ -33,7 +31,6 @@ CONFIGURATION_EXIT = 2
 _POLL_SECONDS = 0.1
 _BACKOFF_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _STABLE_SECONDS = 60.0
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -44,6 +41,7 @@ class _Child:
     started_at: float = 0.0
     start_at: float = 0.0
     failures: int = 0
+    has_run: bool = False  # it has ended otherwise than by refusing to start
 
 
 @dataclass
@@ -67,7 +65,7 @@ class Supervisor:
         """Supervise until SIGTERM or SIGINT.
 
         Returns:
-            0 after a stop; `CONFIGURATION_EXIT` when a role refuses to start: the others are ended too.
+            0 after a stop; `CONFIGURATION_EXIT` when a role refuses its very first start: the others are ended too.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._end)
@@ -95,7 +93,8 @@ class Supervisor:
         now = self.clock()
         if child.process is None:
             if now >= child.start_at:
-                child.process = _start(child.command)
+                # the kernel sends SIGTERM when the supervisor goes, however it goes
+                child.process = start_child(child.command, signal.SIGTERM)
                 child.started_at = now
                 get_logger().info("role_started", role=child.role, pid=child.process.pid)
             return 0
@@ -103,12 +102,17 @@ class Supervisor:
         if code is None:
             return 0
         child.process = None
-        if code == CONFIGURATION_EXIT:
+        stable = now - child.started_at >= _STABLE_SECONDS
+        if code == CONFIGURATION_EXIT and not (child.has_run or stable):
             get_logger().error("role_refused_to_start", role=child.role, exit_code=code)
             return code
-        stable = now - child.started_at >= _STABLE_SECONDS
+        child.has_run = True
         child.failures = 1 if stable else child.failures + 1
         wait = self.backoff_seconds[min(child.failures, len(self.backoff_seconds)) - 1]
+        if code == CONFIGURATION_EXIT:
+            # it ran with these settings before: something changed under the node, and the others go on receiving
+            wait = self.backoff_seconds[-1]
+            get_logger().error("role_refused_to_start", role=child.role, exit_code=code, wait_s=wait)
         child.start_at = now + wait
         get_logger().warning("role_ended", role=child.role, exit_code=code, wait_s=wait, count=child.failures)
         return 0
@@ -138,24 +142,3 @@ def serve(settings: Settings, config_path: Path | None) -> int:
     arguments = [] if config_path is None else ["--config", str(config_path.resolve())]
     commands = {role: [sys.executable, "-m", "osteo_daemon.cli", "run", role, *arguments] for role in ROLES}
     return Supervisor(commands).run()
-
-
-def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
-    supervisor = os.getpid()
-    try:
-        libc = ctypes.CDLL(None, use_errno=True)
-    except OSError as error:
-        raise ConfigurationError("osteo serve needs Linux; run each role by itself") from error
-
-    def die_with_supervisor() -> None:
-        # between fork and exec: the kernel sends SIGTERM when the supervisor goes, however it goes
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != supervisor:
-            os._exit(0)
-
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        preexec_fn=die_with_supervisor,
-        start_new_session=True,  # Ctrl-C reaches the supervisor alone, which ends the roles in order
-    )

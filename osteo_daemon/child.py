@@ -1,0 +1,47 @@
+"""A child process that never outlives the process that started it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+from collections.abc import Collection, Sequence
+
+from osteo_daemon.errors import ConfigurationError
+
+_PR_SET_PDEATHSIG = 1
+
+
+def start_child(
+    command: Sequence[str], death_signal: signal.Signals, *, pass_fds: Collection[int] = ()
+) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own: Ctrl-C reaches its parent alone, which ends it in its own order.
+
+    Args:
+        command: argument list.
+        death_signal: what the kernel sends the child when its parent ends, however that ends.
+        pass_fds: descriptors that the child inherits.
+
+    Raises:
+        ConfigurationError: the system is not Linux.
+    """
+    parent = os.getpid()
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+    except OSError as error:
+        raise ConfigurationError("child processes need Linux; run each role by itself") from error
+
+    def die_with_parent() -> None:
+        # between fork and exec; the parent may have gone before the request was made
+        libc.prctl(_PR_SET_PDEATHSIG, int(death_signal), 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(0)
+
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        preexec_fn=die_with_parent,
+        start_new_session=True,
+        pass_fds=pass_fds,
+    )

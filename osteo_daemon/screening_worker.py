@@ -1,0 +1,238 @@
+"""The process that computes: models warm, one study at a time, the next one read ahead. Started by the screener.
+
+It holds no lease and writes no row: a study that kills, hangs or exhausts this process is judged by the screener, which
+lives on. Messages come and go over one `Link`; the first holds the settings.
+
+======================= ====================================================================================
+from the screener       ``settings``, ``screen``, ``prefetch``, ``cancel``
+to the screener         ``ready``, ``refused``, ``models``, ``prefetched``; and one answer to each ``screen``:
+                        ``reported``, ``excluded``, ``held``, ``retry`` or ``cancelled``
+======================= ====================================================================================
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from osteo_daemon.dicom.report_objects import BuiltObject, BuiltReport
+from osteo_daemon.domain.findings import Exclusion, Outcome
+from osteo_daemon.errors import BundleError, ConfigurationError, Damaged, OsteoError, Transient
+from osteo_daemon.imaging.study_files import StudyFiles
+from osteo_daemon.inference.resident import ResidentModels
+from osteo_daemon.inference.screening import Screening
+from osteo_daemon.jobs.spool import Spool
+from osteo_daemon.link import Link
+from osteo_daemon.log import configure_logging, get_logger, where
+from osteo_daemon.reporting import PreviousReport, build_report
+from osteo_daemon.settings import Settings
+
+CONFIGURATION_EXIT = 2
+"""Exit status when the models cannot be loaded (see `osteo_daemon.cli`)."""
+
+
+class _Cancelled(BaseException):
+    """The screener does not want the result any more."""
+
+
+class Ahead:
+    """The study that is read while another one is computed; never more than one."""
+
+    def __init__(self, maximum_bytes: int, link: Link) -> None:
+        self._maximum_bytes = maximum_bytes
+        self._link = link
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+        self._key: tuple[Any, ...] | None = None
+        self._files: Future[StudyFiles] | None = None
+
+    def start(self, message: Mapping[str, Any]) -> None:
+        """Begin to read a study; what was read before and not used is dropped."""
+        if self._files is not None:
+            self._files.cancel()
+        self._key = _key(message)
+        self._files = self._pool.submit(self._read, message["study"], [Path(path) for path in message["paths"]])
+
+    def take(self, message: Mapping[str, Any]) -> StudyFiles | None:
+        """The files of just this study, revision and set of instances, or None: then what was read is dropped."""
+        files, key = self._files, self._key
+        self._files = self._key = None
+        if files is None or key != _key(message):
+            return None
+        try:
+            return files.result()
+        except Exception as error:  # noqa: BLE001 - reading ahead is a help: the study is read again at its own turn
+            get_logger().warning("prefetch_failed", error=type(error).__name__, detail=where(error.__traceback__))
+            return None
+
+    def _read(self, study: str, paths: list[Path]) -> StudyFiles:
+        start = time.perf_counter()
+        files = StudyFiles.read(paths).decode_ahead(self._maximum_bytes)
+        duration = round(time.perf_counter() - start, 2)
+        get_logger().info(
+            "study_prefetched",
+            study_instance_uid=study,
+            instances=len(files.headers),
+            outcome="headers" if files.decoded is None else "decoded",
+            duration_s=duration,
+        )
+        self._link.send({"type": "prefetched", "study": study})
+        return files
+
+
+def _key(message: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (message["study"], message["revision"], *message["paths"])
+
+
+class ScreeningWorker:
+    """Answers the screener's messages until it goes away."""
+
+    def __init__(self, link: Link, settings: Settings) -> None:
+        self._link = link
+        self._settings = settings
+        self._log = get_logger()
+        self._spool = Spool(settings.spool_dir)
+        self._ahead = Ahead(settings.screener.prefetch_maximum_bytes, link)
+        self._inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._cancelled: int | None = None
+        self._models = ResidentModels(settings)
+
+    def work(self) -> None:
+        """Tell what is loaded, then answer one study after another."""
+        self._link.send({"type": "ready", **self._loaded()})
+        threading.Thread(target=self._listen, name="link", daemon=True).start()
+        while True:
+            message = self._inbox.get()
+            self._link.send({"token": message["token"], **self._answer(message)})
+
+    def _listen(self) -> None:
+        try:
+            while (message := self._link.receive()) is not None:
+                if message["type"] == "prefetch":
+                    self._ahead.start(message)
+                elif message["type"] == "cancel":
+                    self._cancelled = message["token"]
+                else:
+                    self._inbox.put(message)
+        except EOFError:
+            os._exit(0)  # nobody wants an answer, and torch may be in the middle of one
+
+    def _answer(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        files = self._ahead.take(message)
+        try:
+            return self._screen(message, files)
+        except _Cancelled:
+            return {"type": "cancelled"}
+        except Damaged as error:
+            return {"type": "held", "code": type(error).__name__, "detail": error.detail}
+        except (BundleError, ConfigurationError, Transient) as error:
+            return {"type": "retry", "code": type(error).__name__, "detail": error.detail}
+        except Exception as error:  # noqa: BLE001 - the process's loop edge: one study must not end the worker
+            # only the class: a library's message may quote what it was given
+            self._log.error("screening_crashed", error=type(error).__name__, detail=where(error.__traceback__))
+            detail = "an error inside the program, see its log"
+            return {"type": "retry", "code": type(error).__name__, "detail": detail}
+
+    def _screen(self, message: Mapping[str, Any], files: StudyFiles | None) -> dict[str, Any]:
+        token = message["token"]
+
+        def progress(_stage: str) -> None:
+            if self._cancelled == token:
+                raise _Cancelled
+
+        if self._models.refresh(message["localizer_bundle"], message["network_bundle"]):
+            self._link.send({"type": "models", **self._loaded()})
+        source = files or StudyFiles.read(Path(path) for path in message["paths"])
+        screening = self._models.screen(source, progress)
+        progress("build report")
+        built = screening.result.exclusion or build_report(
+            screening,
+            self._models.settings,
+            datetime.now(UTC),
+            revision=message["revision"],
+            predecessors={
+                variant: PreviousReport.read(Path(path)) for variant, path in message["predecessors"].items()
+            },
+        )
+        result = screening.result.to_json()
+        if isinstance(built, Exclusion):
+            return {"type": "excluded", "code": built.code, "reason": built.reason, "result": result}
+        return {
+            "type": "reported",
+            "summary": _summary(screening),
+            "result": result,
+            "objects": [self._keep(message["study"], entry) for entry in built.objects],
+            "deliveries": self._deliveries(built),
+        }
+
+    def _keep(self, study: str, entry: BuiltObject) -> dict[str, Any]:
+        stored = self._spool.store_report(study, entry.sop_instance_uid, [entry.data])
+        return {
+            "kind": entry.kind,
+            "sop_class_uid": entry.sop_class_uid,
+            "sop_instance_uid": entry.sop_instance_uid,
+            "path": str(stored.path),
+            "size_bytes": stored.size_bytes,
+            "sha256": stored.sha256,
+            "variant": entry.variant,
+        }
+
+    def _deliveries(self, built: BuiltReport) -> dict[str, list[str]]:
+        return {
+            destination.name: [entry.sop_instance_uid for entry in built.for_destination(destination)]
+            for destination in self._settings.destinations
+        }
+
+    def _loaded(self) -> dict[str, Any]:
+        return {
+            "device": str(self._models.device),
+            "models": [
+                {"bundle": model.bundle, "version": model.version, "digest": model.sha256}
+                for model in self._models.models
+            ],
+            "refused_bundle": self._models.refused,
+        }
+
+
+def _summary(screening: Screening) -> str:
+    category = screening.result.category
+    return Outcome.REPORTED.value if category is None else f"{Outcome.REPORTED.value}, {category.value}"
+
+
+def main(descriptor: int) -> int:
+    """Serve the screener at the other end of the inherited socket; returns the exit status."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # the screener decides when this process ends; systemd sends its signal to both
+        signal.signal(number, signal.SIG_IGN)
+    link = Link(socket.socket(fileno=descriptor))
+    try:
+        first = link.receive()
+        if first is None or first["type"] != "settings":
+            return 1
+        settings = Settings.model_validate(first["settings"])
+        configure_logging(settings.log, "screener")
+        try:
+            worker = ScreeningWorker(link, settings)
+        except (BundleError, ConfigurationError) as error:
+            link.send({"type": "refused", "error": type(error).__name__, "detail": error.detail})
+            return CONFIGURATION_EXIT
+        except OsteoError as error:
+            link.send({"type": "failed", "error": type(error).__name__, "detail": error.detail})
+            return 1
+        worker.work()
+    except EOFError:
+        pass  # the screener has gone
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

@@ -102,6 +102,8 @@ class DestinationSettings(_Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     objects: tuple[Literal["sr", "seg", "sc", "kos", "pdf"], ...] = ("seg", "sr", "sc")
     sr_class: Literal["comprehensive-3d", "comprehensive", "enhanced", "basic-text"] = "comprehensive-3d"
+    commitment: Literal["storage-commitment", "c-find", "none"] = "storage-commitment"
+    accept_unproven: bool = False
     receiving_application: Annotated[str, Field(max_length=180)] = ""
     receiving_facility: Annotated[str, Field(max_length=180)] = ""
     url: Annotated[str, Field(pattern=r"^(https?://[^\s?#]+)?$")] = ""
@@ -126,6 +128,10 @@ class DelivererSettings(_Section):
     give_up_after_seconds: Seconds = 7 * 24 * 3600
     connect_timeout_seconds: Seconds = 10
     dimse_timeout_seconds: Seconds = 60
+    breaker_failures: int = Field(default=3, ge=1)
+    probe_maximum_seconds: Seconds = 300
+    commitment_linger_seconds: Seconds = 2
+    commitment_timeout_seconds: Seconds = 600
 
 
 class StoreSettings(_Section):

@@ -77,20 +77,41 @@ class Exclusion:
 
 @dataclass(frozen=True, slots=True)
 class Attenuation:
-    """Trabecular attenuation as measured: mean, median and standard deviation in HU, region volume in mm3."""
+    """Trabecular attenuation as measured.
+
+    Attributes:
+        mean, median, sd: over the region's voxels in HU.
+        volume_mm3: of the region.
+        voxel_count: voxels in the region; None in results written before 0.2.0.
+        standard_error: of the mean in HU, correlation between voxels included; None as above.
+    """
 
     mean: float
     median: float
     sd: float
     volume_mm3: float
+    voxel_count: int | None = None
+    standard_error: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class CorrectedAttenuation:
-    """Attenuation in HU after published corrections; ``factors`` names each with its value."""
+    """Attenuation in HU after published corrections.
+
+    Attributes:
+        mean: the measured mean, corrected.
+        factors: every correction by name, in the order of application. A name that ends in ``_hu`` is added, every
+            other one multiplies.
+    """
 
     mean: float
     factors: Mapping[str, float]
+
+    def apply(self, attenuation_hu: float) -> float:
+        """Another attenuation of the same vertebra (its median) under the same corrections."""
+        for name, value in self.factors.items():
+            attenuation_hu = attenuation_hu + value if name.endswith("_hu") else attenuation_hu * value
+        return attenuation_hu
 
 
 @dataclass(frozen=True, slots=True)

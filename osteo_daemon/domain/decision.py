@@ -70,9 +70,4 @@ def _corrected_median(vertebra: VertebraFinding) -> float:
     attenuation, corrected = vertebra.attenuation_hu, vertebra.attenuation_hu_corrected
     if attenuation is None:
         raise ValueError(f"{vertebra.level} has no attenuation")
-    if corrected is None:
-        return attenuation.median
-    factor = 1.0
-    for value in corrected.factors.values():
-        factor *= value
-    return attenuation.median * factor
+    return attenuation.median if corrected is None else corrected.apply(attenuation.median)

@@ -1,215 +1,189 @@
-"""Localisation and measurement on virtual patients that no training saw: ``python -m benchmarks.spine [--quick]``.
+"""Localisation and measurement on virtual patients unlike any of training: ``python -m benchmarks.spine [--quick]``.
 
-Every patient draws age, sex, density, curvature, scoliosis, tube voltage, contrast, noise, thickness and coverage.
-Figures: how many vertebrae got the right name, how far off the centres are, bias and limits of agreement of the
-measured attenuation, by subgroup; a plot stands beside the figures.
+200 patients drawn outside training's ranges (`benchmarks.heldout`) over age, sex, density, curvature, voltage,
+contrast, noise, thickness and coverage, and 40 with another number of vertebrae or ribs. Figures: names, refusals, centres, bias
+and limits of agreement of the attenuation, by stratum, and a plot (`benchmarks.spine_figures`).
+
+Scans and judgements are kept in ``runs/spine-phantoms``: a run that was stopped goes on where it was, and judges again
+only what the source of the localiser, its weights or this file changed. ``--render`` fills the cache alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib import pyplot as plt
 
-from benchmarks.results import RESULTS, write_result
-from osteo_daemon.domain.findings import AVERAGED_LEVELS
+import osteo_daemon.domain
+import osteo_daemon.imaging
+import osteo_daemon.inference
+import osteo_daemon.network
+from benchmarks.heldout import ANATOMIES, RANGES, Draw, draw
+from benchmarks.phantom_cache import FOLDER, phantom, phantom_source, source_digest
+from benchmarks.results import write_result
+from benchmarks.spine_figures import figures_of, plot
+from osteo_daemon.domain.findings import MEASURED_LEVELS
 from osteo_daemon.errors import NotEligible
 from osteo_daemon.imaging.volume import CtVolume
-from osteo_daemon.inference.bundle import find_bundle
+from osteo_daemon.inference.bundle import ModelBundle, find_bundle
 from osteo_daemon.inference.density import measure
 from osteo_daemon.inference.localize import SpineLocalizer
-from osteo_daemon.phantom.patient import VirtualPatient
-from osteo_daemon.phantom.scanner import Scanner, coarse_scanner
-from osteo_daemon.phantom.study import PhantomStudy, render_study
+from osteo_daemon.inference.vertebra import Vertebra
+from osteo_daemon.phantom.calibration import trabecular_hu
+from osteo_daemon.phantom.study import PhantomStudy, TrueVertebra
+from osteo_daemon.phantom.truth import core_truth, region_truth
 
-PATIENTS = 200
-QUICK_PATIENTS = 3
-FIRST_SEED = 5_000_000
-"""Training draws its virtual patients from other seeds (train/virtual.py)."""
-
+PATIENTS, QUICK_PATIENTS = 200, 3
+VARIANTS_EACH = 8
 NAMED_MM = 15.0
 """A found vertebra belongs to the true one whose centre lies nearer than this: half the distance of two bodies."""
 
-
-@dataclass(frozen=True)
-class Case:
-    """One virtual patient, how it was scanned, and what came out."""
-
-    groups: dict[str, str]
-    refused: str | None
-    right: int
-    wrong: int
-    missed: int
-    warned: bool
-    centre_errors_mm: list[float]
-    hu_true: list[float]
-    hu_measured: list[float]
-    seconds: float
+Record = dict[str, Any]
 
 
-def draw(seed: int) -> tuple[VirtualPatient, Scanner, str]:
-    """A patient, a scanner and the uppermost level in view."""
-    rng = np.random.default_rng([FIRST_SEED, seed])
-    patient = VirtualPatient(
-        seed=FIRST_SEED + seed,
-        age_years=int(rng.integers(30, 92)),
-        sex=str(rng.choice(["F", "M"])),  # type: ignore[arg-type]
-        density_mg_cm3=float(rng.uniform(25, 200)),
-        bmi_kg_m2=float(rng.uniform(18, 36)),
-        lordosis_deg=float(rng.uniform(30, 60)),
-        scoliosis_deg=float(rng.choice([0, 0, 0, rng.uniform(8, 20)])),
-    )
-    scanner = coarse_scanner(
-        3.0,
-        kvp=float(rng.choice([100, 120, 120, 140])),
-        phase=str(rng.choice(["native", "native", "portal", "arterial"])),
-        noise_hu=float(rng.uniform(6, 30)),
-        slice_thickness_mm=float(rng.choice([3.0, 3.0, 5.0])),
-        slice_spacing_mm=3.0,
-        seed=seed,
-    )
-    return patient, scanner, str(rng.choice(["T10", "T12", "L1"]))
+def draws(patients: int, variants_each: int) -> Iterator[Draw]:
+    """The usual patients, then the numbering variants."""
+    yield from (draw(seed) for seed in range(patients))
+    for anatomy in ANATOMIES:
+        yield from (draw(seed, anatomy) for seed in range(variants_each))
 
 
-def judge(study: PhantomStudy, localizer: SpineLocalizer, groups: dict[str, str]) -> Case:
-    """Localise and measure one study and compare with its truth."""
+def judge(case: Draw, study: PhantomStudy, localizer: SpineLocalizer) -> Record:
+    """Localise and measure one study and compare with its truth; plain JSON values."""
     volume = CtVolume(study.voxels.astype(np.float32), study.affine)
+    record: Record = {
+        "seed": case.seed,
+        "anatomy": case.anatomy,
+        "patient_hu_true": trabecular_hu(case.patient.density_mg_cm3, case.scanner.kvp, case.scanner.phase),
+        "in_view": [v.level for v in study.vertebrae if _wholly_in(v, study)],
+        "refused": None,
+        "flags": [],
+        "vertebrae": [],
+    }
     start = time.perf_counter()
-    truth = {v.level: v for v in study.vertebrae if v.level.startswith("L")}
     try:
         found = localizer(volume)
     except NotEligible as refusal:
-        return Case(groups, refusal.code, 0, 0, len(truth), True, [], [], [], time.perf_counter() - start)
-    right = wrong = 0
-    errors, hu_true, hu_measured = [], [], []
-    named = set()
-    for vertebra in found.vertebrae:
-        distances = {
-            level: float(np.linalg.norm(vertebra.centre_lps_mm - v.centre_lps_mm)) for level, v in truth.items()
+        return {**record, "refused": str(refusal.code), "seconds": time.perf_counter() - start}
+    record["flags"] = [flag.code for flag in found.flags]
+    record["vertebrae"] = [_judge_vertebra(vertebra, study, volume) for vertebra in found.vertebrae]
+    return {**record, "seconds": time.perf_counter() - start}
+
+
+def _wholly_in(v: TrueVertebra, study: PhantomStudy) -> bool:
+    z = study.affine[2, 3] + study.affine[2, 0] * np.array([0, len(study.voxels) - 1])
+    half = 0.5 * v.size_mm[2]
+    return bool(z[0] < v.centre_lps_mm[2] - half and v.centre_lps_mm[2] + half < z[1])
+
+
+def _judge_vertebra(vertebra: Vertebra, study: PhantomStudy, volume: CtVolume) -> Record:
+    """One found vertebra beside the true one it lies on (``true`` is None when it lies on none)."""
+    nearest = min(study.vertebrae, key=lambda v: float(np.linalg.norm(vertebra.centre_lps_mm - v.centre_lps_mm)))
+    distance = float(np.linalg.norm(vertebra.centre_lps_mm - nearest.centre_lps_mm))
+    row: Record = {
+        "named": str(vertebra.level),
+        "true": nearest.level if distance <= NAMED_MM else None,
+        "certain": vertebra.level_certain,
+        "flags": [flag.code for flag in vertebra.flags],
+        "distance_mm": round(distance, 3),
+        "fractured": nearest.fractured,
+    }
+    if row["true"] is None or nearest.level not in (*MEASURED_LEVELS, "L6"):
+        return row
+    measured = measure(volume, vertebra.body_region, vertebra.axes_lps)
+    row["flags"] += [flag.code for flag in measured.quality_flags]
+    if measured.attenuation is not None:
+        core, region = (
+            core_truth(study, nearest.level),
+            region_truth(study, nearest.level, measured.trabecular.mask, measured.trabecular.affine),
+        )
+        row |= {
+            "mean": measured.attenuation.mean,
+            "median": measured.attenuation.median,
+            "set_mean": round(nearest.trabecular_hu_true, 2),
+            "core_mean": round(core.mean_hu, 2),
+            "core_median": round(core.median_hu, 2),
+            "region_mean": round(region.mean_hu, 2),
+            "region_median": round(region.median_hu, 2),
+            "in_core_share": round(region.core_share, 3),
         }
-        nearest = min(distances, key=lambda level: distances[level])
-        if distances[nearest] > NAMED_MM:
-            continue
-        named.add(nearest)
-        if nearest != vertebra.level:
-            wrong += 1
-            continue
-        right += 1
-        errors.append(distances[nearest])
-        if nearest in AVERAGED_LEVELS:
-            measured = measure(volume, vertebra.body_region, vertebra.axes_lps)
-            if measured.attenuation is not None:
-                hu_true.append(float(truth[nearest].trabecular_hu_true))
-                hu_measured.append(measured.attenuation.median)
-    warned = any(flag.code == "level_uncertain" for flag in found.flags)
-    missed = len(truth.keys() - named)
-    seconds = time.perf_counter() - start
-    return Case(groups, None, right, wrong, missed, warned, errors, hu_true, hu_measured, seconds)
+    return row
 
 
-def summary(cases: list[Case]) -> dict[str, float | int | None]:
-    """Figures of a group of cases."""
-    errors = np.concatenate([[], *[case.centre_errors_mm for case in cases]])
-    bias = np.concatenate([[], *[case.hu_measured for case in cases]]) - np.concatenate(
-        [[], *[case.hu_true for case in cases]]
-    )
-    named = sum(case.right + case.wrong for case in cases)
-    silent = sum(case.wrong > 0 and not case.warned for case in cases)
-    return {
-        "patients": len(cases),
-        "refused": sum(case.refused is not None for case in cases),
-        "lumbar_vertebrae_named": named,
-        "named_right_percent": round(100 * sum(case.right for case in cases) / named, 1) if named else None,
-        "patients_named_wrong_without_warning": silent,
-        "missed": sum(case.missed for case in cases if case.refused is None),
-        "centre_error_median_mm": round(float(np.median(errors)), 2) if errors.size else None,
-        "centre_error_p95_mm": round(float(np.percentile(errors, 95)), 2) if errors.size else None,
-        "hu_bias": round(float(bias.mean()), 2) if bias.size else None,
-        "hu_limits_of_agreement": round(float(1.96 * bias.std(ddof=1)), 2) if bias.size > 1 else None,
-    }
+def judged(cases: list[Draw], localizer: SpineLocalizer, path: Path) -> list[Record]:
+    """Judgements of all cases in order; those in ``path`` are taken from there, the others added to it."""
+    known: dict[tuple[str, int], Record] = {}
+    if path.exists():
+        # the last line of a killed run may be cut off
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                record = json.loads(line)
+                known[record["anatomy"], record["seed"]] = record
+        path.write_text("".join(json.dumps(record) + "\n" for record in known.values()), encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records = []
+    for number, case in enumerate(cases, start=1):
+        key = (case.anatomy, case.seed)
+        if key not in known:
+            known[key] = judge(case, phantom(case), localizer)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(known[key]) + "\n")
+            said = known[key]["refused"] or " ".join(f"{v['true']}={v['named']}" for v in known[key]["vertebrae"])
+            print(f"{number}/{len(cases)} {case.anatomy} {case.coverage}: {said}", flush=True)
+        records.append(known[key])
+    return records
 
 
-def by_group(cases: list[Case]) -> Iterator[dict[str, float | int | str | None]]:
-    """Figures of every subgroup."""
-    yield {"group": "all", **summary(cases)}
-    for key in cases[0].groups:
-        for value in sorted({case.groups[key] for case in cases}):
-            yield {"group": f"{key} {value}", **summary([case for case in cases if case.groups[key] == value])}
-
-
-def _groups(patient: VirtualPatient, scanner: Scanner, top: str) -> dict[str, str]:
-    bounds = (60.0, 100.0, 140.0)
-    density = next((f"below {bound:.0f}" for bound in bounds if patient.density_mg_cm3 < bound), "from 140")
-    return {
-        "sex": patient.sex,
-        "age": "below 50" if patient.age_years < 50 else "50 to 69" if patient.age_years < 70 else "from 70",
-        "density mg/cm3": density,
-        "scoliosis": "yes" if patient.scoliosis_deg else "no",
-        "kVp": f"{scanner.kvp:.0f}",
-        "phase": scanner.phase,
-        "noise HU": "below 18" if scanner.noise_hu < 18 else "from 18",
-        "thickness mm": f"{scanner.slice_thickness_mm:.0f}",
-        "scan from": top,
-    }
-
-
-def plot(cases: list[Case], name: str) -> None:
-    """Bland-Altman plot of the measured attenuation and the distribution of centre errors."""
-    true = np.concatenate([[], *[case.hu_true for case in cases]])
-    measured = np.concatenate([[], *[case.hu_measured for case in cases]])
-    errors = np.concatenate([[], *[case.centre_errors_mm for case in cases]])
-    if true.size < 2:
-        return
-    difference = measured - true
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    left.plot((measured + true) / 2, difference, ".", color="#0072b2", alpha=0.5, markersize=4)
-    for level, style in (
-        (difference.mean(), "-"),
-        *((difference.mean() + k * difference.std(), "--") for k in (-1.96, 1.96)),
-    ):
-        left.axhline(level, color="#d55e00", linestyle=style, linewidth=1)
-    left.set_xlabel("mean of true and measured attenuation (HU)")
-    left.set_ylabel("measured - true (HU)")
-    right.hist(errors, bins=30, color="#0072b2")
-    right.set_xlabel("centre error (mm)")
-    right.set_ylabel("lumbar vertebrae")
-    figure.savefig(RESULTS / f"{name}.png", dpi=110)
-    plt.close(figure)
+def judgements_path(bundle: ModelBundle) -> Path:
+    """File of judgements that belong to exactly this source and these weights."""
+    packages = (osteo_daemon.domain, osteo_daemon.imaging, osteo_daemon.inference, osteo_daemon.network)
+    folders = [Path(package.__path__[0]) for package in packages]
+    here = Path(__file__)
+    source = source_digest(*folders, phantom_source(), here, here.with_name("heldout.py"))
+    whole = hashlib.sha256(f"{source}{bundle.files['models/model.safetensors']}".encode()).hexdigest()
+    return FOLDER / f"judged-{whole[:16]}.jsonl"
 
 
 def main() -> None:
+    """Judge all patients and write ``docs/results/spine-phantoms.json`` and its plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_PATIENTS} patients instead of {PATIENTS}")
-    parser.add_argument("--patients", type=int, help="another number of patients")
+    parser.add_argument("--patients", type=int, default=PATIENTS, help="another number of usual patients")
+    parser.add_argument("--render", action="store_true", help="only fill the cache of scans")
     arguments = parser.parse_args()
     mpl.use("Agg")
-    count = arguments.patients or (QUICK_PATIENTS if arguments.quick else PATIENTS)
+    patients, variants = (QUICK_PATIENTS, 0) if arguments.quick else (arguments.patients, VARIANTS_EACH)
+    cases = list(draws(patients, variants))
+    if arguments.render:
+        for number, case in enumerate(cases, start=1):
+            phantom(case)
+            print(f"{number}/{len(cases)}", flush=True)
+        return
     bundle = find_bundle("spine-localizer", None)
-    localizer = SpineLocalizer.from_bundle(bundle)
-    cases = []
-    for seed in range(count):
-        patient, scanner, top = draw(seed)
-        cases.append(judge(render_study(patient, scanner, top=top), localizer, _groups(patient, scanner, top)))
-        print(
-            f"{seed + 1}/{count}", cases[-1].refused or f"right {cases[-1].right} wrong {cases[-1].wrong}", flush=True
-        )
-    refusals: dict[str, int] = {}
-    for case in cases:
-        if case.refused:
-            refusals[case.refused] = refusals.get(case.refused, 0) + 1
+    records = judged(cases, SpineLocalizer.from_bundle(bundle), judgements_path(bundle))
     figures = {
-        "bundle": f"{bundle.name} {bundle.version} {bundle.sha256[:12]}",
-        "seconds_per_study_median": round(float(np.median([case.seconds for case in cases])), 2),
-        "refusals": refusals,
-        "subgroups": list(by_group(cases)),
+        "bundle": f"{bundle.name} {bundle.version}",
+        "weights_sha256": bundle.files["models/model.safetensors"],
+        "trained_and_benchmark_ranges": [
+            {
+                "quantity": name,
+                "training": list(entry.training),
+                "outside_training": " or ".join(f"{low:g} to {high:g}" for low, high in entry.outside),
+                "share_outside": entry.share,
+            }
+            for name, entry in RANGES.items()
+        ],
+        **figures_of(cases, records),
     }
     if not arguments.quick:
-        plot(cases, "spine-phantoms")
+        plot(cases, records, "spine-phantoms")
     print(write_result("spine-phantoms", figures, quick=arguments.quick))
 
 

@@ -47,7 +47,10 @@ def sqlite_engine(url: str, busy_timeout_seconds: float) -> Engine:
 def postgresql_engine(url: str, busy_timeout_seconds: float) -> Engine:
     """PostgreSQL whose commits return when they are on disk, and where no lock is awaited for ever."""
     # parameters hold UIDs and paths: they stay out of the texts of errors
-    engine = create_engine(url, pool_size=8, max_overflow=64, pool_pre_ping=True, hide_parameters=True)
+    try:
+        engine = create_engine(url, pool_size=8, max_overflow=64, pool_pre_ping=True, hide_parameters=True)
+    except ModuleNotFoundError as error:
+        raise ConfigurationError("[store] url needs pg8000: pip install osteo-daemon[postgresql]") from error
 
     @event.listens_for(engine, "connect")
     def _settings(connection: Any, _record: ConnectionPoolEntry) -> None:

@@ -90,7 +90,7 @@ class StudyRow(Base):
     first_received_at: Mapped[datetime] = mapped_column(UtcDateTime)
     last_received_at: Mapped[datetime] = mapped_column(UtcDateTime)
     instances: Mapped[int] = mapped_column(server_default="0")  # how many rows of `InstanceRow` are the study's
-    purging_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # files go now: nothing may be stored meanwhile
+    purging_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)  # files go now: nothing is stored
     purged_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # when files went last
 
 

@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +98,39 @@ class Spool:
         """Remove a file that no row names; it need not exist."""
         stored.path.unlink(missing_ok=True)
 
+    def received_folder(self, study_instance_uid: str) -> Path:
+        """Where a study's received objects lie; it need not exist."""
+        return self.root / "received" / _fan_out(study_instance_uid)
+
+    def received_files(self, study_instance_uid: str) -> list[Path]:
+        """Every file received for a study, those too that a later header replaced."""
+        return sorted(path for path in self.received_folder(study_instance_uid).rglob("*") if path.is_file())
+
+    def remove(self, paths: Iterable[Path]) -> None:
+        """Remove files for good: when this returns, a power cut doesn't bring them back. They need not exist.
+
+        Raises:
+            ValueError: a path is not of this spool; nothing was removed.
+            OSError: the disk failed.
+        """
+        listed = list(paths)
+        for path in listed:
+            if not path.resolve().is_relative_to(self.root):
+                raise ValueError(f"{path} is not in the spool {self.root}")
+        for path in listed:
+            path.unlink(missing_ok=True)
+        for folder in {path.parent for path in listed}:
+            if folder.is_dir():
+                _sync_folder(folder)
+
+    def prune(self, study_instance_uid: str) -> None:
+        """Remove the folders of a study that hold nothing more."""
+        for area in ("received", "reports", "quarantine"):
+            study = self.root / area / _fan_out(study_instance_uid)
+            for folder in (*study.glob("*/"), study):
+                with suppress(OSError):
+                    folder.rmdir()  # fails when something is in it
+
     def free_bytes(self) -> int:
         """Bytes that may still be written before `SpoolFull`."""
         return max(shutil.disk_usage(self.root).free - self._minimum_free_bytes, 0)
@@ -134,7 +168,12 @@ class Spool:
                 os.close(handle)
             sha256 = digest.hexdigest()
             path = folder / f"{_digest(sop_instance_uid)}-{sha256[:_CONTENT_LENGTH]}.dcm"
-            temporary.rename(path)
+            try:
+                temporary.rename(path)
+            except FileNotFoundError:
+                # retention removed the empty folder just now
+                self._make_durable_folder(folder)
+                temporary.rename(path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
             if error.errno in _NO_ROOM:

@@ -9,7 +9,8 @@ from osteo_daemon.jobs.deliveries import Deliveries
 from osteo_daemon.jobs.intake import Intake
 from osteo_daemon.jobs.lists import Lists
 from osteo_daemon.jobs.quarantine import Quarantine
+from osteo_daemon.jobs.retention import Retention
 
 
-class JobStore(Intake, Quarantine, Completeness, Claims, Deliveries, Lists, ByHand):
+class JobStore(Intake, Quarantine, Completeness, Claims, Deliveries, Lists, ByHand, Retention):
     """Studies, jobs, reports and deliveries of one node; every process and thread may use it at once."""

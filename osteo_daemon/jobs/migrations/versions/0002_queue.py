@@ -18,6 +18,7 @@ def upgrade() -> None:
     op.add_column("studies", sa.Column("instances", sa.Integer(), nullable=False, server_default="0"))
     for name in ("purging_at", "purged_at"):
         op.add_column("studies", sa.Column(name, sa.DateTime(timezone=True), nullable=True))
+    op.create_index("ix_studies_purging_at", "studies", ["purging_at"])
     op.execute(
         "UPDATE studies SET instances = (SELECT count(*) FROM instances"
         " WHERE instances.study_instance_uid = studies.study_instance_uid)"

@@ -26,14 +26,16 @@ SMALLEST_BODY_MM3, LARGEST_BODY_MM3 = 4_000.0, 120_000.0
 
 _FARTHEST_WALL_MM = 32.0  # from the body's middle; half of the deepest lumbar body is about 22 mm
 _CANAL_MM = 4.0  # an exit that meets bone again earlier was a vein's canal or a hole in the mask
-_MIDLINE_MM, _HALF_HEIGHT_MM = 6.0, 9.0  # rays start within this of the centre
+_MIDLINE_MM, _HALF_HEIGHT_MM = 7.5, 9.0  # rays start within this of the centre
 _RAY_STEP_MM = 0.75
 _SMALLEST_RAY_SHARE = 0.4
 _WALL_TOLERANCE_MM = 3.0
 _STEEPEST_WALL = 0.6  # posterior shift over height in the vertebra's own frame
 _BEHIND_MM = 6.0
 _WHOLE_SHARE = 0.08  # of the mask behind the wall: arch and processes are a third of a vertebra
-_THIN_MM = 3.0  # radius of the opening that removes what hangs on: ribs, transverse processes
+_THIN_MM = 6.0  # radius of the opening that removes what hangs on: transverse processes, heads of ribs
+_EDGE_MM = 3.0  # edges of a body that the opening would round off
+_SMALLEST_KEPT = 0.65  # of a cut; less is left where the body is too flat for the opening
 _LARGEST_TURN_DEGREES = 35.0  # of a patient about the long axis
 
 
@@ -75,7 +77,7 @@ def cut_body(mask: Mask, spacing_mm: float, centre: Floats, up: Floats) -> CutBo
     Raises:
         VertebraeUnusable: no posterior wall to cut at, or what is left is no vertebral body.
     """
-    mask = ndimage.binary_fill_holes(mask)
+    mask = _without_holes(mask)
     places = np.argwhere(mask) * spacing_mm
     back = _turned_by_width(places - centre, up)
     wall = _wall(mask, spacing_mm, centre, up, back)
@@ -91,7 +93,7 @@ def cut_body(mask: Mask, spacing_mm: float, centre: Floats, up: Floats) -> CutBo
         body = np.zeros_like(mask)
         kept = np.argwhere(mask)[behind <= spacing_mm / 2]
         body[tuple(kept.T)] = True
-        body = _without_thin_parts(body, spacing_mm)
+        body = _without_processes(body, spacing_mm)
     else:
         body = mask
     body = _component_at(body, centre / spacing_mm)
@@ -126,7 +128,7 @@ def _turned_by_width(offsets: Floats, up: Floats) -> Floats:
 
 
 def _wall(mask: Mask, spacing_mm: float, centre: Floats, up: Floats, back: Floats) -> Floats:
-    """(2,) distance of the posterior wall behind ``centre`` and its slope along ``up``, from rays near the midline."""
+    """(3,) distance of the posterior wall behind ``centre``, its slopes upwards and to the left; from rays near the midline."""
     left = np.cross(up, back)
     heights = np.arange(-_HALF_HEIGHT_MM, _HALF_HEIGHT_MM + 0.1, 1.5)
     sides = np.arange(-_MIDLINE_MM, _MIDLINE_MM + 0.1, 1.5)
@@ -141,27 +143,37 @@ def _wall(mask: Mask, spacing_mm: float, centre: Floats, up: Floats, back: Float
     left_it = empty.any(axis=1) & inside[:, 0]
     if np.count_nonzero(left_it) < _SMALLEST_RAY_SHARE * max(1, np.count_nonzero(inside[:, 0])) or left_it.sum() < 10:
         raise VertebraeUnusable("no spinal canal behind the body")
-    exits, at = steps[empty.argmax(axis=1)][left_it], h[left_it]
-    fit = np.array([np.median(exits), 0.0])
+    exits, at = steps[empty.argmax(axis=1)][left_it], np.column_stack([np.ones_like(h), h, s])[left_it]
+    fit = np.array([np.median(exits), 0.0, 0.0])
     for _ in range(3):
-        close = np.abs(exits - fit[0] - fit[1] * at) < _WALL_TOLERANCE_MM
-        if np.count_nonzero(close) < 10 or np.ptp(at[close]) < _HALF_HEIGHT_MM:
+        close = np.abs(exits - at @ fit) < _WALL_TOLERANCE_MM
+        if np.count_nonzero(close) < 10 or np.ptp(at[close, 1]) < _HALF_HEIGHT_MM:
             break
-        slope, offset = np.polyfit(at[close], exits[close], 1)
-        fit = np.array([offset, np.clip(slope, -_STEEPEST_WALL, _STEEPEST_WALL)])
-    return fit
+        fit, *_ = np.linalg.lstsq(at[close], exits[close], rcond=None)
+        fit[1:] = np.clip(fit[1:], -_STEEPEST_WALL, _STEEPEST_WALL)
+    return np.asarray(fit)
 
 
 def _behind(offsets: Floats, up: Floats, back: Floats, wall: Floats) -> Floats:
     """(n,) distance in mm behind the wall along ``back``, negative in front of it."""
-    return np.asarray(offsets @ back - wall[0] - wall[1] * (offsets @ up))
+    local = np.column_stack([np.ones(len(offsets)), offsets @ up, offsets @ np.cross(up, back)])
+    return np.asarray(offsets @ back - local @ wall)
 
 
-def _without_thin_parts(body: Mask, spacing_mm: float) -> Mask:
-    reach = int(np.ceil(_THIN_MM / spacing_mm))
-    ball = (np.stack(np.mgrid[(slice(-reach, reach + 1),) * 3]) ** 2).sum(axis=0) <= (_THIN_MM / spacing_mm) ** 2
-    opened = ndimage.binary_opening(np.pad(body, reach), ball)
-    return np.asarray(opened[(slice(reach, -reach),) * 3])
+def _without_holes(mask: Mask) -> Mask:
+    # the background that reaches the edge, labelled once: filling by repeated dilation takes a hundred times longer
+    labels, _ = ndimage.label(~np.pad(mask, 1))
+    return np.asarray(labels != labels[0, 0, 0])[1:-1, 1:-1, 1:-1]
+
+
+def _without_processes(body: Mask, spacing_mm: float) -> Mask:
+    """What a ball of `_THIN_MM` fits into, with the edges that the ball can't reach; all of a body too flat for it."""
+    outside = ndimage.distance_transform_edt(np.pad(body, 1))[1:-1, 1:-1, 1:-1] * spacing_mm <= _THIN_MM
+    if outside.all():
+        return body
+    opened = ndimage.distance_transform_edt(outside) * spacing_mm <= _THIN_MM + _EDGE_MM
+    kept = np.asarray(body & opened)
+    return kept if np.count_nonzero(kept) > _SMALLEST_KEPT * np.count_nonzero(body) else body
 
 
 def _component_at(body: Mask, index: Floats) -> Mask:

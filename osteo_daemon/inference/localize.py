@@ -207,6 +207,11 @@ def _vertebrae(
         if body is None or body.body_region.volume_mm3 < _VERTEBRA_MM3 / 2:
             break
         vertebrae.append(body)
+    return flagged_column(vertebrae)
+
+
+def flagged_column(vertebrae: list[Vertebra]) -> list[Vertebra]:
+    """Vertebrae, caudal to cranial, with the flags that take neighbours to tell: compression, and a cut uppermost one."""
     compressed = compression_flags([v.heights for v in vertebrae])
     flagged = [replace(v, flags=v.flags + more) for v, more in zip(vertebrae, compressed, strict=True)]
     if len(flagged) > 2 and flagged[-1].height_mm > _NEARLY_WHOLE * flagged[-2].height_mm:

@@ -16,10 +16,10 @@ from osteo_daemon.errors import VertebraeUnusable
 from osteo_daemon.imaging.region import Region
 from osteo_daemon.imaging.volume import CtVolume
 from osteo_daemon.inference.body import MASK_SPACING_MM, content_flags, level_axes
-from osteo_daemon.inference.body_cut import CutBody, cut_body, thickest_point
+from osteo_daemon.inference.body_cut import SMALLEST_BODY_MM3, CutBody, cut_body, thickest_point
 from osteo_daemon.inference.canonical import CanonicalVolume, grid_affine, resample_canonical
-from osteo_daemon.inference.localize import coronal_angle
-from osteo_daemon.inference.morphometry import compression_flags, heights
+from osteo_daemon.inference.localize import coronal_angle, flagged_column
+from osteo_daemon.inference.morphometry import heights
 from osteo_daemon.inference.vertebra import Localization, Vertebra
 
 Floats = npt.NDArray[np.float64]
@@ -51,32 +51,53 @@ def localize_masks(regions: Mapping[Level, Region], volume: CtVolume) -> Localiz
         VertebraeUnusable: fewer than two lumbar bodies, or names that don't follow each other along the column.
     """
     canonical = resample_canonical(volume, _CONTENT_SPACING_MM, torch.device("cpu"))
-    grids = {level: on_patient_grid(regions[level]) for level in Level if level in regions and regions[level].mask.any()}
+    # what is smaller than any body is a fragment at the edge of the scan: it tells no direction either
+    grids = {
+        level: on_patient_grid(regions[level])
+        for level in Level
+        if level in regions and regions[level].volume_mm3 > SMALLEST_BODY_MM3
+    }
     guesses = {
         level: thickest_point(grid.mask, MASK_SPACING_MM) + _origin(grid) for level, grid in grids.items()
     }  # cranial to caudal, mm (z, y, x) in LPS
     _check_order(guesses)
-    cut: dict[Level, CutBody] = {}
-    reasons = []
+    bodies, _ = _cut_all(grids, {level: (guess, _along(level, guesses)) for level, guess in guesses.items()})
+    # once more along the column of the bodies and level with their endplates: the thickest point of a mask that the
+    # scan cuts may lie in its arch, and the line between centres leans otherwise than a body at the end of the row
+    centres = {level: body.centre + _origin(grids[level]) for level, body in bodies.items()}
+    again = {
+        level: (centres[level], -_axes(replace(body, up=_along(level, centres)))[0][::-1])
+        for level, body in bodies.items()
+    }
+    bodies, reasons = _cut_all({level: grids[level] for level in again}, again)
+    if sum(level.startswith("L") for level in bodies) < 2:
+        raise VertebraeUnusable("; ".join(["fewer than two lumbar bodies", *reasons[:3]]))
+    vertebrae = flagged_column(
+        [_vertebra(level, body, _origin(grids[level]), canonical) for level, body in reversed(bodies.items())]
+    )
+    flags = []
+    if coronal_angle(vertebrae) > _SCOLIOSIS_DEGREES:
+        flags.append(QualityFlag("scoliosis", Severity.CAUTION))
+    return Localization(vertebrae=tuple(vertebrae[::-1]), flags=tuple(flags), anchor=ANCHOR)
+
+
+def _cut_all(
+    grids: Mapping[Level, Region], starts: Mapping[Level, tuple[Floats, Floats]]
+) -> tuple[dict[Level, CutBody], list[str]]:
+    """The bodies that could be cut, and why the others could not; from a centre and a cranial direction for each."""
+    bodies, reasons = {}, []
     for level, grid in grids.items():
-        origin = _origin(grid)
+        centre, up = starts[level]
         try:
-            cut[level] = cut_body(grid.mask, MASK_SPACING_MM, guesses[level] - origin, _up(level, guesses))
+            bodies[level] = cut_body(grid.mask, MASK_SPACING_MM, centre - _origin(grid), up)
         except VertebraeUnusable as error:
             reasons.append(f"{level}: {error.detail}")
-    if sum(level.startswith("L") for level in cut) < 2:
-        raise VertebraeUnusable("; ".join(["fewer than two lumbar bodies", *reasons[:3]]))
-    vertebrae = [_vertebra(level, body, _origin(grids[level]), canonical) for level, body in cut.items()]
-    compressed = compression_flags([v.heights for v in vertebrae])
-    flagged = [replace(v, flags=v.flags + more) for v, more in zip(vertebrae, compressed, strict=True)]
-    flags = []
-    if coronal_angle(flagged[::-1]) > _SCOLIOSIS_DEGREES:
-        flags.append(QualityFlag("scoliosis", Severity.CAUTION))
-    return Localization(vertebrae=tuple(flagged), flags=tuple(flags), anchor=ANCHOR)
+    return bodies, reasons
 
 
 def on_patient_grid(region: Region) -> Region:
     """A region on cubic voxels of 1.5 mm along the patient's axes (cranial, posterior, left)."""
+    region = _cropped(region)
     spacing = np.linalg.norm(region.affine[:3, :3], axis=0)
     padded = np.pad(region.mask, 2)
     half = float(spacing.min()) / 2
@@ -100,12 +121,20 @@ def on_patient_grid(region: Region) -> Region:
     return Region(distance > 0, affine)
 
 
+def _cropped(region: Region) -> Region:
+    filled = np.argwhere(region.mask)
+    begin, end = filled.min(axis=0), filled.max(axis=0) + 1
+    affine = region.affine.copy()
+    affine[:3, 3] += affine[:3, :3] @ begin
+    return Region(region.mask[tuple(slice(int(a), int(b)) for a, b in zip(begin, end, strict=True))], affine)
+
+
 def _origin(region: Region) -> Floats:
     """(3,) voxel (0, 0, 0) in mm (z, y, x)."""
     return np.asarray(region.affine[:3, 3][::-1])
 
 
-def _up(level: Level, centres: Mapping[Level, Floats]) -> Floats:
+def _along(level: Level, centres: Mapping[Level, Floats]) -> Floats:
     """(3,) cranial direction of the column at a level, from the centres around it."""
     order = list(centres)
     k = order.index(level)
@@ -129,17 +158,9 @@ def _check_order(centres: Mapping[Level, Floats]) -> None:
 
 
 def _vertebra(level: Level, body: CutBody, origin: Floats, canonical: CanonicalVolume) -> Vertebra:
-    inside = np.argwhere(body.mask)
-    places = inside * MASK_SPACING_MM
-    begin, end = inside.min(axis=0), inside.max(axis=0) + 1
-    cut = body.mask[tuple(slice(int(a), int(b)) for a, b in zip(begin, end, strict=True))]
-    corner = origin + begin * MASK_SPACING_MM
-    region = Region(np.ascontiguousarray(cut), grid_affine(corner[::-1], MASK_SPACING_MM))
-    down, back = -body.up[::-1], body.back[::-1]
-    axes = np.stack([down, back, np.cross(down, back)])
-    turned = level_axes(places, body.centre, axes)
-    if turned[0] @ axes[0] > np.cos(np.radians(_LARGEST_TURN_DEGREES)):
-        axes = turned
+    places = np.argwhere(body.mask) * MASK_SPACING_MM
+    region = _cropped(Region(body.mask, grid_affine(origin[::-1], MASK_SPACING_MM)))
+    axes = _axes(body)
     up = -axes[0][::-1]
     along = (places - body.centre) @ up
     core = along[np.linalg.norm((places - body.centre) - along[:, None] * up, axis=1) < 10.0]
@@ -164,6 +185,15 @@ def _vertebra(level: Level, body: CutBody, origin: Floats, canonical: CanonicalV
         inferior_lps_mm=lps(body.centre + bottom * up),
         flags=flags,
     )
+
+
+def _axes(body: CutBody) -> Floats:
+    """(3, 3) rows in LPS: cranial to caudal, anterior to posterior, right to left; level with the endplates."""
+    across = body.back - (body.back @ body.up) * body.up
+    down, back = -body.up[::-1], across[::-1] / np.linalg.norm(across)
+    axes = np.stack([down, back, np.cross(down, back)])
+    turned = level_axes(np.argwhere(body.mask) * MASK_SPACING_MM, body.centre, axes)
+    return turned if turned[0] @ axes[0] > np.cos(np.radians(_LARGEST_TURN_DEGREES)) else axes
 
 
 def _checked(places: Floats, centre: Floats, canonical: CanonicalVolume) -> tuple[tuple[QualityFlag, ...], float]:

@@ -84,6 +84,12 @@ class Claims(Database):
                 return to_job(connection.execute(select(JobRow.__table__).where(JobRow.job_id == row.job_id)).one())
         return None
 
+    def next_ready(self, *, now: datetime | None = None) -> Job | None:
+        """The job that a claim would take now, or None; nothing is claimed: a hint for reading its files ahead."""
+        with self._reading() as connection:
+            row = next_in_turn(connection, now or utc_now(), lock=False)
+            return None if row is None else to_job(row)
+
     def take_back_expired(self, *, now: datetime | None = None) -> int:
         """SCREENING to READY for jobs whose lease ran out; returns how many."""
         now = now or utc_now()

@@ -81,6 +81,7 @@ class ScreenerSettings(_Section):
     localizer_bundle: str = "spine-localizer"
     network_bundle: str = "osteo-moe"
     network_enabled: bool = True
+    vertebrae: Literal["network", "segmentation", "totalsegmentator"] = "network"
     lease_seconds: Seconds = 120
     poll_seconds: Seconds = 1
     maximum_attempts: int = Field(default=3, ge=1)
@@ -90,6 +91,14 @@ class ScreenerSettings(_Section):
     stop_grace_seconds: Seconds = 15
     prefetch_maximum_bytes: int = Field(default=2 * 1024**3, ge=0)
     cpu_fallback: bool = True
+
+
+class TotalSegmentatorSettings(_Section):
+    """An installed TotalSegmentator, for ``screener.vertebrae = "totalsegmentator"``."""
+
+    weights_dir: Path | None = None
+    fast: bool = False
+    timeout_seconds: Seconds = 1800
 
 
 class DestinationSettings(_Section):
@@ -198,6 +207,7 @@ class Settings(_Section):
     sources: tuple[SourceSettings, ...] = ()
     completeness: CompletenessSettings = CompletenessSettings()
     screener: ScreenerSettings = ScreenerSettings()
+    totalsegmentator: TotalSegmentatorSettings = TotalSegmentatorSettings()
     deliverer: DelivererSettings = DelivererSettings()
     destinations: tuple[DestinationSettings, ...] = ()
     store: StoreSettings = StoreSettings()

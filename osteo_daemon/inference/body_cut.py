@@ -128,7 +128,7 @@ def _turned_by_width(offsets: Floats, up: Floats) -> Floats:
 
 
 def _wall(mask: Mask, spacing_mm: float, centre: Floats, up: Floats, back: Floats) -> Floats:
-    """(3,) distance of the posterior wall behind ``centre``, its slopes upwards and to the left; from rays near the midline."""
+    """(3,) distance of the posterior wall behind ``centre`` and its slopes upwards and to the left."""
     left = np.cross(up, back)
     heights = np.arange(-_HALF_HEIGHT_MM, _HALF_HEIGHT_MM + 0.1, 1.5)
     sides = np.arange(-_MIDLINE_MM, _MIDLINE_MM + 0.1, 1.5)
@@ -139,9 +139,9 @@ def _wall(mask: Mask, spacing_mm: float, centre: Floats, up: Floats, back: Float
     index = np.moveaxis(points / spacing_mm, -1, 0)
     inside = ndimage.map_coordinates(mask.astype(np.float32), index, order=1, mode="constant") > 0.5
     needed = round(_CANAL_MM / _RAY_STEP_MM)
-    empty = np.lib.stride_tricks.sliding_window_view(~inside, needed, axis=1).all(axis=2)
-    left_it = empty.any(axis=1) & inside[:, 0]
-    if np.count_nonzero(left_it) < _SMALLEST_RAY_SHARE * max(1, np.count_nonzero(inside[:, 0])) or left_it.sum() < 10:
+    empty: Mask = np.all(np.lib.stride_tricks.sliding_window_view(~inside, needed, axis=1), axis=2)
+    left_it: Mask = np.any(empty, axis=1) & inside[:, 0]
+    if np.count_nonzero(left_it) < max(10.0, _SMALLEST_RAY_SHARE * float(np.count_nonzero(inside[:, 0]))):
         raise VertebraeUnusable("no spinal canal behind the body")
     exits, at = steps[empty.argmax(axis=1)][left_it], np.column_stack([np.ones_like(h), h, s])[left_it]
     fit = np.array([np.median(exits), 0.0, 0.0])

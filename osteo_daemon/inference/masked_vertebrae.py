@@ -192,7 +192,8 @@ def _axes(body: CutBody) -> Floats:
     across = body.back - (body.back @ body.up) * body.up
     down, back = -body.up[::-1], across[::-1] / np.linalg.norm(across)
     axes = np.stack([down, back, np.cross(down, back)])
-    turned = level_axes(np.argwhere(body.mask) * MASK_SPACING_MM, body.centre, axes)
+    places: Floats = np.argwhere(body.mask).astype(np.float64) * MASK_SPACING_MM
+    turned = level_axes(places, body.centre, axes)
     return turned if turned[0] @ axes[0] > np.cos(np.radians(_LARGEST_TURN_DEGREES)) else axes
 
 

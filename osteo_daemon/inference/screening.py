@@ -36,9 +36,10 @@ from osteo_daemon.imaging.study_files import StudyFiles
 from osteo_daemon.imaging.volume import CtVolume
 from osteo_daemon.inference.bundle import ModelBundle, find_bundle
 from osteo_daemon.inference.density import Measurement, measure
-from osteo_daemon.inference.localize import SpineLocalizer, Vertebra
 from osteo_daemon.inference.quality import ScanQuality, assess, correct, tube_voltage
+from osteo_daemon.inference.vertebra import Vertebra
 from osteo_daemon.inference.vertebra_network import MINIMUM_COVERAGE, Prediction, VertebraNetwork
+from osteo_daemon.inference.vertebra_source import Scan, VertebraSource, choose_source
 from osteo_daemon.settings import Settings
 
 Progress = Callable[[str], None]
@@ -88,12 +89,13 @@ class _Clock:
 class StudyScreener:
     """Screens studies one after another with warm models."""
 
-    def __init__(self, localizer: ModelBundle, network: ModelBundle | None, device: torch.device) -> None:
+    def __init__(self, source: VertebraSource, network: ModelBundle | None, device: torch.device) -> None:
         self.device = device
-        self.models = tuple(
-            ModelReference(bundle.name, bundle.version, bundle.sha256) for bundle in (localizer, network) if bundle
+        self._locate = source
+        self._network_models = (
+            () if network is None else (ModelReference(network.name, network.version, network.sha256),)
         )
-        self._localize = SpineLocalizer.from_bundle(localizer, device)
+        self.models = (source.model, *self._network_models)
         self._network = None if network is None else VertebraNetwork.from_bundle(network, device)
         self._network_status = "" if network is None else network.status
 
@@ -107,14 +109,14 @@ class StudyScreener:
 
         Raises:
             BundleError: a bundle is missing, changed or of another schema.
-            ConfigurationError: the GPU asked for isn't there.
+            ConfigurationError: the GPU or the program asked for isn't there.
         """
         screener = settings.screener
         if screener.threads:
             torch.set_num_threads(screener.threads)
-        localizer = find_bundle(screener.localizer_bundle, settings.models_dir)
+        chosen = device or choose_device(screener.device)
         network = find_bundle(screener.network_bundle, settings.models_dir) if screener.network_enabled else None
-        return cls(localizer, network, device or choose_device(screener.device))
+        return cls(choose_source(settings, chosen), network, chosen)
 
     def screen(self, source: Iterable[Path] | StudyFiles, progress: Progress = lambda _stage: None) -> Screening:
         """Screen one study.
@@ -196,7 +198,8 @@ class StudyScreener:
             volume = files.volume(stack)
         progress("find vertebrae")
         with clock.stage("localize"):
-            localization = self._localize(volume)
+            located = self._locate(Scan(volume, stack.header, files.headers))
+        localization = located.localization
         vertebrae = [vertebra for vertebra in localization.vertebrae if vertebra.level in MEASURED_LEVELS]
         progress("measure")
         with clock.stage("measure"):
@@ -235,11 +238,12 @@ class StudyScreener:
             category=decision.category,
             vertebrae=tuple(findings),
             quality_flags=(*study_flags, *decision.quality_flags),
-            models=self.models,
+            models=(located.model, *self._network_models),
             durations_s=clock.seconds,
         )
-        headers = tuple(item.header for item in stack.slices)
-        return Screening(result, headers, volume, measurements, self._manifest(result, rejections, quality))
+        slices = tuple(item.header for item in stack.slices)
+        manifest = self._manifest(result, rejections, quality) | {"vertebrae": located.to_manifest()}
+        return Screening(result, slices, volume, measurements, manifest)
 
     def _predict(self, volume: CtVolume, vertebrae: Sequence[Vertebra]) -> Sequence[Prediction | None]:
         if self._network is None:

@@ -27,6 +27,7 @@ from tests.conftest import missing
 from tests.ct_series import column, write_slices
 
 LOOPBACK = "127.0.0.1"
+STUDY_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1"
 CALLING = "MODALITY"
 CALLED = "OSTEO"
 
@@ -170,7 +171,7 @@ def storescu(
 
 @dataclass
 class CountingScp:
-    """A storage peer that counts: which SOP Instance UID came how often and with which bytes.
+    """A storage peer that counts: which SOP Instance UID came how often and with which bytes. It answers C-FIND.
 
     Attributes:
         answer: called with (SOP Instance UID, how often it came); gives the status.
@@ -190,9 +191,11 @@ class CountingScp:
         _config.LOG_HANDLER_LEVEL = "none"
         entity = AE(ae_title=self.ae_title)
         entity.require_called_aet = True
-        entity.supported_contexts = [*_contexts(), *VerificationPresentationContexts]
+        entity.supported_contexts = [*_contexts(), *VerificationPresentationContexts, build_context(STUDY_ROOT_FIND)]
         self._server = entity.start_server(
-            (LOOPBACK, self.port), block=False, evt_handlers=[(evt.EVT_C_STORE, self._store)]
+            (LOOPBACK, self.port),
+            block=False,
+            evt_handlers=[(evt.EVT_C_STORE, self._store), (evt.EVT_C_FIND, self._find)],
         )
         self.port = self._server.server_address[1]
         return self
@@ -207,6 +210,15 @@ class CountingScp:
         for _sop_class, uid, digest in self.received:
             found.setdefault(uid, set()).add(digest)
         return found
+
+    def _find(self, event: Any) -> Iterator[tuple[int, Dataset | None]]:
+        # by SOP Instance UID alone: enough to prove that an object is kept
+        match = self.data_sets.get(str(event.identifier.SOPInstanceUID))
+        if match is not None:
+            answer = Dataset()
+            answer.QueryRetrieveLevel = "IMAGE"
+            answer.SOPInstanceUID = match.SOPInstanceUID
+            yield 0xFF00, answer
 
     def _store(self, event: Any) -> int:
         uid = str(event.request.AffectedSOPInstanceUID)

@@ -60,6 +60,7 @@ def running_orthanc(folder: Path, dicom_port: int, http_port: int) -> Iterator[O
                 "DicomCheckCalledAet": True,
                 "DicomAlwaysAllowStore": True,
                 "DicomAlwaysAllowEcho": True,
+                "DicomAlwaysAllowFind": True,
                 "HttpPort": http_port,
                 "HttpServerEnabled": True,
                 "RemoteAccessAllowed": False,

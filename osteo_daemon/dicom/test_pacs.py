@@ -1,4 +1,4 @@
-"""A small PACS for demonstrations: takes results over C-STORE on loopback and writes each to a file.
+"""A small PACS for demonstrations: takes results over C-STORE on loopback, writes each to a file, answers C-FIND on it.
 
 It keeps nothing durable and screens no one; it is no part of the node.
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
+from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE, evt
 from pynetdicom.events import Event
@@ -20,11 +22,13 @@ from pynetdicom.sop_class import (
     EnhancedSRStorage,
     SecondaryCaptureImageStorage,
     SegmentationStorage,
+    StudyRootQueryRetrieveInformationModelFind,
     Verification,
 )
 
 SUCCESS: Final = 0x0000
 OUT_OF_RESOURCES: Final = 0xA700
+_PENDING: Final = 0xFF00
 
 _FILE_NAMES: Final = {
     Comprehensive3DSRStorage: "report",
@@ -41,8 +45,7 @@ def serve_test_pacs(ae_title: str, port: int, folder: Path) -> None:
 
     def store(event: Event) -> int:
         request = event.request
-        name = sha256(str(request.AffectedSOPInstanceUID).encode()).hexdigest()[:16]
-        path = folder / f"{_FILE_NAMES[request.AffectedSOPClassUID]}-{name}.dcm"
+        path = folder / f"{_FILE_NAMES[request.AffectedSOPClassUID]}-{_name(request.AffectedSOPInstanceUID)}.dcm"
         part = path.with_suffix(".part")
         try:
             part.write_bytes(event.encoded_dataset())
@@ -51,14 +54,27 @@ def serve_test_pacs(ae_title: str, port: int, folder: Path) -> None:
             return OUT_OF_RESOURCES
         return SUCCESS
 
+    def find(event: Event) -> Iterator[tuple[int, Dataset | None]]:
+        uid = str(event.identifier.get("SOPInstanceUID", ""))
+        if any(folder.glob(f"*-{_name(uid)}.dcm")):
+            match = Dataset()
+            match.QueryRetrieveLevel = "IMAGE"
+            match.SOPInstanceUID = uid
+            yield _PENDING, match
+
     entity = AE(ae_title=ae_title)
     for sop_class in _FILE_NAMES:
         entity.add_supported_context(sop_class, [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
     entity.add_supported_context(Verification)
+    entity.add_supported_context(StudyRootQueryRetrieveInformationModelFind)
     server = entity.start_server(
         ("127.0.0.1", port),
         block=False,
-        evt_handlers=[(evt.EVT_C_STORE, store), (evt.EVT_C_ECHO, lambda _event: SUCCESS)],
+        evt_handlers=[
+            (evt.EVT_C_STORE, store),
+            (evt.EVT_C_FIND, find),
+            (evt.EVT_C_ECHO, lambda _event: SUCCESS),
+        ],
     )
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -66,3 +82,7 @@ def serve_test_pacs(ae_title: str, port: int, folder: Path) -> None:
     stop.wait()
     if server is not None:
         server.shutdown()
+
+
+def _name(sop_instance_uid: str) -> str:
+    return sha256(str(sop_instance_uid).encode()).hexdigest()[:16]

@@ -23,7 +23,7 @@ from osteo_daemon.dicom.storage_scu import judge, send_objects
 from osteo_daemon.dicom.verification import echo
 from osteo_daemon.domain.job import JobState
 from osteo_daemon.domain.study import RemoteAE, SopInstance
-from osteo_daemon.errors import PeerUnavailable, Refused
+from osteo_daemon.errors import PeerBusy, PeerUnavailable, Refused
 from osteo_daemon.jobs.records import Delivery, DeliveryState, NewDelivery, ReportKind, ReportObject
 from osteo_daemon.jobs.spool import Spool
 from osteo_daemon.jobs.store import JobStore
@@ -42,9 +42,15 @@ ALL_CLASSES = (SEGMENTATION, COMPREHENSIVE_3D, COMPREHENSIVE, ENHANCED, SECONDAR
 
 def settings_for(folder: Path, *ports: int, **deliverer: float) -> Settings:
     """One node with a destination for each port, quick to retry."""
-    timing = {"poll_seconds": 0.05, "retry_base_seconds": 0.1, "retry_maximum_seconds": 0.3, **deliverer}
+    timing = {
+        "poll_seconds": 0.05,
+        "retry_base_seconds": 0.1,
+        "retry_maximum_seconds": 0.3,
+        "probe_maximum_seconds": 0.3,
+        **deliverer,
+    }
     destinations = [
-        {"name": f"pacs{number}", "ae_title": "PACS", "host": LOOPBACK, "port": port}
+        {"name": f"pacs{number}", "ae_title": "PACS", "host": LOOPBACK, "port": port, "commitment": "none"}
         for number, port in enumerate(ports)
     ]
     return Settings.model_validate({"state_dir": folder / "state", "destinations": destinations, "deliverer": timing})
@@ -377,6 +383,7 @@ def test_sigterm_ends_the_role_after_the_object_in_hand(tmp_path: Path, built: B
         config.write_text(
             f'state_dir = "{settings.state_dir}"\n'
             f'[[destinations]]\nname = "pacs0"\nae_title = "PACS"\nhost = "{LOOPBACK}"\nport = {pacs.port}\n'
+            'commitment = "none"\n'
         )
         process = subprocess.Popen(
             [sys.executable, "-m", "osteo_daemon.cli", "run", "deliverer", "--config", str(config)],
@@ -406,7 +413,8 @@ def test_sigterm_ends_the_role_after_the_object_in_hand(tmp_path: Path, built: B
         (0xB007, None),
         (0xA700, PeerUnavailable),
         (0xA702, PeerUnavailable),
-        (0x0110, PeerUnavailable),
+        (0x0110, PeerBusy),
+        (0x0213, PeerBusy),
         (0x0122, Refused),
         (0x0124, Refused),
         (0xA900, Refused),

@@ -7,10 +7,12 @@ import shutil
 import socket
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.postgres import Cluster, cluster, programs
 
 ROOT = Path(__file__).resolve().parents[1]
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
@@ -74,3 +76,15 @@ def free_port() -> Callable[[], int]:
             return int(probe.getsockname()[1])
 
     return port
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Cluster]:
+    """A PostgreSQL server for the job store, started once and only when a test asks for it."""
+    if programs() is None:
+        missing("PostgreSQL is not installed (make system-packages)")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    with cluster(port) as server:
+        yield server

@@ -20,8 +20,11 @@ def is_due(now: datetime) -> ColumnElement[bool]:
     return and_(JobRow.state == JobState.READY, or_(JobRow.not_before.is_(None), JobRow.not_before <= now))
 
 
-def next_in_turn(connection: Connection, now: datetime) -> Row[Any] | None:
-    """The job to claim, its row locked; jobs that another transaction is claiming are passed over."""
+def next_in_turn(connection: Connection, now: datetime, *, lock: bool = True) -> Row[Any] | None:
+    """The job to claim, its row locked; jobs that another transaction is claiming are passed over.
+
+    Without ``lock`` only a look at it.
+    """
     for priority in Priority:
         waiting = and_(is_due(now), JobRow.priority == priority.value)
         sources = (
@@ -31,12 +34,10 @@ def next_in_turn(connection: Connection, now: datetime) -> Row[Any] | None:
         )
         for source_ae in connection.execute(sources).scalars().all():
             oldest = (
-                select(JobRow.__table__)
-                .where(waiting, JobRow.source_ae == source_ae)
-                .order_by(JobRow.job_id)
-                .limit(1)
-                .with_for_update(skip_locked=True)
+                select(JobRow.__table__).where(waiting, JobRow.source_ae == source_ae).order_by(JobRow.job_id).limit(1)
             )
+            if lock:
+                oldest = oldest.with_for_update(skip_locked=True)
             if (row := connection.execute(oldest).first()) is not None:
                 return row
     return None

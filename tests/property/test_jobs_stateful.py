@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,23 +20,27 @@ from hypothesis.stateful import (
     multiple,
     precondition,
     rule,
+    run_state_machine_as_test,
 )
 from sqlalchemy import Connection, Row, select
 
-from osteo_daemon.domain.job import TRANSITIONS, Job, JobState
+from osteo_daemon.domain.job import FINISHED, TRANSITIONS, Job, JobState, Priority
 from osteo_daemon.domain.study import SopInstance
 from osteo_daemon.errors import IllegalTransition, LeaseLost
 from osteo_daemon.jobs import claims
 from osteo_daemon.jobs.records import Delivery, DeliveryState, NewDelivery, RecordOutcome, ReportKind, ReportObject
 from osteo_daemon.jobs.schema import JobRow
+from osteo_daemon.jobs.spool import Spool
 from osteo_daemon.jobs.store import JobStore
+from tests.postgres import Cluster
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 LEASE_SECONDS = 60.0
 MAXIMUM_ATTEMPTS = 3
 STUDIES = st.sampled_from(["1.1", "1.2"])
 ENDS = st.sampled_from(["report", "report_without_destination", "exclude", "hold", "fail", "retry", "release"])
-HANDS = st.sampled_from(["hold_study", "retry_study", "reprocess_study"])
+HANDS = st.sampled_from(["hold_study", "release_study", "retry_study", "reprocess_study"])
+LIMIT_SECONDS = 100.0
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -48,13 +53,17 @@ class StoreMachine(RuleBasedStateMachine):
         super().__init__()
         # in memory where there is such a folder: what is asked here is order, not durability
         self.folder = Path(tempfile.mkdtemp(dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None))
-        self.store = JobStore(f"sqlite:///{self.folder / 'jobs.sqlite'}")
+        self.store = self.open_store()
+        self.spool = Spool(self.folder / "spool")
         self.now = datetime(2026, 1, 1, tzinfo=UTC)
         self.instances: dict[str, set[str]] = {}
         self.newest_claim: dict[str, Job] = {}
         self.newest_delivery: dict[int, Delivery] = {}
         self.committed: dict[tuple[str, int], tuple[str, ...]] = {}
-        self.serial = 0
+        self.purged: set[tuple[str, int]] = set()
+
+    def open_store(self) -> JobStore:
+        return JobStore(f"sqlite:///{self.folder / 'jobs.sqlite'}")
 
     def teardown(self) -> None:
         self.store.close()
@@ -67,9 +76,8 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(study=STUDIES, number=st.integers(1, 4), other=st.booleans())
     def instance_arrives(self, study: str, number: int, other: bool) -> None:
         uid = f"{study}.7.{number}"
-        instance = SopInstance(
-            study, f"{study}.7", "1.2", uid, "1.2", Path("/x"), 1, ("f" if other else "0") * 63 + str(number)
-        )
+        stored = self.spool.store_instance(study, f"{study}.7", uid, [f"{number} {other}".encode()])
+        instance = SopInstance(study, f"{study}.7", "1.2", uid, "1.2", stored.path, stored.size_bytes, stored.sha256)
         known = uid in self.instances.get(study, set())
         before = self.store.job(study)
         outcome = self.store.record_instance(instance, "CT", now=self.now)
@@ -99,7 +107,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(target=jobs, worker=st.sampled_from(["w1", "w2"]))
     def claim(self, worker: str) -> object:
         before = {study: self.store.job(study) for study in self.instances}
-        job = self.store.claim(worker, LEASE_SECONDS, MAXIMUM_ATTEMPTS, now=self.now)
+        job = self.store.claim(worker, LEASE_SECONDS, MAXIMUM_ATTEMPTS, limit_seconds=LIMIT_SECONDS, now=self.now)
         if job is None:
             return multiple()
         previous = before[job.study_instance_uid]
@@ -117,8 +125,12 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(job=jobs)
     def heartbeat(self, job: Job) -> None:
-        if self.holds(job):
+        assert job.deadline is not None
+        if self.holds(job) and self.now < job.deadline:
             self.store.heartbeat(job, LEASE_SECONDS, now=self.now)
+            present = self.store.job(job.study_instance_uid)
+            assert present is not None
+            assert present.lease_until == min(self.now + timedelta(seconds=LEASE_SECONDS), job.deadline)
         else:
             with pytest.raises(LeaseLost):
                 self.store.heartbeat(job, LEASE_SECONDS, now=self.now)
@@ -127,6 +139,10 @@ class StoreMachine(RuleBasedStateMachine):
         present = self.store.job(job.study_instance_uid)
         assert present is not None
         return present.state is JobState.SCREENING and self.newest_claim[job.study_instance_uid] == job
+
+    @rule(worker=st.sampled_from(["w1", "w2"]))
+    def worker_dies(self, worker: str) -> None:
+        self.store.worker_ended(worker, "killed", now=self.now)
 
     @rule(job=consumes(jobs), end=ENDS)
     def end(self, job: Job, end: str) -> None:
@@ -148,7 +164,8 @@ class StoreMachine(RuleBasedStateMachine):
     def do_end(self, job: Job, end: str, uids: tuple[str, ...]) -> None:
         result = {"schema": "osteo-result/1", "revision": job.revision}
         kinds = (ReportKind.SC, ReportKind.SR)
-        objects = [ReportObject(kind, "1.2", uid, Path("/r"), 1, "a") for kind, uid in zip(kinds, uids, strict=True)]
+        path = self.spool.root / "reports" / "r"
+        objects = [ReportObject(kind, "1.2", uid, path, 1, "a") for kind, uid in zip(kinds, uids, strict=True)]
         if end == "report":
             self.store.commit_report(
                 job, result, objects, [NewDelivery("a", uids), NewDelivery("b", uids[:1])], now=self.now
@@ -211,6 +228,77 @@ class StoreMachine(RuleBasedStateMachine):
         except IllegalTransition:
             assert self.store.job(study) == before
 
+    @precondition(lambda self: self.instances)
+    @rule(study=STUDIES, priority=st.sampled_from(Priority))
+    def person_hurries(self, study: str, priority: Priority) -> None:
+        before = self.store.job(study)
+        try:
+            self.store.prioritise_study(study, priority, "operator", "because", now=self.now)
+        except KeyError:
+            assert before is None
+        except IllegalTransition:
+            assert before is not None
+            assert before.state in FINISHED
+        else:
+            assert before is not None
+            assert self.store.job(study) == replace(before, priority=priority)
+
+    @precondition(lambda self: self.instances)
+    @rule(study=STUDIES, force=st.booleans())
+    def person_purges(self, study: str, force: bool) -> None:
+        before = self.store.job(study)
+        owed = any(d.state is not DeliveryState.DELIVERED for d in self.store.deliveries(study_instance_uid=study))
+        try:
+            self.store.purge_study(study, self.spool, "operator", "because", force=force, now=self.now)
+        except KeyError:
+            assert before is None
+        except IllegalTransition:
+            assert before is not None
+            assert not force
+            assert owed or before.state not in FINISHED
+            assert self.store.job(study) == before
+        else:
+            assert before is not None
+            assert force or (before.state in FINISHED and not owed)
+            self.gone(study, reports=True)
+            assert self.store.report_objects(study) == []
+
+    @rule(seconds=st.sampled_from([0.0, 60.0]), reports=st.booleans())
+    def retention(self, seconds: float, reports: bool) -> None:
+        before = self.now - timedelta(seconds=seconds)
+        for study in self.store.purgeable_images(before):
+            job = self.store.job(study)
+            assert job is not None
+            assert job.state in FINISHED
+            assert self.store.purge_finished(study, self.spool, before=before, images=True, reports=False, now=self.now)
+            self.gone(study, reports=False)
+        for study in self.store.purgeable_reports(before) if reports else ():
+            assert all(d.state is DeliveryState.DELIVERED for d in self.store.deliveries(study_instance_uid=study))
+            assert self.store.purge_finished(study, self.spool, before=before, images=False, reports=True, now=self.now)
+            self.gone(study, images=False)
+
+    def gone(self, study: str, *, images: bool = True, reports: bool = True) -> None:
+        if images:
+            self.instances[study] = set()
+            assert self.spool.received_files(study) == []
+        if reports:
+            self.purged |= {key for key in self.committed if key[0] == study}
+
+    @rule()
+    def fold(self) -> None:
+        self.store.fold_counts()
+
+    @invariant()
+    def counters_count(self) -> None:
+        counted = dict.fromkeys(JobState, 0)
+        for study in self.instances:
+            job = self.store.job(study)
+            assert job is not None
+            counted[job.state] += 1
+        assert self.store.counts_by_state() == counted
+        for summary in self.store.recent():
+            assert summary.instances == len(self.instances[summary.study_instance_uid])
+
     @invariant()
     def history_is_one_legal_walk(self) -> None:
         for study in self.instances:
@@ -233,10 +321,18 @@ class StoreMachine(RuleBasedStateMachine):
             job = self.store.job(study)
             assert job is not None
             assert {entry.sop_instance_uid for entry in self.store.instances(job)} == self.instances[study]
+            assert all(entry.path.is_file() for entry in self.store.instances(job))
+            if job.state in (JobState.RECEIVING, JobState.READY, JobState.SCREENING):
+                assert self.instances[study]  # what is to be screened has images
             assert job.attempts <= MAXIMUM_ATTEMPTS
             assert (job.lease_until is not None) == (job.state is JobState.SCREENING)
             found = {entry.sop_instance_uid for entry in self.store.report_objects(study)}
-            assert found == {uid for (of, _), uids in self.committed.items() if of == study for uid in uids}
+            assert found == {
+                uid
+                for key, uids in self.committed.items()
+                if key[0] == study and key not in self.purged
+                for uid in uids
+            }
             present = [d for d in self.store.deliveries(study_instance_uid=study) if d.revision == job.revision]
             if job.state in (JobState.REPORTED, JobState.DELIVERED):
                 assert (study, job.revision) in self.committed
@@ -248,10 +344,24 @@ class StoreMachine(RuleBasedStateMachine):
                 assert any(d.state is not DeliveryState.DELIVERED for d in present)
 
 
-TestStore = StoreMachine.TestCase
-TestStore.settings = settings(
-    max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+HOW_LONG = settings(
+    max_examples=25, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
+TestStore = StoreMachine.TestCase
+TestStore.settings = HOW_LONG
+
+
+def test_store_in_postgresql(postgres: Cluster) -> None:
+    class PostgresMachine(StoreMachine):
+        def open_store(self) -> JobStore:
+            self.url = postgres.new()
+            return JobStore(self.url)
+
+        def teardown(self) -> None:
+            super().teardown()
+            postgres.drop(self.url)
+
+    run_state_machine_as_test(PostgresMachine, settings=settings(HOW_LONG, max_examples=12))
 
 
 def test_the_model_catches_a_store_without_fencing(monkeypatch: pytest.MonkeyPatch) -> None:

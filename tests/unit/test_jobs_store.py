@@ -11,6 +11,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine
+from sqlalchemy.exc import IntegrityError
 
 from osteo_daemon.domain.job import TRANSITIONS, Job, JobState
 from osteo_daemon.domain.study import SopInstance
@@ -18,6 +19,7 @@ from osteo_daemon.errors import ConfigurationError, IllegalTransition, LeaseLost
 from osteo_daemon.jobs.records import DeliveryState, NewDelivery, RecordOutcome, ReportKind, ReportObject
 from osteo_daemon.jobs.schema import Base
 from osteo_daemon.jobs.store import JobStore
+from tests.postgres import Cluster
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 STUDY = "1.2.3"
@@ -48,11 +50,19 @@ def report(kind: ReportKind, uid: str, sha256: str = "a" * 64) -> ReportObject:
 THREE = [report(ReportKind.SC, "9.3"), report(ReportKind.SR, "9.2"), report(ReportKind.SEG, "9.1")]
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[JobStore]:
-    store = JobStore(f"sqlite:///{tmp_path / 'deeper' / 'jobs.sqlite'}")
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[JobStore]:
+    """A store of each kind: what holds on one must hold on the other."""
+    if request.param == "sqlite":
+        store = JobStore(f"sqlite:///{tmp_path / 'deeper' / 'jobs.sqlite'}")
+        yield store
+        store.close()
+        return
+    server: Cluster = request.getfixturevalue("postgres")
+    store = JobStore(url := server.new())
     yield store
     store.close()
+    server.drop(url)
 
 
 def ready(store: JobStore, study: str = STUDY, seconds: float = 0) -> None:
@@ -82,12 +92,14 @@ def test_migrations_make_the_tables_of_the_schema(tmp_path: Path) -> None:
     engine.dispose()
 
 
-def test_sqlite_is_durable_and_checks_foreign_keys(store: JobStore) -> None:
+def test_sqlite_is_durable_and_checks_foreign_keys(tmp_path: Path) -> None:
+    store = JobStore(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
     with store._reading() as connection:
         values = {
             name: connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
             for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
         }
+    store.close()
     assert values == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 30000}
 
 
@@ -358,7 +370,7 @@ def test_a_report_and_its_deliveries_are_one_transaction(store: JobStore) -> Non
     with pytest.raises(ValueError, match="not among"):
         store.commit_report(job, RESULT, THREE, [NewDelivery("pacs", ("9.9",))])
     two_of_one = [NewDelivery("pacs", ("9.1",)), NewDelivery("pacs", ("9.2",))]
-    with pytest.raises(Exception, match="UNIQUE"):
+    with pytest.raises(IntegrityError, match=r"(?i)unique"):
         store.commit_report(job, RESULT, THREE, two_of_one)
     assert store.report_objects(STUDY) == []
     assert store.result(STUDY) is None

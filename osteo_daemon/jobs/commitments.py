@@ -263,4 +263,4 @@ def with_omissions(delivery: Delivery, outcome: str) -> str:
         entry.report.kind for entry in delivery.objects if entry.stored
     }
     names = {"seg": "segmentation", "sr": "report", "sc": "picture"}
-    return f"{outcome} without {', '.join(names[kind] for kind in sorted(missing))}" if missing else outcome
+    return f"{outcome} without {', '.join(names.get(kind, kind) for kind in sorted(missing))}" if missing else outcome

@@ -278,7 +278,8 @@ def report() -> None:
 @click.argument("file", type=_EXISTING_FILE)
 def show_report(file: Path) -> None:
     """Print one of our structured reports as text."""
-    from osteo_daemon.dicom.report_reader import format_report, read_report
+    from osteo_daemon.dicom.report_reader import read_report
+    from osteo_daemon.dicom.report_text import format_report
 
     click.echo(format_report(read_report(file)))
 

@@ -16,7 +16,8 @@ import pydicom
 from PIL import Image
 from rich.console import Console
 
-from osteo_daemon.dicom.report_reader import format_report, read_report
+from osteo_daemon.dicom.report_reader import read_report
+from osteo_daemon.dicom.report_text import format_report
 from osteo_daemon.dicom.storage_scu import send_objects
 from osteo_daemon.domain.study import RemoteAE
 from osteo_daemon.errors import ConfigurationError, OsteoError

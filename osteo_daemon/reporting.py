@@ -11,8 +11,17 @@ from pathlib import Path
 
 import pydicom
 
-from osteo_daemon.dicom.report_objects import BuiltReport, ReportRequest, build_report_objects, needed_variants
+from osteo_daemon.dicom.picture import drawable
+from osteo_daemon.dicom.report_objects import (
+    DEFAULT_KINDS,
+    BuiltReport,
+    ReportRequest,
+    build_report_objects,
+    needed_kinds,
+    needed_variants,
+)
 from osteo_daemon.dicom.report_source import ReportSource
+from osteo_daemon.domain.wording import load_wording
 from osteo_daemon.inference.screening import Screening
 from osteo_daemon.settings import Settings
 
@@ -30,6 +39,15 @@ class PreviousReport:
         """Read the reference from one of our own spooled reports."""
         header = pydicom.dcmread(path, specific_tags=["SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID"])
         return cls(str(header.SOPClassUID), str(header.SOPInstanceUID), str(header.SeriesInstanceUID))
+
+
+def picture_language(settings: Settings) -> str:
+    """The language that pictures will have: English where no installed font holds the site's language.
+
+    Raises:
+        ConfigurationError: a text of the site is missing or unusable.
+    """
+    return drawable(load_wording(settings.site.language, settings.site.templates_dir))[0].language
 
 
 def build_report(
@@ -50,6 +68,7 @@ def build_report(
         variants: forms of the structured report; by default those of the settings' destinations.
 
     Raises:
+        ConfigurationError: a text of the site is missing or unusable.
         Damaged: the source headers lack what a report must refer to.
     """
     screener = settings.screener
@@ -64,7 +83,10 @@ def build_report(
         revision=revision,
         network_bundle=screener.network_bundle if screener.network_enabled else None,
         # whatever changes a byte of the objects must change their UIDs
-        effective_settings=json.dumps(settings.site.model_dump(), sort_keys=True),
+        effective_settings=json.dumps(settings.site.model_dump(mode="json"), sort_keys=True),
         predecessors=predecessors or {},
+        wording=load_wording(settings.site.language, settings.site.templates_dir),
     )
-    return build_report_objects(request, needed_variants(settings.destinations) if variants is None else variants)
+    if variants is not None:
+        return build_report_objects(request, variants, DEFAULT_KINDS)
+    return build_report_objects(request, needed_variants(settings.destinations), needed_kinds(settings.destinations))

@@ -84,7 +84,14 @@ def measured(volume: CtVolume, region: Region) -> Attenuation:
     d, h, w = np.rint(volume.to_index(region.affine[:3, 3])).astype(int)
     size = region.mask.shape
     values = volume.voxels[d : d + size[0], h : h + size[1], w : w + size[2]][region.mask]
-    return Attenuation(float(values.mean()), float(np.median(values)), float(values.std()), region.volume_mm3)
+    return Attenuation(
+        float(values.mean()),
+        float(np.median(values)),
+        float(values.std()),
+        region.volume_mm3,
+        voxel_count=values.size,
+        standard_error=1.234,
+    )
 
 
 def slice_header(d: int, affine: npt.NDArray[np.float64], shape: Sequence[int], **attributes: Any) -> Dataset:
@@ -135,6 +142,8 @@ def _finding(level: Level, number: int, volume: CtVolume, centre: Sequence[float
             class_probabilities={"normal": 0.2512, "osteopenia": 0.5, "osteoporosis": 0.2488},
             level_probabilities={"L1": 0.9, "L2": 0.1},
             expert_weights=(0.25, 0.3333, 0.4167),
+            bmd_interval_90_g_cm2=(0.7512, 1.0734),
+            t_score_reference="NHANES 2005-14, women 21-30 y, sBMD",
         ),
         quality_flags=(QualityFlag("level_disagreement", Severity.INFO),) if number == 2 else (),
     )
@@ -239,7 +248,13 @@ def withheld_case() -> ReportRequest:
     findings = tuple(
         dataclasses.replace(
             finding,
-            network=dataclasses.replace(finding.network, t_score=None, class_probabilities=None),
+            network=dataclasses.replace(
+                finding.network,
+                t_score=None,
+                class_probabilities=None,
+                t_score_reference=None,
+                withheld={"t_score": "age_missing", "class": "age_missing"},
+            ),
         )
         for finding in request.result.vertebrae
         if finding.network is not None

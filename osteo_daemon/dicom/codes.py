@@ -58,8 +58,12 @@ MEASUREMENT_REPORT = Code("126000", "DCM", "Imaging Measurement Report")
 IMAGING_MEASUREMENTS = Code("126010", "DCM", "Imaging Measurements")
 MEASUREMENT_GROUP = Code("125007", "DCM", "Measurement Group")
 QUALITATIVE_EVALUATIONS = Code("C0034375", "UMLS", "Qualitative Evaluations")
+DIAGNOSTIC_IMAGING_REPORT = Code("18748-4", "LN", "Diagnostic imaging report")
+SOURCE_OF_MEASUREMENT = Code("121112", "DCM", "Source of Measurement")
+OF_INTEREST = Code("113000", "DCM", "Of Interest")
 PROCEDURE_REPORTED = Code("121058", "DCM", "Procedure reported")
 CT_UNSPECIFIED = Code("25045-6", "LN", "CT unspecified body region")
+LANGUAGE = Code("121049", "DCM", "Language of Content Item and Descendants")
 FINDING = Code("121071", "DCM", "Finding")
 FINDING_SITE = Code("363698007", "SCT", "Finding Site")
 TRACKING_IDENTIFIER = Code("112039", "DCM", "Tracking Identifier")
@@ -71,6 +75,7 @@ ALGORITHM_NAME = Code("111001", "DCM", "Algorithm Name")
 ALGORITHM_VERSION = Code("111003", "DCM", "Algorithm Version")
 ALGORITHM_PARAMETERS = Code("111002", "DCM", "Algorithm Parameters")
 IMPRESSION = Code("121073", "DCM", "Impression")
+RECOMMENDATION = Code("121075", "DCM", "Recommendation")
 COMMENT = Code("121106", "DCM", "Comment")
 ARTIFICIAL_INTELLIGENCE = Code("123110", "DCM", "Artificial Intelligence")
 PROCESSING_EQUIPMENT = Code("109102", "DCM", "Processing Equipment")
@@ -89,6 +94,12 @@ CENTRE_LPS: tuple[Code, Code, Code] = (
     private("CENTRE_LPS_Z", "Vertebral centre, patient coordinate z (superior)"),
 )
 BMD = private("CT_ABMD", "Areal bone mineral density, estimated from CT")
+BMD_INTERVAL_90: tuple[Code, Code] = (
+    private("CT_ABMD_LOW90", "Lower limit of the BMD's 90% prediction interval, est. from CT"),
+    private("CT_ABMD_HIGH90", "Upper limit of the BMD's 90% prediction interval, est. from CT"),
+)
+VOXEL_COUNT = private("VOXEL_COUNT", "Voxels in the measured region")
+STANDARD_ERROR = private("ATT_STD_ERROR", "Standard error of the mean attenuation")
 T_SCORE = private("CT_TSCORE", "T-score, estimated from CT")
 CLASS_PROBABILITIES: Mapping[str, Code] = MappingProxyType(
     {
@@ -127,6 +138,14 @@ NETWORK_STATUSES: Mapping[str, Code] = MappingProxyType(
     {
         "investigational": private("INVESTIGATIONAL", "Investigational, not for clinical decisions"),
         "clinical": private("CLINICAL", "Released for clinical use by the site"),
+    }
+)
+WITHHELD: Mapping[str, Code] = MappingProxyType(
+    {
+        # the value is the reason, a code made from its name like a flag's
+        "bmd": private("WITHHELD_BMD", "BMD estimate withheld because"),
+        "t_score": private("WITHHELD_TSCORE", "T-score estimate withheld because"),
+        "class": private("WITHHELD_CLASS", "Class probabilities withheld because"),
     }
 )
 FLAGS: Mapping[Severity, Code] = MappingProxyType(

@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta, timezone
 from typing import Protocol
 
 import highdicom as hd
 import numpy as np
 import numpy.typing as npt
 import pydicom
+from highdicom import sr
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
 
 from osteo_daemon.dicom import codes
+from osteo_daemon.dicom.basic_text import as_basic_text
+from osteo_daemon.dicom.key_objects import KEY_OBJECTS_CLASS_UID, key_objects_dataset
+from osteo_daemon.dicom.measurement_group import ReportAnatomy, SegmentReference
 from osteo_daemon.dicom.outline import NativeMask, on_native_grid
-from osteo_daemon.dicom.picture import SECONDARY_CAPTURE_CLASS_UID, draw_picture, encode_png, picture_dataset
+from osteo_daemon.dicom.picture import EarlierValue, PictureContent, draw_pdf, draw_picture, encode_png
 from osteo_daemon.dicom.report import (
+    BASIC_TEXT,
     SR_CLASSES,
-    ReportAnatomy,
-    SegmentReference,
     SeriesReference,
+    observer,
     report_content,
     report_dataset,
     retarget,
 )
+from osteo_daemon.dicom.report_pdf import ENCAPSULATED_PDF_CLASS_UID, pdf_dataset
 from osteo_daemon.dicom.report_source import ReportSource, VertebraRegions, clean_headers
 from osteo_daemon.dicom.reported_values import as_reported, result_digest
+from osteo_daemon.dicom.secondary_capture import SECONDARY_CAPTURE_CLASS_UID, picture_dataset
 from osteo_daemon.dicom.segmentation import SEGMENTATION_CLASS_UID, plan_segments, segmentation_dataset
 from osteo_daemon.dicom.uids import (
     IMPLEMENTATION_CLASS_UID,
@@ -36,12 +42,21 @@ from osteo_daemon.dicom.uids import (
     result_instance_uid,
     result_series_uid,
 )
+from osteo_daemon.domain.eligibility import age_years
 from osteo_daemon.domain.findings import Level, ModelReference, Outcome, ScreeningResult
+from osteo_daemon.domain.references import l1_age_reference
+from osteo_daemon.domain.wording import Wording, load_wording
 from osteo_daemon.imaging.volume import CtVolume
 from osteo_daemon.settings import DestinationSettings, SiteSettings
 
-SENDING_ORDER = ("seg", "sr", "sc")
+SENDING_ORDER = ("seg", "sr", "kos", "sc", "pdf")
 """The SR points to the segmentation, which must be there first."""
+
+DEFAULT_KINDS = frozenset({"seg", "sr", "sc"})
+"""What is always made; key objects and the PDF only where a destination asks for them."""
+
+SEGMENT_REFERENCE = "+seg"
+"""End of the names of forms that point to the segmentation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +64,7 @@ class BuiltObject:
     """A finished DICOM object.
 
     Attributes:
-        kind: ``seg``, ``sr`` or ``sc``.
+        kind: one of `SENDING_ORDER`.
         variant: which form of the object, "" when there is only one; see `sr_variant`.
         data: the Part 10 file, byte for byte as it is spooled and sent.
     """
@@ -113,6 +128,8 @@ class ReportRequest:
         network_bundle: name of the bundle (among ``result.models``) behind the network values.
         effective_settings: a canonical description of all settings that shaped the result; goes into the UIDs.
         predecessors: reports of earlier revisions, by SR variant (`sr_variant`).
+        wording: texts in the site's language.
+        earlier: the same patient's earlier studies for the picture's trend, oldest first.
     """
 
     result: ScreeningResult
@@ -126,11 +143,13 @@ class ReportRequest:
     network_bundle: str | None = None
     effective_settings: str = ""
     predecessors: Mapping[str, Predecessor] = field(default_factory=dict)
+    wording: Wording = field(default_factory=load_wording)
+    earlier: Sequence[EarlierValue] = ()
 
 
 def sr_variant(sr_class: str, refers_to_segmentation: bool) -> str:
     """Name of a form of the structured report: its class, and whether it points to the segmentation."""
-    return f"{sr_class}+seg" if refers_to_segmentation else sr_class
+    return f"{sr_class}{SEGMENT_REFERENCE}" if refers_to_segmentation else sr_class
 
 
 def sr_candidates(sr_class: str, with_segmentation: bool) -> tuple[str, ...]:
@@ -149,20 +168,30 @@ def needed_variants(destinations: Iterable[DestinationSettings]) -> tuple[str, .
     wanted = [
         variant
         for entry in destinations
-        if "sr" in entry.objects
+        if entry.kind == "dicom" and "sr" in entry.objects
         for variant in sr_candidates(entry.sr_class, "seg" in entry.objects)
     ]
     return tuple(dict.fromkeys(wanted)) or (sr_variant("comprehensive-3d", refers_to_segmentation=True),)
 
 
-def build_report_objects(request: ReportRequest, variants: Iterable[str] = ("comprehensive-3d+seg",)) -> BuiltReport:
-    """Build segmentation, structured reports and picture.
+def needed_kinds(destinations: Iterable[DestinationSettings]) -> frozenset[str]:
+    """Kinds of objects that these destinations may need."""
+    return DEFAULT_KINDS | {kind for entry in destinations if entry.kind == "dicom" for kind in entry.objects}
+
+
+def build_report_objects(
+    request: ReportRequest,
+    variants: Iterable[str] = ("comprehensive-3d+seg",),
+    kinds: Set[str] = DEFAULT_KINDS,
+) -> BuiltReport:
+    """Build segmentation, structured reports, picture, and on demand key objects and a PDF.
 
     An excluded study gets structured reports alone: they hold the reason and no number. So does a study in which no
     vertebra has a centre; a segmentation needs at least one region.
 
     Args:
         variants: forms of the structured report, see `sr_variant` and `needed_variants`.
+        kinds: which objects to make besides those of `DEFAULT_KINDS`.
 
     Raises:
         ValueError: the volume and the headers do not match, or ``created`` has no time zone.
@@ -172,13 +201,22 @@ def build_report_objects(request: ReportRequest, variants: Iterable[str] = ("com
         raise ValueError("the moment of creation needs a time zone")
     builder = _Builder(request)
     segmentation, segments = builder.segmentation()
-    wanted = {variant if segmentation is not None else variant.removesuffix("+seg") for variant in variants}
+    wanted = {variant if segmentation is not None else variant.removesuffix(SEGMENT_REFERENCE) for variant in variants}
     reports = [
-        *builder.reports([name for name in wanted if name.endswith("+seg")], segmentation, segments),
-        *builder.reports([name for name in wanted if not name.endswith("+seg")], None, {}),
+        *builder.reports([name for name in wanted if name.endswith(SEGMENT_REFERENCE)], segmentation, segments),
+        *builder.reports([name for name in wanted if not name.endswith(SEGMENT_REFERENCE)], None, {}),
     ]
     picture, png = builder.picture()
-    objects = [*([segmentation.built] if segmentation else []), *reports, *([picture] if picture else [])]
+    on_demand = (
+        builder.key_objects() if "kos" in kinds else None,
+        picture,
+        builder.pdf() if "pdf" in kinds else None,
+    )
+    objects = [
+        *([segmentation.built] if segmentation else []),
+        *reports,
+        *(built for built in on_demand if built is not None),
+    ]
     return BuiltReport(tuple(objects), png)
 
 
@@ -200,7 +238,7 @@ class _Builder:
         self.request = request
         self.headers = headers
         self.result = as_reported(request.result)
-        self.digest = result_digest(request.result, request.effective_settings)
+        self.digest = result_digest(request.result, f"{request.effective_settings}{request.wording.digest}")
         bodies: dict[Level, NativeMask] = {}
         trabecular: dict[Level, NativeMask] = {}
         if volume is not None:
@@ -247,14 +285,7 @@ class _Builder:
         """One document per variant; they share the tree, which is legal in every class."""
         if not variants:
             return
-        content, slices = report_content(
-            self.result,
-            self.anatomy,
-            network_model=self._network_model(),
-            segments=segments,
-            software_version=self.request.software_version,
-            device_serial_number=self.request.site.device_serial_number,
-        )
+        content, slices = self._content(segments)
         dataset = report_dataset(
             content,
             [*slices, segmentation.dataset] if segmentation is not None else [*slices],
@@ -267,21 +298,17 @@ class _Builder:
             contributing_equipment=self._equipment(),
         )
         for variant in sorted(variants):
-            sop_class_uid = SR_CLASSES[variant.removesuffix("+seg")]
-            retarget(dataset, sop_class_uid, self._instance_uid(sop_class_uid, variant), self._predecessors(variant))
-            yield self._finish("sr", variant, dataset)
+            name = variant.removesuffix(SEGMENT_REFERENCE)
+            document = as_basic_text(dataset) if name == BASIC_TEXT else dataset
+            sop_class_uid = SR_CLASSES[name]
+            retarget(document, sop_class_uid, self._instance_uid(sop_class_uid, variant), self._predecessors(variant))
+            yield self._finish("sr", variant, document)
 
     def picture(self) -> tuple[BuiltObject | None, bytes | None]:
-        volume = self.request.volume
-        if volume is None or not self.result.vertebrae or self.result.outcome is not Outcome.REPORTED:
+        content = self._picture_content()
+        if content is None:
             return None, None
-        pixels: npt.NDArray[np.uint8] = draw_picture(
-            self.result,
-            volume,
-            self.anatomy.bodies,
-            self.anatomy.trabecular,
-            software_version=self.request.software_version,
-        )
+        pixels: npt.NDArray[np.uint8] = draw_picture(content)
         dataset = picture_dataset(
             pixels,
             self.headers[0],
@@ -294,6 +321,76 @@ class _Builder:
             contributing_equipment=self._equipment(),
         )
         return self._finish("sc", "", dataset), encode_png(pixels)
+
+    def pdf(self) -> BuiltObject | None:
+        content = self._picture_content()
+        if content is None:
+            return None
+        dataset = pdf_dataset(
+            draw_pdf(content),
+            self.headers[0],
+            title=self.request.wording.tables["label"]["title"],
+            series_instance_uid=self._series_uid("pdf"),
+            sop_instance_uid=self._instance_uid(ENCAPSULATED_PDF_CLASS_UID, ""),
+            instance_number=self.request.revision,
+            software_version=self.request.software_version,
+            device_serial_number=self.request.site.device_serial_number,
+            institution=self.request.site.institution,
+            sources=self._measured_slices(),
+            contributing_equipment=self._equipment(),
+        )
+        return self._finish("pdf", "", dataset)
+
+    def key_objects(self) -> BuiltObject | None:
+        if not self.result.vertebrae or self.result.outcome is not Outcome.REPORTED:
+            return None
+        site = self.request.site
+        dataset = key_objects_dataset(
+            self._measured_slices(),
+            observer(self.result, self.request.software_version, site.device_serial_number),
+            f"{self.request.wording.tables['notice']['prefix']} {self.request.wording.conclusion(self.result)}",
+            series_instance_uid=self._series_uid("kos"),
+            sop_instance_uid=self._instance_uid(KEY_OBJECTS_CLASS_UID, ""),
+            instance_number=self.request.revision,
+            institution=site.institution,
+            contributing_equipment=self._equipment(),
+        )
+        return self._finish("kos", "", dataset)
+
+    def _picture_content(self) -> PictureContent | None:
+        volume = self.request.volume
+        if volume is None or not self.result.vertebrae or self.result.outcome is not Outcome.REPORTED:
+            return None
+        header = self.headers[0]
+        study_date = str(header.get("StudyDate") or "")
+        age = age_years(str(header.get("PatientAge") or ""), str(header.get("PatientBirthDate") or ""), study_date)
+        return PictureContent(
+            result=self.result,
+            volume=volume,
+            bodies=self.anatomy.bodies,
+            trabecular=self.anatomy.trabecular,
+            wording=self.request.wording,
+            software_version=self.request.software_version,
+            age_reference=None if age is None else l1_age_reference(age),
+            earlier=self.request.earlier,
+            study_date=_date(study_date),
+        )
+
+    def _measured_slices(self) -> tuple[Dataset, ...]:
+        return self._content({})[1]
+
+    def _content(
+        self, segments: Mapping[Level, SegmentReference]
+    ) -> tuple[sr.ContainerContentItem, tuple[Dataset, ...]]:
+        return report_content(
+            self.result,
+            self.anatomy,
+            self.request.wording,
+            network_model=self._network_model(),
+            segments=segments,
+            software_version=self.request.software_version,
+            device_serial_number=self.request.site.device_serial_number,
+        )
 
     def _network_model(self) -> ModelReference | None:
         return next((model for model in self.result.models if model.bundle == self.request.network_bundle), None)
@@ -361,6 +458,13 @@ class _Builder:
             series_instance_uid=str(dataset.SeriesInstanceUID),
             data=buffer.getvalue(),
         )
+
+
+def _date(value: str) -> date | None:
+    try:
+        return datetime.strptime(value, "%Y%m%d").replace(tzinfo=UTC).date()
+    except ValueError:
+        return None
 
 
 def _declare_private_scheme(dataset: Dataset) -> None:

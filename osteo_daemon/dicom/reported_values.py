@@ -52,6 +52,10 @@ def _vertebra(finding: VertebraFinding) -> VertebraFinding:
             median=_round(measured.median, ATTENUATION_DECIMALS),
             sd=_round(measured.sd, ATTENUATION_DECIMALS),
             volume_mm3=_round(measured.volume_mm3, VOLUME_DECIMALS),
+            voxel_count=measured.voxel_count,
+            standard_error=None
+            if measured.standard_error is None
+            else _round(measured.standard_error, ATTENUATION_DECIMALS),
         ),
         attenuation_hu_corrected=None
         if corrected is None
@@ -63,7 +67,7 @@ def _vertebra(finding: VertebraFinding) -> VertebraFinding:
 
 
 def _network(network: NetworkFinding) -> NetworkFinding:
-    classes = network.class_probabilities
+    classes, interval = network.class_probabilities, network.bmd_interval_90_g_cm2
     return dataclasses.replace(
         network,
         bmd_g_cm2=None if network.bmd_g_cm2 is None else _round(network.bmd_g_cm2, BMD_DECIMALS),
@@ -71,6 +75,9 @@ def _network(network: NetworkFinding) -> NetworkFinding:
         class_probabilities=None if classes is None else _mapping(classes, PROBABILITY_DECIMALS),
         level_probabilities=_mapping(network.level_probabilities, PROBABILITY_DECIMALS),
         expert_weights=tuple(_round(weight, PROBABILITY_DECIMALS) for weight in network.expert_weights),
+        bmd_interval_90_g_cm2=None
+        if interval is None
+        else (_round(interval[0], BMD_DECIMALS), _round(interval[1], BMD_DECIMALS)),
     )
 
 

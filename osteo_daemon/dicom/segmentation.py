@@ -11,8 +11,9 @@ from highdicom import seg
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, SegmentationStorage
 
-from osteo_daemon.dicom import codes, wording
+from osteo_daemon.dicom import codes
 from osteo_daemon.dicom.outline import NativeMask
+from osteo_daemon.dicom.series_description import series_description
 from osteo_daemon.dicom.uids import derived_uid, tracking_uid
 from osteo_daemon.domain.findings import Level
 
@@ -108,7 +109,7 @@ def segmentation_dataset(
         content_creator_name=None,
         transfer_syntax_uid=ExplicitVRLittleEndian,
         omit_empty_frames=True,
-        series_description=wording.series_description("regions"),
+        series_description=series_description("regions"),
         contributing_equipment=contributing_equipment,
     )
     _fix_dimension_uid(dataset, derived_uid("dimensions", sop_instance_uid))

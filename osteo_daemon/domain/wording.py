@@ -20,7 +20,6 @@ from osteo_daemon.domain.decision import decide
 from osteo_daemon.domain.findings import (
     AVERAGED_LEVELS,
     Category,
-    NetworkFinding,
     Outcome,
     QualityFlag,
     ScreeningResult,
@@ -171,12 +170,6 @@ class Wording:
     def reason(self, code: str) -> str:
         """Why a value is withheld."""
         return self.tables["reason"].get(code, plain(code))
-
-    def why_withheld(self, network: NetworkFinding, value: str) -> str:
-        """``withheld`` and the reason, for a table's cell."""
-        code = network.withheld.get(value)
-        withheld = self.tables["label"]["withheld"]
-        return withheld if code is None else f"{withheld}: {self.reason(code)}"
 
     def _exclusion(self, result: ScreeningResult) -> str:
         if result.exclusion is None:

@@ -14,6 +14,7 @@ from PIL import Image
 from osteo_daemon.dicom import picture
 from osteo_daemon.dicom.outline import on_native_grid, outlines
 from osteo_daemon.dicom.report_objects import build_report_objects
+from osteo_daemon.dicom.sagittal_view import region_on_view, sagittal_view
 from osteo_daemon.domain.findings import Category, QualityFlag, Severity
 from osteo_daemon.imaging.region import Region
 from tests.report_cases import indeterminate_case, synthetic_case, with_result, withheld_case
@@ -30,7 +31,7 @@ def test_the_view_follows_a_curved_spine() -> None:
         voxels[d, 44:47, w - 1 : w + 2] = 1000.0
     leaning = dataclasses.replace(volume, voxels=voxels)
     ends = [volume.to_lps((d, 45, 30 + d / 2)) for d in (2, 43)]
-    view = picture.sagittal_view(leaning, ends)
+    view = sagittal_view(leaning, ends)
     centre_row = view.pixels.shape[0] // 2
     inside = view.pixels[centre_row - 100 : centre_row + 100]
     assert (inside.max(axis=1) > 900).all()
@@ -44,11 +45,11 @@ def test_a_region_is_cut_where_it_lies() -> None:
     volume = request.volume
     assert volume is not None
     centres = [finding.centre_lps_mm for finding in request.result.vertebrae]
-    view = picture.sagittal_view(volume, centres)
+    view = sagittal_view(volume, centres)
     finding = request.result.vertebrae[2]
     native = on_native_grid(request.regions[finding.level].body, volume)
     assert native is not None
-    cut = picture.region_on_view(native, volume, view)
+    cut = region_on_view(native, volume, view)
     centre = view.points_lps()[cut].mean(axis=0)
     assert np.linalg.norm(centre - np.array(finding.centre_lps_mm)) < 2.0
     # an ellipsoid of 13 x 15 mm half axes cut through its middle

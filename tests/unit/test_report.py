@@ -12,7 +12,8 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset
 
-from osteo_daemon.dicom import codes, wording
+from osteo_daemon.dicom import codes
+from osteo_daemon.dicom.report import SR_CLASSES
 from osteo_daemon.dicom.report_objects import (
     BuiltReport,
     ReportRequest,
@@ -20,10 +21,12 @@ from osteo_daemon.dicom.report_objects import (
     needed_variants,
     sr_candidates,
 )
-from osteo_daemon.dicom.report_reader import NotOurReport, format_report, parse_report, read_report
+from osteo_daemon.dicom.report_reader import NotOurReport, parse_report, read_report
 from osteo_daemon.dicom.report_source import ReportSource
+from osteo_daemon.dicom.report_text import format_report
 from osteo_daemon.dicom.reported_values import as_reported
 from osteo_daemon.domain.findings import Category, Level
+from osteo_daemon.domain.wording import LANGUAGES, load_wording
 from osteo_daemon.errors import NotDicom
 from osteo_daemon.settings import DestinationSettings
 from tests.report_cases import (
@@ -78,6 +81,44 @@ def child(item: Dataset, value: str) -> Dataset:
 def test_a_report_read_back_is_the_result_as_reported(make: type) -> None:
     request = make()
     assert parse_report(dataset_of(build_report_objects(request))) == as_reported(request.result)
+
+
+@pytest.mark.parametrize("variant", sr_candidates("comprehensive-3d", with_segmentation=True))
+def test_every_class_reads_back_as_the_same_result(variant: str, request_: ReportRequest) -> None:
+    report = build_report_objects(request_, [variant])
+    dataset = dataset_of(report)
+    assert dataset.SOPClassUID == SR_CLASSES[variant.removesuffix("+seg")]
+    assert parse_report(dataset) == as_reported(request_.result)
+    segmentation = next(built.sop_instance_uid for built in report.objects if built.kind == "seg")
+    assert (segmentation in dataset.to_json()) == variant.endswith("+seg")
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_language_reads_back_and_is_shown(language: str) -> None:
+    wording = load_wording(language)
+    for make in (withheld_case, excluded_case):
+        request = dataclasses.replace(make(), wording=wording)
+        for variant in ("comprehensive-3d", "basic-text"):
+            dataset = dataset_of(build_report_objects(request, [variant]))
+            assert dataset.SpecificCharacterSet == "ISO_IR 192"
+            assert parse_report(dataset) == as_reported(request.result)
+            assert child(dataset, "121049").ConceptCodeSequence[0].CodeValue == language
+            text = format_report(dataset)
+            for expected in (wording.conclusion(request.result), wording.next_step(request.result)):
+                assert expected in text
+            assert "".join(wording.disclaimer.split()) in "".join(text.split())
+
+
+def test_basic_text_has_no_number_and_no_coordinate() -> None:
+    dataset = dataset_of(build_report_objects(withheld_case(), ["basic-text+seg"]))
+    types = {(item.ValueType, item.RelationshipType) for item in walk(dataset)}
+    assert {value for value, _ in types} == {"CODE", "CONTAINER", "IMAGE", "TEXT", "UIDREF"}
+    # relationships of PS3.3 A.35.1.3.1.2
+    assert {relation for _, relation in types} == {"CONTAINS", "HAS CONCEPT MOD", "HAS OBS CONTEXT"}
+    assert not [item for item in walk(dataset) if "MeasuredValueSequence" in item or "GraphicData" in item]
+    # the conclusion is what a viewer shows first
+    first = next(item for item in dataset.ContentSequence if item.RelationshipType == "CONTAINS")
+    assert first.ConceptNameCodeSequence[0].CodeValue == codes.QUALITATIVE_EVALUATIONS.value
 
 
 def test_rounding_is_what_the_documents_say(request_: ReportRequest) -> None:
@@ -235,8 +276,8 @@ def test_nothing_is_called_normal(report: BuiltReport, sr: Dataset) -> None:
     assert not [text for text in texts if "normal" in text.lower()]
     for category in Category:
         result = dataclasses.replace(synthetic_case().result, category=category)
-        assert "normal" not in wording.impression(result).lower()
-    assert "does not rule out" in wording.conclusion(synthetic_case().result)
+        assert "normal" not in load_wording().impression(result).lower()
+    assert "does not rule out" in load_wording().conclusion(synthetic_case().result)
 
 
 def test_flags_of_completeness_and_verification(sr: Dataset) -> None:
@@ -255,7 +296,10 @@ def test_investigational_values_stand_apart_and_say_so(sr: Dataset) -> None:
         assert status.CodeMeaning.startswith("Investigational")
         assert "investigational" in child(group, "112039").TextValue
     comments = [item.TextValue for item in walk(sr) if item.ConceptNameCodeSequence[0].CodeValue == "121106"]
-    assert comments == [wording.DISCLAIMER, wording.INVESTIGATIONAL]
+    english = load_wording()
+    assert comments[:2] == [english.disclaimer, english.investigational]
+    # the reference of the T-scores is named where people read, once
+    assert comments[2:] == ["T-scores compare with: NHANES 2005-14, women 21-30 y, sBMD."]
 
 
 def test_a_new_revision_names_its_predecessor(request_: ReportRequest, report: BuiltReport) -> None:
@@ -281,7 +325,7 @@ def test_destinations_get_their_class_and_its_fallbacks(request_: ReportRequest)
     variants = needed_variants([plain, narrow])
     assert set(variants) == {*sr_candidates("comprehensive-3d", True), *sr_candidates("comprehensive", False)}
     report = build_report_objects(request_, variants)
-    assert [built.variant for built in report.for_destination(narrow)] == ["comprehensive", "enhanced"]
+    assert [built.variant for built in report.for_destination(narrow)] == ["comprehensive", "enhanced", "basic-text"]
     assert [(built.kind, built.variant) for built in report.for_destination(plain)] == [
         ("seg", ""),
         *(("sr", variant) for variant in sr_candidates("comprehensive-3d", True)),
@@ -309,10 +353,16 @@ def test_text_for_people(request_: ReportRequest, sr: Dataset) -> None:
     for finding in request_.result.vertebrae:
         assert finding.attenuation_hu is not None
         assert f"{finding.attenuation_hu.mean:.1f}" in text
-    for expected in ("does not rule out low bone density", "investigational", "kvp uncorrected", "osteo-moe 0.2.0"):
+    for expected in (
+        "does not rule out low bone density",
+        "INVESTIGATIONAL",
+        "no correction for this tube",
+        "osteo-moe 0.2.0",
+    ):
         assert expected in text
     assert "Doe" not in text
-    assert "withheld" in format_report(dataset_of(build_report_objects(withheld_case())))
+    withheld = format_report(dataset_of(build_report_objects(withheld_case())))
+    assert "Withheld: T-score, diagnosis class (the header gives no age)." in withheld
     excluded = format_report(dataset_of(build_report_objects(excluded_case())))
     assert "Not screened" in excluded
     assert "lung kernel" in excluded

@@ -1,0 +1,56 @@
+"""Key Object Selection: the source slices that were measured, so that a viewer can jump to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import highdicom as hd
+from highdicom import ko, sr
+from pydicom.dataset import Dataset
+from pydicom.uid import KeyObjectSelectionDocumentStorage
+
+from osteo_daemon.dicom import codes
+from osteo_daemon.dicom.measurement_group import MANUFACTURER
+from osteo_daemon.dicom.series_description import series_description
+
+KOS_SERIES_NUMBER = 9105
+KEY_OBJECTS_CLASS_UID = str(KeyObjectSelectionDocumentStorage)
+
+
+def key_objects_dataset(
+    slices: Sequence[Dataset],
+    observer: sr.ObserverContext,
+    description: str,
+    *,
+    series_instance_uid: str,
+    sop_instance_uid: str,
+    instance_number: int,
+    institution: str,
+    contributing_equipment: Sequence[hd.ContributingEquipment],
+) -> Dataset:
+    """A Key Object Selection (PS3.3 A.35.4, TID 2010) of source slices.
+
+    Only source slices are selected: nothing of ours that a peer may have refused.
+
+    Args:
+        slices: cleaned headers, at least one.
+    """
+    content = ko.KeyObjectSelection(
+        document_title=codes.OF_INTEREST,
+        referenced_objects=slices,
+        observer_device_context=observer,
+        description=description,
+    )
+    dataset: Dataset = ko.KeyObjectSelectionDocument(
+        evidence=slices,
+        content=content,
+        series_instance_uid=series_instance_uid,
+        series_number=KOS_SERIES_NUMBER,
+        sop_instance_uid=sop_instance_uid,
+        instance_number=instance_number,
+        manufacturer=MANUFACTURER,
+        institution_name=institution or None,
+        series_description=series_description("key slices"),
+        contributing_equipment=contributing_equipment,
+    )
+    return dataset

@@ -7,6 +7,7 @@ import threading
 from types import FrameType
 from typing import Any
 
+from osteo_daemon.dicom.commitment import CommitmentReport
 from osteo_daemon.dicom.compare import Comparison, compare_objects
 from osteo_daemon.dicom.storage_scp import ReceivedObject, StorageScp
 from osteo_daemon.domain.study import SopInstance
@@ -36,9 +37,17 @@ class Receiver:
         self._spool = Spool(settings.spool_dir, minimum_free_bytes=settings.receiver.minimum_free_bytes)
         self._jobs = JobStore(settings.database_url)
         self._studies: dict[str, str] = {}
+        self._destinations = settings.destinations
         leftovers = self._spool.remove_leftovers()
         self._jobs.forget_associations()
-        self._scp = StorageScp(settings.receiver, settings.sources, self.accept, self._association_closed)
+        self._scp = StorageScp(
+            settings.receiver,
+            settings.sources,
+            self.accept,
+            self._association_closed,
+            settings.destinations,
+            self._commitment_reported,
+        )
         if leftovers:
             get_logger().info("leftovers_removed", count=leftovers)
         if not settings.sources:
@@ -132,6 +141,20 @@ class Receiver:
             reason=reason,
         )
         raise ConflictingInstance(reason)
+
+    def _commitment_reported(self, ae_title: str, report: CommitmentReport) -> None:
+        names = {entry.name for entry in self._destinations if entry.ae_title == ae_title}
+        delivery = self._jobs.commitment_reported(report.transaction_uid, names, report.committed, report.failed)
+        get_logger().info(
+            "commitment_reported",
+            ae_title=ae_title,
+            delivery_id=delivery.delivery_id,
+            job_id=delivery.job_id,
+            study_instance_uid=delivery.study_instance_uid,
+            state=delivery.state.value,
+            count=len(report.committed),
+            affected=len(report.failed),
+        )
 
     def _association_closed(self, association_id: str) -> None:
         self._studies.pop(association_id, None)

@@ -69,9 +69,14 @@ TRANSFER_SYNTAXES = (
 _UNCOMPRESSED = (EXPLICIT_VR_LITTLE_ENDIAN, IMPLICIT_VR_LITTLE_ENDIAN, EXPLICIT_VR_BIG_ENDIAN)
 
 
+def verification_context() -> PresentationContext:
+    """C-ECHO."""
+    return build_context(VERIFICATION, list(_UNCOMPRESSED))
+
+
 def supported_contexts() -> list[PresentationContext]:
-    """Every presentation context that the listener accepts."""
+    """Every presentation context that the listener accepts from a sender."""
     return [
-        build_context(VERIFICATION, list(_UNCOMPRESSED)),
+        verification_context(),
         *(build_context(uid, list(TRANSFER_SYNTAXES)) for uid in (*SCREENED_CLASSES, *ACCOMPANYING_CLASSES)),
     ]

@@ -245,6 +245,16 @@ def allowed(host: str, networks: tuple[Network, ...]) -> bool:
     return any(address in network for network in networks)
 
 
+def networks_of(host: str) -> tuple[Network, ...]:
+    """The addresses that a host name has now; none, and a log line, when it has none."""
+    try:
+        found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)}
+    except OSError:
+        get_logger().warning("host_unknown", host=host)
+        return ()
+    return tuple(ipaddress.ip_network(address) for address in sorted(found))
+
+
 def _hang_up(connection: socket.socket) -> None:
     with contextlib.suppress(OSError):  # it went first
         connection.shutdown(socket.SHUT_RDWR)

@@ -1,6 +1,7 @@
 """Storage and Verification SCP: hands each received object, raw, to a callback and answers with what became of it.
 
-The callback returns only when the object is durable: success means durable. Nothing is decoded here.
+The callback returns only when the object is durable: success means durable. Nothing is decoded here. Destinations may
+report here on their storage commitments: PACSs report to the port of the AE that asked.
 """
 
 from __future__ import annotations
@@ -19,14 +20,20 @@ from typing import Any
 from pydicom.dataset import Dataset
 from pynetdicom import AE, _config, evt
 
-from osteo_daemon.dicom.contexts import ACCOMPANYING_CLASSES, SCREENED_CLASSES, supported_contexts
+from osteo_daemon.dicom.commitment import CommitmentReport, answer_report, commitment_context
+from osteo_daemon.dicom.contexts import (
+    ACCOMPANYING_CLASSES,
+    SCREENED_CLASSES,
+    supported_contexts,
+    verification_context,
+)
 from osteo_daemon.dicom.header import Identifiers, file_header, read_identifiers
-from osteo_daemon.dicom.listener import HardenedServer, ListenerLimits, Network, allowed
+from osteo_daemon.dicom.listener import HardenedServer, ListenerLimits, Network, allowed, networks_of
 from osteo_daemon.dicom.status import StoreStatus, status_of
 from osteo_daemon.dicom.uids import IMPLEMENTATION_CLASS_UID
 from osteo_daemon.errors import ConfigurationError, DataSetMismatch, OsteoError, UnsupportedSopClass
 from osteo_daemon.log import get_logger
-from osteo_daemon.settings import ReceiverSettings, SourceSettings
+from osteo_daemon.settings import DestinationSettings, ReceiverSettings, SourceSettings
 
 _IDLE_SECONDS = 2.0
 _POLL_SECONDS = 0.05
@@ -70,6 +77,8 @@ class StorageScp:
         sources: who may associate; nobody when empty.
         store: makes an object durable; its OsteoError decides the answer.
         closed: called with the association id when an association has ended.
+        destinations: who may report on storage commitments, from the address that their host has at the start.
+        reported: makes a report durable, given the peer's AE title; its KeyError says that it is on nothing of ours.
 
     Raises:
         ConfigurationError: the address cannot be listened on.
@@ -81,6 +90,8 @@ class StorageScp:
         sources: tuple[SourceSettings, ...],
         store: Callable[[ReceivedObject], None],
         closed: Callable[[str], None] = lambda _association_id: None,
+        destinations: tuple[DestinationSettings, ...] = (),
+        reported: Callable[[str, CommitmentReport], None] | None = None,
     ) -> None:
         _config.LOG_HANDLER_LEVEL = "none"  # its own event log prints titles and addresses of every PDU
         self._settings = settings
@@ -92,10 +103,16 @@ class StorageScp:
                 for source in sources
             }
         )
+        self._reported = reported
+        reporters: dict[str, tuple[Network, ...]] = {}
+        for entry in destinations if reported is not None else ():
+            if entry.kind == "dicom" and entry.commitment == "storage-commitment":
+                reporters[entry.ae_title] = (*reporters.get(entry.ae_title, ()), *networks_of(entry.host))
+        self._reporters = MappingProxyType(reporters)
         self._senders: dict[str, _Sender] = {}
         self._lock = threading.Lock()
         entity = AE(ae_title=settings.ae_title)
-        entity.supported_contexts = supported_contexts()
+        entity.supported_contexts = [*supported_contexts(), commitment_context()]
         entity.implementation_class_uid = IMPLEMENTATION_CLASS_UID
         entity.implementation_version_name = "OSTEO_DAEMON"
         entity.maximum_pdu_size = settings.maximum_pdu_bytes
@@ -105,7 +122,9 @@ class StorageScp:
         # counted here instead: the library's count includes connections that never said a word
         entity.maximum_associations = 1 << 30
         limits = ListenerLimits(
-            networks=tuple(network for networks in self._networks.values() for network in networks),
+            networks=tuple(
+                network for networks in (*self._networks.values(), *self._reporters.values()) for network in networks
+            ),
             associate_seconds=settings.acse_timeout_seconds,
             pdu_seconds=settings.dimse_timeout_seconds,
             maximum_pdu_bytes=settings.maximum_pdu_bytes,
@@ -114,6 +133,7 @@ class StorageScp:
             (evt.EVT_REQUESTED, self._on_requested),
             (evt.EVT_C_STORE, self._on_store),
             (evt.EVT_C_ECHO, self._on_echo),
+            (evt.EVT_N_EVENT_REPORT, self._on_report),
             (evt.EVT_CONN_CLOSE, self._on_closed),
             (evt.EVT_ABORTED, self._on_aborted),
         ]
@@ -170,16 +190,20 @@ class StorageScp:
         request = association.requestor.primitive
         calling, called = request.calling_ae_title.strip(), request.called_ae_title.strip()
         host = association.requestor.address
+        may_store = allowed(host, self._networks.get(calling, ()))
+        may_report = allowed(host, self._reporters.get(calling, ()))
         refusal: tuple[int, int, int]
         if called != self._settings.ae_title:
             refusal, reason = _CALLED_UNKNOWN, "called AE title is not ours"
-        elif calling not in self._networks:
+        elif calling not in self._networks and calling not in self._reporters:
             refusal, reason = _CALLING_UNKNOWN, "calling AE title is not among the sources"
-        elif not allowed(host, self._networks[calling]):
+        elif not may_store and not may_report:
             refusal, reason = _CALLING_UNKNOWN, "calling AE title comes from an address that is not its own"
         elif self._server.established >= self._settings.maximum_associations:
             refusal, reason = _LIMIT_EXCEEDED, "too many associations"
         else:
+            if not may_store:
+                association.acceptor.supported_contexts = [verification_context(), commitment_context()]
             return
         get_logger().warning(
             "association_refused",
@@ -193,6 +217,17 @@ class StorageScp:
 
     def _on_echo(self, event: Any) -> int:
         return StoreStatus.SUCCESS
+
+    def _on_report(self, event: Any) -> tuple[int, None]:
+        """The end of a storage commitment that the deliverer asked for (PS3.4 J.3.3)."""
+        reported, peer = self._reported, event.assoc.requestor.ae_title.strip()
+
+        def take(report: CommitmentReport) -> None:
+            if reported is None:
+                raise KeyError(report.transaction_uid)
+            reported(peer, report)
+
+        return answer_report(event, take), None
 
     def _on_store(self, event: Any) -> Dataset:
         identifier = _association_id(event.assoc)

@@ -7,11 +7,12 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 
-from osteo_daemon.errors import ConfigurationError, Damaged, IllegalTransition, OsteoError
+from osteo_daemon.commands.options import config_option, not_blank
+from osteo_daemon.commands.studies import studies
+from osteo_daemon.errors import ConfigurationError, OsteoError
 from osteo_daemon.settings import Settings, load_settings
 
 EXIT_DAMAGED = 3
@@ -23,12 +24,6 @@ PRIVATE_UMASK = 0o077
 ROLES = ("receiver", "scheduler", "screener", "deliverer")
 
 _EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-_config = click.option(
-    "--config",
-    envvar="OSTEO_CONFIG",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Settings file (osteo.toml); without it, defaults and OSTEO_... variables.",
-)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -51,7 +46,7 @@ def cli() -> None:
 
 
 @cli.command()
-@_config
+@config_option
 def serve(config: Path | None) -> None:
     """Run receiver, scheduler, screener and deliverer as child processes; stop with SIGTERM or Ctrl-C."""
     os.umask(PRIVATE_UMASK)
@@ -62,7 +57,7 @@ def serve(config: Path | None) -> None:
 
 @cli.command()
 @click.argument("role", type=click.Choice(ROLES))
-@_config
+@config_option
 def run(role: str, config: Path | None) -> None:
     """Run one ROLE in the foreground; stop with SIGTERM or Ctrl-C."""
     settings = load_settings(config)
@@ -83,7 +78,7 @@ def run(role: str, config: Path | None) -> None:
 @cli.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder for the results.")
-@_config
+@config_option
 def screen(folder: Path, out: Path, config: Path | None) -> None:
     """Screen the DICOM files of one study below FOLDER.
 
@@ -97,7 +92,7 @@ def screen(folder: Path, out: Path, config: Path | None) -> None:
 
 
 @cli.command()
-@_config
+@config_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(config: Path | None, as_json: bool) -> None:
     """Verify settings, folders, disk, model digests and GPU, and C-ECHO every destination."""
@@ -112,128 +107,13 @@ def check(config: Path | None, as_json: bool) -> None:
     sys.exit(0 if all(finding.ok for finding in findings) else 1)
 
 
-@cli.group()
-def studies() -> None:
-    """What came in and what became of it."""
-
-
-@studies.command("list")
-@_config
-@click.option("--state", help="Only studies in this state (READY, HELD, FAILED, ...).")
-@click.option("--limit", default=50, show_default=True, help="Most rows.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def list_studies(config: Path | None, state: str | None, limit: int, as_json: bool) -> None:
-    """List studies, the newest first."""
-    from osteo_daemon.domain.job import JobState
-
-    try:
-        wanted = None if state is None else JobState(state.upper())
-    except ValueError:
-        raise click.UsageError(f"--state {state}: one of {', '.join(JobState)}") from None
-    rows = [
-        {
-            "study_instance_uid": job.study_instance_uid,
-            "state": job.state.value,
-            "revision": job.revision,
-            "attempts": job.attempts,
-            "instances": job.instances,
-            "source_ae": job.source_ae,
-            "changed_at": job.changed_at.isoformat(timespec="seconds"),
-            "code": job.code,
-            "detail": job.detail,
-        }
-        for job in _store(config).recent(state=wanted, limit=limit)
-    ]
-    if as_json:
-        click.echo(json.dumps(rows, indent=2))
-        return
-    if not rows:
-        click.echo("no studies")
-    for row in rows:
-        why = f"  {row['code']}: {row['detail']}" if row["code"] else ""
-        click.echo(
-            f"{row['state']:<10} r{row['revision']} {row['instances']:>5} images  {row['changed_at']}  "
-            f"{row['study_instance_uid']}{why}"
-        )
-
-
-@studies.command("show")
-@click.argument("study_instance_uid")
-@_config
-def show_study(study_instance_uid: str, config: Path | None) -> None:
-    """Print one study as JSON: its job, its history, its result and its report objects."""
-    store = _store(config)
-    jobs = store.recent(study_instance_uid=study_instance_uid, limit=1)
-    if not jobs:
-        raise _unknown(study_instance_uid)
-    document = {
-        "study_instance_uid": study_instance_uid,
-        "state": jobs[0].state.value,
-        "revision": jobs[0].revision,
-        "events": [
-            {
-                "at": event.at.isoformat(),
-                "who": event.who,
-                "event": event.event,
-                "to_state": None if event.to_state is None else event.to_state.value,
-                "reason": event.reason,
-            }
-            for event in store.events(study_instance_uid)
-        ],
-        "result": store.result(study_instance_uid),
-        "report_objects": [
-            {"kind": entry.kind.value, "sop_instance_uid": entry.sop_instance_uid, "sha256": entry.sha256}
-            for entry in store.report_objects(study_instance_uid)
-        ],
-    }
-    click.echo(json.dumps(document, indent=2))
-
-
 def _let_idle_threads_sleep() -> None:
     # OpenMP's threads spin while they wait: beside other work on the same cores that made a screening 15 times slower.
     # The library reads this once, when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def _unknown(study_instance_uid: str) -> Damaged:
-    return Damaged(f"no study {study_instance_uid}; see osteo studies list")
-
-
-def _not_blank(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
-    if not value.strip():
-        raise click.BadParameter("say why")
-    return value
-
-
-def _by_hand(name: str, help_text: str) -> None:
-    @studies.command(name, help=help_text)
-    @click.argument("study_instance_uid")
-    @click.option("--reason", required=True, callback=_not_blank, help="Why; kept in the study's history.")
-    @_config
-    def act(study_instance_uid: str, reason: str, config: Path | None) -> None:
-        store: Any = _store(config)
-        try:
-            getattr(store, f"{name}_study")(study_instance_uid, "operator", reason)
-        except KeyError:
-            raise _unknown(study_instance_uid) from None
-        except IllegalTransition as error:
-            what = f"{name} is not possible for {study_instance_uid} now ({error.detail})"
-            raise IllegalTransition(f"{what}; see osteo studies show {study_instance_uid}") from None
-        click.echo(f"{name}: {study_instance_uid}")
-
-
-_by_hand("hold", "Stop a study; nothing is deleted.")
-_by_hand("retry", "Let a held, failed or excluded study run again.")
-_by_hand("reprocess", "Screen a finished study again under a new revision.")
-
-
-def _store(config: Path | None) -> Any:
-    from osteo_daemon.jobs.store import JobStore
-
-    settings = load_settings(config)
-    if not (settings.state_dir / "jobs.sqlite").exists():
-        raise ConfigurationError(f"{settings.state_dir} holds no job store; has the node run with these settings?")
-    return JobStore(settings.database_url)
+cli.add_command(studies)
 
 
 @cli.group()
@@ -243,8 +123,8 @@ def screener() -> None:
 
 def _wish(name: str, mode: str, help_text: str) -> None:
     @screener.command(name, help=help_text)
-    @click.option("--reason", required=True, callback=_not_blank, help="Why; kept until the next word.")
-    @_config
+    @click.option("--reason", required=True, callback=not_blank, help="Why; kept until the next word.")
+    @config_option
     def say(reason: str, config: Path | None) -> None:
         from osteo_daemon.control import Mode, write_wish
 
@@ -258,7 +138,7 @@ _wish("drain", "drain", "Finish the study in hand, claim no other and unload the
 
 
 @screener.command("status")
-@_config
+@config_option
 def screener_status(config: Path | None) -> None:
     """Print as JSON what was last said to the screeners and what each of them says of itself."""
     from dataclasses import asdict

@@ -82,7 +82,7 @@ def _disk(settings: Settings) -> str:
 
 
 def _store(settings: Settings) -> str:
-    if not (settings.state_dir / "jobs.sqlite").exists():
+    if settings.database_file is not None and not settings.database_file.exists():
         _writable(settings.state_dir)
         return "will be created on the first start"
     counts = JobStore(settings.database_url).counts_by_state()

@@ -10,6 +10,7 @@ from typing import Any
 from osteo_daemon.dicom.commitment import CommitmentReport
 from osteo_daemon.dicom.compare import Comparison, compare_objects
 from osteo_daemon.dicom.storage_scp import ReceivedObject, StorageScp
+from osteo_daemon.domain.job import Priority
 from osteo_daemon.domain.study import SopInstance
 from osteo_daemon.errors import ConflictingInstance, StoreUnavailable
 from osteo_daemon.jobs.records import RecordOutcome
@@ -37,6 +38,7 @@ class Receiver:
         self._spool = Spool(settings.spool_dir, minimum_free_bytes=settings.receiver.minimum_free_bytes)
         self._jobs = JobStore(settings.database_url)
         self._studies: dict[str, str] = {}
+        self._priorities = {source.ae_title: Priority[source.priority.upper()] for source in settings.sources}
         self._destinations = settings.destinations
         leftovers = self._spool.remove_leftovers()
         self._jobs.forget_associations()
@@ -110,6 +112,7 @@ class Receiver:
             received.source_ae,
             association_id=received.association_id if last is not None else None,
             screenable=received.screenable,
+            priority=self._priorities.get(received.source_ae, Priority.ROUTINE),
         )
 
     def _resolve(self, received: ReceivedObject, instance: SopInstance, stored: StoredFile) -> RecordOutcome:

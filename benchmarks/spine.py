@@ -1,8 +1,8 @@
 """Localisation and measurement on virtual patients unlike any of training: ``python -m benchmarks.spine [--quick]``.
 
 200 patients drawn outside training's ranges (`benchmarks.heldout`) over age, sex, density, curvature, voltage,
-contrast, noise, thickness and coverage, and 40 with another number of vertebrae or ribs. Figures: names, refusals, centres, bias
-and limits of agreement of the attenuation, by stratum, and a plot (`benchmarks.spine_figures`).
+contrast, noise, thickness and coverage, and 40 with another number of vertebrae or ribs. Figures: names, refusals,
+centres, bias and limits of agreement of the attenuation, by stratum, and a plot (`benchmarks.spine_figures`).
 
 Scans and judgements are kept in ``runs/spine-phantoms``: a run that was stopped goes on where it was, and judges again
 only what the source of the localiser, its weights or this file changed. ``--render`` fills the cache alone.
@@ -57,7 +57,7 @@ def draws(patients: int, variants_each: int) -> Iterator[Draw]:
 
 def judge(case: Draw, study: PhantomStudy, localizer: SpineLocalizer) -> Record:
     """Localise and measure one study and compare with its truth; plain JSON values."""
-    volume = CtVolume(study.voxels.astype(np.float32), study.affine)
+    volume = CtVolume(study.voxels.astype(np.float32), np.asarray(study.affine, dtype=np.float64))
     record: Record = {
         "seed": case.seed,
         "anatomy": case.anatomy,

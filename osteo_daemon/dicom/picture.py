@@ -181,16 +181,17 @@ def _draw_view(page: Page, content: PictureContent) -> None:
 
 def _draw_trend(page: Page, content: PictureContent, today: date, top: float) -> float:
     index = page.index_hu(content.result)
-    values = [(entry.study_date, entry.index_hu) for entry in content.earlier][-4:]
+    values = [(entry.study_date, entry.index_hu) for entry in content.earlier if entry.study_date < today][-4:]
+    if not values:
+        return top
     values += [] if index is None else [(today, index)]
-    left, height = 0.555, 0.075
+    left, height = 0.555, 0.06
     page.text(left, top, page.wording.tables["label"]["trend"], color=MUTED, size=13, va="top")
-    axes = page.figure.add_axes((left + 0.02, top - 0.045 - height, 0.385, height), facecolor="none")
+    axes = page.figure.add_axes((left + 0.02, top - 0.04 - height, 0.385, height), facecolor="none")
     axes.set_axis_off()
-    days = np.array([(when - values[0][0]).days for when, _ in values], dtype=np.float64)
     numbers = np.array([hu for _, hu in values])
     # studies on neighbouring days would write over each other: even steps, the date below each
-    steps = np.arange(len(days), dtype=np.float64)
+    steps = np.arange(len(values), dtype=np.float64)
     axes.plot(steps, numbers, color=BODY, linewidth=2.5, marker="o", markersize=8)
     spread = max(float(np.ptp(numbers)), 20.0)
     axes.set_ylim(float(numbers.min()) - 0.9 * spread, float(numbers.max()) + 0.9 * spread)
@@ -198,7 +199,7 @@ def _draw_trend(page: Page, content: PictureContent, today: date, top: float) ->
     for step, (when, hu) in zip(steps, values, strict=True):
         page.on(axes, step, hu + 0.25 * spread, f"{hu:.0f}", size=14, ha="center", va="bottom", weight="bold")
         page.on(axes, step, float(numbers.min()) - 0.9 * spread, f"{when:%Y-%m}", MUTED, 12, ha="center", va="top")
-    return top - 0.045 - height - 0.03
+    return top - 0.04 - height - 0.03
 
 
 def _draw_footer(page: Page, content: PictureContent) -> None:

@@ -15,8 +15,11 @@ LEFT: Final = 0.555
 RIGHT: Final = 0.98
 _BAR_FULL_SCALE_HU: Final = 300.0
 _SIGN: Final = {Severity.INFO: "i", Severity.CAUTION: "!", Severity.BLOCKING: "×"}
+_NO_BREAK: Final = "\N{NO-BREAK SPACE}"
 _BOTTOM: Final = 0.105
-_ROW: Final = 0.053
+_ROW: Final = 0.047
+_HU: Final = LEFT + 0.14  # right edges of the numbers
+_CORRECTED: Final = LEFT + 0.225
 
 
 def draw_table(page: Page, result: ScreeningResult, age_reference: AgeReference | None) -> float:
@@ -24,16 +27,16 @@ def draw_table(page: Page, result: ScreeningResult, age_reference: AgeReference 
     top = 0.905
     label = page.wording.tables["label"]
     with_corrected = any(finding.attenuation_hu_corrected is not None for finding in result.vertebrae)
-    head = page.fitting(label["level"], 0.095, 16)
+    head = page.fitting(label["level"], 0.08, 16)
     page.text(LEFT, top, label["level"], color=MUTED, size=head, va="center")
-    page.text(LEFT + 0.175, top, "HU", color=MUTED, size=16, va="center", ha="right")
+    page.text(_HU, top, "HU", color=MUTED, size=16, va="center", ha="right")
     if with_corrected:
-        page.text(LEFT + 0.275, top, label["corrected"], color=MUTED, size=16, va="center", ha="right")
+        page.text(_CORRECTED, top, label["corrected"], color=MUTED, size=16, va="center", ha="right")
     axes = page.figure.add_axes((0.0, 0.0, 1.0, 1.0), facecolor="none")
     axes.set_axis_off()
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
-    bar_left = LEFT + (0.295 if with_corrected else 0.195)
+    bar_left = (_CORRECTED if with_corrected else _HU) + 0.02
     bar_right = RIGHT - 0.035
     bracket = False
     y = top
@@ -44,10 +47,10 @@ def draw_table(page: Page, result: ScreeningResult, age_reference: AgeReference 
         decides = finding.level in AVERAGED_LEVELS and not finding.blocked
         colour = TEXT if decides else MUTED
         number = "–" if measured is None else f"{measured.mean:.0f}"
-        page.text(LEFT + 0.175, y, number, color=colour, size=22, va="center", ha="right")
+        page.text(_HU, y, number, color=colour, size=22, va="center", ha="right")
         if with_corrected:
             number = "–" if corrected is None else f"{corrected.mean:.0f}"
-            page.text(LEFT + 0.275, y, number, color=colour, size=20, va="center", ha="right")
+            page.text(_CORRECTED, y, number, color=colour, size=20, va="center", ha="right")
         if measured is not None:
             reach = bar_left + _share(measured.mean) * (bar_right - bar_left)
             for end, shade in ((bar_right, "#2A323A"), (reach, BODY if decides else MUTED)):
@@ -74,53 +77,75 @@ def draw_table(page: Page, result: ScreeningResult, age_reference: AgeReference 
                 mean=f"{age_reference.mean_hu:.0f}", sd=f"{age_reference.sd_hu:.0f}", source=age_reference.source
             )
         )
-    y -= 0.034
+    y -= 0.03
     for note in notes:
         for line in page.wrap(note, RIGHT - LEFT, 13):
             page.text(LEFT, y, line, color=MUTED, size=13, va="top")
-            y -= 0.0235
-    return y - 0.012
+            y -= 0.0225
+    return y - 0.01
 
 
 def draw_notes(page: Page, result: ScreeningResult, top: float) -> None:
-    """Conclusion, next step, estimates and flags, as many as there is room for; what is left out is counted."""
+    """Conclusion, next step, flags and estimates, as many as there is room for; what is left out is counted."""
     wording = page.wording
-    blocks = [
-        (wording.conclusion(result), TEXT, 16.0, "bold"),
-        (wording.next_step(result), TEXT, 14.0, "normal"),
-        *((text, MUTED, 13.0, "normal") for text in _network_lines(page, result)),
+    y = _block(page, top, wording.conclusion(result), TEXT, 16.0, "bold")
+    y = _block(page, y, wording.next_step(result), TEXT, 14.0)
+    said = [
+        (flag.severity, f"{_SIGN[flag.severity]}{_NO_BREAK}{wording.flag(flag.code)}") for flag in result.quality_flags
     ]
-    blocks += [
-        (f"{_SIGN[flag.severity]} {wording.flag(flag.code)}", REGION, 14.0, "normal") for flag in result.quality_flags
-    ]
-    blocks += [(text, REGION, 14.0, "normal") for text in _by_flag(page, result.vertebrae)]
-    y = top
-    for number, (text, colour, size, weight) in enumerate(blocks):
-        lines = page.wrap(text, RIGHT - LEFT, size, weight)
-        line_height = size * 0.00185
-        last = number == len(blocks) - 1
-        # the line that says what is left out needs room itself
-        if y - line_height * (len(lines) + (0 if last else 1)) < _BOTTOM:
-            left_over = wording.text("label", "more", count=len(blocks) - number)
-            page.text(LEFT, y, left_over, color=colour, size=page.fitting(left_over, RIGHT - LEFT, 14), va="top")
+    said += _by_flag(page, result.vertebrae)
+    # the gravest first: the last may have to give way
+    flags = [text for _, text in sorted(said, key=lambda entry: -list(Severity).index(entry[0]))]
+    estimates = _network_lines(page, result)
+    # flags before estimates: of those an investigational network's are the first that may give way
+    shown, kept = "", 0
+    for number in range(1, len(flags) + 1):
+        text = " · ".join(flags[:number])
+        if _height(page, text, 14.0) + (_line(14.0) if number < len(flags) + len(estimates) else 0.0) > y - _BOTTOM:
             break
-        for line in lines:
-            page.text(LEFT, y, line, color=colour, size=size, va="top", weight=weight)
-            y -= line_height
-        y -= 0.006
+        shown, kept = text, number
+    if shown:
+        y = _block(page, y, shown, REGION, 14.0)
+    left_out = len(flags) - kept
+    for number, text in enumerate(estimates):
+        rest = _line(14.0) if left_out or number < len(estimates) - 1 else 0.0
+        if left_out or _height(page, text, 13.0) + rest > y - _BOTTOM:
+            left_out += 1
+            continue
+        y = _block(page, y, text, MUTED, 13.0)
+    if left_out:
+        more = wording.text("label", "more", count=left_out)
+        page.text(LEFT, y, more, color=REGION, size=page.fitting(more, RIGHT - LEFT, 14), va="top")
+
+
+def _line(size: float) -> float:
+    return size * 0.00185
+
+
+def _height(page: Page, text: str, size: float, weight: str = "normal") -> float:
+    return _line(size) * len(page.wrap(text, RIGHT - LEFT, size, weight)) + 0.006
+
+
+def _block(page: Page, y: float, text: str, colour: str, size: float, weight: str = "normal") -> float:
+    """Write a paragraph; returns the height below it."""
+    for line in page.wrap(text, RIGHT - LEFT, size, weight):
+        page.text(LEFT, y, line, color=colour, size=size, va="top", weight=weight)
+        y -= _line(size)
+    return y - 0.006
 
 
 def _share(hu: float) -> float:
     return float(np.clip(hu / _BAR_FULL_SCALE_HU, 0.0, 1.0))
 
 
-def _by_flag(page: Page, vertebrae: Sequence[VertebraFinding]) -> list[str]:
+def _by_flag(page: Page, vertebrae: Sequence[VertebraFinding]) -> list[tuple[Severity, str]]:
     levels: dict[tuple[str, Severity], list[str]] = {}
     for finding in vertebrae:
         for flag in finding.quality_flags:
             levels.setdefault((flag.code, flag.severity), []).append(str(finding.level))
     return [
-        f"{_SIGN[severity]} {', '.join(names)}: {page.wording.flag(code)}" for (code, severity), names in levels.items()
+        (severity, f"{_SIGN[severity]}{_NO_BREAK}{', '.join(names)}: {page.wording.flag(code)}")
+        for (code, severity), names in levels.items()
     ]
 
 

@@ -22,8 +22,8 @@ REGION: Final = "#E69F00"
 
 # A line may end after any ideograph or kana, but not before a closing mark (JIS X 4051, GB/T 15834).
 _PIECES: Final = re.compile(
-    r"\s+|[\u2e80-\u9fff\uf900-\ufaff][、。，．：；）】」』！？・ー～々]*|[（【「『][\u2e80-\u9fff][、。，．：；）】」』！？・ー～々]*"
-    r"|[^\s\u2e80-\u9fff\uf900-\ufaff（【「『]+|."
+    r" +|[\u2e80-\u9fff\uf900-\ufaff][、。，．：；）】」』！？・ー～々]*|[（【「『][\u2e80-\u9fff][、。，．：；）】」』！？・ー～々]*"
+    r"|[^ \u2e80-\u9fff\uf900-\ufaff（【「『]+|."
 )
 
 

@@ -44,8 +44,14 @@ class Orthanc:
 
 
 @contextmanager
-def running_orthanc(folder: Path, dicom_port: int, http_port: int) -> Iterator[Orthanc]:
-    """Start Orthanc with an empty store below ``folder``; end it afterwards."""
+def running_orthanc(
+    folder: Path, dicom_port: int, http_port: int, modalities: dict[str, Any] | None = None
+) -> Iterator[Orthanc]:
+    """Start Orthanc with an empty store below ``folder``; end it afterwards.
+
+    Args:
+        modalities: its ``DicomModalities``: whom it may report to.
+    """
     program = require_command("Orthanc")
     folder.mkdir(parents=True, exist_ok=True)
     configuration = folder / "orthanc.json"
@@ -60,6 +66,7 @@ def running_orthanc(folder: Path, dicom_port: int, http_port: int) -> Iterator[O
                 "DicomCheckCalledAet": True,
                 "DicomAlwaysAllowStore": True,
                 "DicomAlwaysAllowEcho": True,
+                "DicomModalities": modalities or {},
                 "DicomAlwaysAllowFind": True,
                 "HttpPort": http_port,
                 "HttpServerEnabled": True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import signal
 import subprocess
 import sys
@@ -17,120 +16,33 @@ import pydicom
 import pytest
 from pynetdicom import AE, build_context, evt
 
-from osteo_daemon.deliverer import Lane
-from osteo_daemon.dicom.report_objects import BuiltReport, build_report_objects, needed_variants
+from osteo_daemon.dicom.report_objects import BuiltReport
 from osteo_daemon.dicom.storage_scu import judge, send_objects
 from osteo_daemon.dicom.verification import echo
 from osteo_daemon.domain.job import JobState
-from osteo_daemon.domain.study import RemoteAE, SopInstance
+from osteo_daemon.domain.study import RemoteAE
 from osteo_daemon.errors import PeerBusy, PeerUnavailable, Refused
-from osteo_daemon.jobs.records import Delivery, DeliveryState, NewDelivery, ReportKind, ReportObject
-from osteo_daemon.jobs.spool import Spool
-from osteo_daemon.jobs.store import JobStore
-from osteo_daemon.settings import DestinationSettings, Settings
+from osteo_daemon.jobs.records import DeliveryState, ReportKind
+from tests.deliveries import (
+    PATIENCE_S,
+    SENT,
+    built_report,
+    commit,
+    data_set_digest,
+    ended,
+    lanes,
+    settings_for,
+    spooled,
+)
 from tests.fakes import LOOPBACK, CountingScp, a_free_port, until
 from tests.orthanc import running_orthanc
-from tests.report_cases import STUDY_UID, synthetic_case
+from tests.report_cases import STUDY_UID
 
 EXPLICIT, IMPLICIT = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2"
 COMPREHENSIVE_3D, COMPREHENSIVE = "1.2.840.10008.5.1.4.1.1.88.34", "1.2.840.10008.5.1.4.1.1.88.33"
 ENHANCED = "1.2.840.10008.5.1.4.1.1.88.22"
 SEGMENTATION, SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.7"
-PATIENCE_S = 60.0
 ALL_CLASSES = (SEGMENTATION, COMPREHENSIVE_3D, COMPREHENSIVE, ENHANCED, SECONDARY_CAPTURE)
-
-
-def settings_for(folder: Path, *ports: int, **deliverer: float) -> Settings:
-    """One node with a destination for each port, quick to retry."""
-    timing = {
-        "poll_seconds": 0.05,
-        "retry_base_seconds": 0.1,
-        "retry_maximum_seconds": 0.3,
-        "probe_maximum_seconds": 0.3,
-        **deliverer,
-    }
-    destinations = [
-        {"name": f"pacs{number}", "ae_title": "PACS", "host": LOOPBACK, "port": port, "commitment": "none"}
-        for number, port in enumerate(ports)
-    ]
-    return Settings.model_validate({"state_dir": folder / "state", "destinations": destinations, "deliverer": timing})
-
-
-@pytest.fixture(scope="module")
-def built() -> BuiltReport:
-    """All objects that a destination with the default settings may need."""
-    destination = DestinationSettings(name="any", ae_title="PACS", host=LOOPBACK, port=104)
-    return build_report_objects(synthetic_case(), needed_variants([destination]))
-
-
-def spooled(folder: Path, built: BuiltReport) -> list[ReportObject]:
-    """The objects in a spool, as the store knows them."""
-    spool = Spool(folder)
-    found = []
-    for entry in built.objects:
-        stored = spool.store_report(STUDY_UID, entry.sop_instance_uid, [entry.data])
-        found.append(
-            ReportObject(
-                ReportKind(entry.kind),
-                entry.sop_class_uid,
-                entry.sop_instance_uid,
-                stored.path,
-                stored.size_bytes,
-                stored.sha256,
-                entry.variant,
-            )
-        )
-    return found
-
-
-def commit(settings: Settings, built: BuiltReport) -> JobStore:
-    """A store in which a study was received, screened and reported."""
-    store = JobStore(settings.database_url)
-    source = SopInstance(
-        study_instance_uid=STUDY_UID,
-        series_instance_uid=f"{STUDY_UID}.2",
-        sop_class_uid="1.2.840.10008.5.1.4.1.1.2",
-        sop_instance_uid=f"{STUDY_UID}.2.1",
-        transfer_syntax_uid=EXPLICIT,
-        path=settings.spool_dir / "source",
-        size_bytes=1,
-        sha256="0" * 64,
-    )
-    store.record_instance(source, "CT1")
-    store.mark_complete(STUDY_UID, who="test", reason="all sent")
-    job = store.claim("test", 60, 3)
-    assert job is not None
-    objects = spooled(settings.spool_dir, built)
-    deliveries = [
-        NewDelivery(entry.name, tuple(each.sop_instance_uid for each in built.for_destination(entry)))
-        for entry in settings.destinations
-    ]
-    store.commit_report(job, {"schema": "osteo-result/1"}, objects, deliveries)
-    return store
-
-
-@contextmanager
-def lanes(settings: Settings, store: JobStore) -> Iterator[list[Lane]]:
-    """Run the deliverer's lanes in this process."""
-    stopping = threading.Event()
-    running = [Lane(settings, destination, store, stopping) for destination in settings.destinations]
-    for lane in running:
-        lane.start()
-    try:
-        yield running
-    finally:
-        stopping.set()
-        for lane in running:
-            lane.join(20)
-            assert not lane.is_alive()
-
-
-def ended(store: JobStore, destination: str = "pacs0") -> Delivery | None:
-    """The destination's delivery once it is delivered or refused."""
-    for delivery in store.deliveries():
-        if delivery.destination == destination and delivery.state in (DeliveryState.DELIVERED, DeliveryState.REFUSED):
-            return delivery
-    return None
 
 
 @contextmanager
@@ -163,10 +75,10 @@ def peer(
         server.shutdown()
 
 
-def data_set_digest(data: bytes) -> str:
-    """SHA-256 of a Part 10 file's data set without its meta information (PS3.10 7.1)."""
-    group_length = int.from_bytes(data[140:144], "little")
-    return hashlib.sha256(data[144 + group_length :]).hexdigest()
+@pytest.fixture(scope="module")
+def built() -> BuiltReport:
+    """All objects that a destination with the default settings may need."""
+    return built_report()
 
 
 def test_each_object_arrives_once_with_the_bytes_of_the_file(tmp_path: Path, built: BuiltReport) -> None:
@@ -180,7 +92,7 @@ def test_each_object_arrives_once_with_the_bytes_of_the_file(tmp_path: Path, bui
         expected = [
             (entry.sop_class_uid, entry.sop_instance_uid, data_set_digest(entry.data))
             for entry in built.objects
-            if entry.variant in ("", "comprehensive-3d+seg")
+            if entry.variant in SENT
         ]
         # SEG before the SR that points to it, then the picture
         assert first.received == expected
@@ -462,9 +374,7 @@ def test_orthanc_files_the_objects_under_the_source_study(tmp_path: Path, built:
             received[str(dataset.SOPInstanceUID)] = data_set_digest(data)
             assert (str(dataset.PatientName), dataset.PatientID) == ("Doe^Jane", "P-17")
         assert received == {
-            entry.sop_instance_uid: data_set_digest(entry.data)
-            for entry in built.objects
-            if entry.variant in ("", "comprehensive-3d+seg")
+            entry.sop_instance_uid: data_set_digest(entry.data) for entry in built.objects if entry.variant in SENT
         }
         assert len(orthanc.find("Study", PatientID="P-17")) == 1
     store.close()

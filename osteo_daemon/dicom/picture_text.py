@@ -21,9 +21,9 @@ BODY: Final = "#56B4E9"  # Okabe and Ito: told apart with every common colour vi
 REGION: Final = "#E69F00"
 
 # A line may end after any ideograph or kana, but not before a closing mark (JIS X 4051, GB/T 15834).
+_CLOSING: Final = "、。，．：；）】」』！？・ー～々"
 _PIECES: Final = re.compile(
-    r" +|[\u2e80-\u9fff\uf900-\ufaff][、。，．：；）】」』！？・ー～々]*|[（【「『][\u2e80-\u9fff][、。，．：；）】」』！？・ー～々]*"
-    r"|[^ \u2e80-\u9fff\uf900-\ufaff（【「『]+|."
+    rf" +|[（【「『]?[\u2e80-\u9fff\uf900-\ufaff][{_CLOSING}]*|[^ \u2e80-\u9fff\uf900-\ufaff（【「『]+|."
 )
 
 

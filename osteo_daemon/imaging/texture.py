@@ -11,20 +11,16 @@ samples of a batch at once; a sample's features don't depend on its batch-mates.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from typing import Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-DIRECTIONS: Final = tuple(d for d in itertools.product((-1, 0, 1), repeat=3) if d > (0, 0, 0))
-"""The 13 directions of a 3 x 3 x 3 neighbourhood, one of each opposite pair."""
+from osteo_daemon.imaging.texture_matrices import DIRECTIONS, check, count_cells, glcm, gldm, glrlm, glszm
 
 _TINY: Final = 1e-12
 _MAXIMUM_COARSENESS: Final = 1e6
-_NEIGHBOURS: Final = 27
 
 
 def discretise(hu: Tensor, mask: Tensor, low_hu: float, bin_width_hu: float, levels: int) -> Tensor:
@@ -43,118 +39,24 @@ def texture_features(grey: Tensor, levels: int) -> dict[str, Tensor]:
     Raises:
         ValueError: the grey levels do not lie in 0 to ``levels``, or a sample has fewer than two voxels in its mask.
     """
+    voxels = (grey > 0).flatten(1).sum(1)
+    zones, sizes = glszm(grey, levels)
     families = {
         "histogram": histogram_features(grey, levels),
         "glcm": glcm_features(glcm(grey, levels)),
-        "glrlm": size_features(glrlm(grey, levels), len(DIRECTIONS) * (grey > 0).flatten(1).sum(1)),
-        "glszm": size_features(glszm(grey, levels), (grey > 0).flatten(1).sum(1)),
-        "gldm": size_features(gldm(grey, levels), (grey > 0).flatten(1).sum(1)),
+        "glrlm": size_features(glrlm(grey, levels), len(DIRECTIONS) * voxels),
+        "glszm": size_features(zones, voxels, sizes),
+        "gldm": size_features(gldm(grey, levels), voxels),
         "ngtdm": ngtdm_features(grey, levels),
     }
     return {f"{family}_{name}": value for family, values in families.items() for name, value in values.items()}
 
 
-def _check(grey: Tensor, levels: int) -> None:
-    if grey.ndim != 4 or grey.dtype != torch.int64 or int(grey.min()) < 0 or int(grey.max()) > levels:
-        raise ValueError(f"need (B, D, H, W) int64 grey levels from 0 to {levels}")
-    if int((grey > 0).flatten(1).sum(1).min()) < 2:
-        raise ValueError("a sample has fewer than two voxels in its mask")
-
-
-def _flat(grey: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
-    """Padded by one and flattened, so that a neighbour is a fixed step away and no step leaves the sample.
-
-    Returns:
-        (N,) grey levels of the padded batch, (M,) positions inside the masks, (M,) their samples, steps of D and H.
-    """
-    padded = functional.pad(grey, (1, 1, 1, 1, 1, 1))
-    _, depth, height, width = padded.shape
-    flat = padded.flatten()
-    inside = flat.nonzero().squeeze(1)
-    return flat, inside, inside // (depth * height * width), (height * width, width)
-
-
-def _steps(strides: tuple[int, int]) -> Iterator[int]:
-    for d, h, w in DIRECTIONS:
-        yield d * strides[0] + h * strides[1] + w
-
-
-def _count(sample: Tensor, row: Tensor, column: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Histogram of (sample, row, column) into a (B, R, C) float64 matrix."""
-    batch, rows, columns = shape
-    index = (sample * rows + row) * columns + column
-    return torch.bincount(index, minlength=batch * rows * columns).reshape(shape).double()
-
-
-def glcm(grey: Tensor, levels: int) -> Tensor:
-    """Symmetric grey level co-occurrence counts, merged over directions: (B, G, G) float64."""
-    _check(grey, levels)
-    flat, inside, sample, strides = _flat(grey)
-    total = torch.zeros((grey.shape[0], levels, levels), dtype=torch.float64, device=grey.device)
-    for step in _steps(strides):
-        other = flat[inside + step]
-        pair = other > 0
-        total += _count(sample[pair], flat[inside][pair] - 1, other[pair] - 1, (grey.shape[0], levels, levels))
-    return total + total.transpose(1, 2)
-
-
-def glrlm(grey: Tensor, levels: int) -> Tensor:
-    """Grey level run length counts, merged over directions: (B, G, R) float64, run length r at column r - 1."""
-    _check(grey, levels)
-    flat, inside, sample, strides = _flat(grey)
-    longest = max(grey.shape[1:])
-    total = torch.zeros((grey.shape[0], levels, longest), dtype=torch.float64, device=grey.device)
-    for step in _steps(strides):
-        first = flat[inside - step] != flat[inside]
-        position, owner = inside[first], sample[first]
-        level = flat[position]
-        length = torch.ones_like(position)
-        alive = torch.arange(len(position), device=grey.device)
-        while len(alive):
-            position = position + step
-            alive = alive[flat[position[alive]] == level[alive]]
-            length[alive] += 1
-        total += _count(owner, level - 1, length - 1, (grey.shape[0], levels, longest))
-    return total
-
-
-def glszm(grey: Tensor, levels: int) -> Tensor:
-    """Counts of zones of equal grey level linked over 26 neighbours: (B, G, Z) float64, size z at column z - 1."""
-    _check(grey, levels)
-    flat, inside, _, strides = _flat(grey)
-    # every voxel takes the smallest position of its zone: neighbours first, then jumps along the labels found so far
-    label = torch.arange(len(flat), device=grey.device)
-    while True:
-        before = label[inside]
-        for step in _steps(strides):
-            for signed in (step, -step):
-                other = inside + signed
-                same = flat[other] == flat[inside]
-                label[inside[same]] = torch.minimum(label[inside[same]], label[other[same]])
-        label[inside] = label[label[inside]]
-        if torch.equal(before, label[inside]):
-            break
-    roots, size = torch.unique(label[inside], return_counts=True)
-    owner = roots // (len(flat) // grey.shape[0])
-    return _count(owner, flat[roots] - 1, size - 1, (grey.shape[0], levels, int(size.max())))
-
-
-def gldm(grey: Tensor, levels: int) -> Tensor:
-    """Neighbouring grey level dependence counts, coarseness 0: (B, G, 27) float64, dependence j at column j - 1."""
-    _check(grey, levels)
-    flat, inside, sample, strides = _flat(grey)
-    dependence = torch.zeros_like(inside)
-    for step in _steps(strides):
-        dependence += (flat[inside + step] == flat[inside]).long() + (flat[inside - step] == flat[inside]).long()
-    return _count(sample, flat[inside] - 1, dependence, (grey.shape[0], levels, _NEIGHBOURS))
-
-
 def histogram_features(grey: Tensor, levels: int) -> dict[str, Tensor]:
     """Intensity histogram (IBSI ZVCW) of the discretised levels: moments, entropy and uniformity, each (B,)."""
-    _check(grey, levels)
-    _, _, sample, _ = _flat(grey)
-    value = grey.flatten()[grey.flatten() > 0]
-    p = _count(sample, value - 1, torch.zeros_like(value), (grey.shape[0], levels, 1)).squeeze(2)
+    check(grey, levels)
+    sample = torch.arange(grey.shape[0], device=grey.device)[:, None]
+    p = count_cells((sample * (levels + 1) + grey.flatten(1)).flatten(), (grey.shape[0], levels + 1))[:, 1:]
     p = p / p.sum(1, keepdim=True)
     i = torch.arange(1, levels + 1, dtype=torch.float64, device=grey.device)
     mean = (p * i).sum(1)
@@ -192,9 +94,10 @@ def glcm_features(counts: Tensor) -> dict[str, Tensor]:
     def weighted(weight: Tensor) -> Tensor:
         return (p * weight).sum((1, 2))
 
-    difference = torch.stack([p[:, gap == k].sum(1) for k in range(levels)], dim=1)
-    totals = (row + column).long()
-    sums = torch.stack([p[:, totals == k].sum(1) for k in range(2, 2 * levels + 1)], dim=1)
+    def summed_by(index: Tensor, size: int) -> Tensor:
+        return p.new_zeros((len(p), size)).index_add_(1, index.flatten().long(), p.flatten(1))
+
+    difference, sums = summed_by(gap, levels), summed_by(row + column - 2, 2 * levels - 1)
     k = torch.arange(levels, dtype=torch.float64, device=p.device)
     difference_mean = (difference * k).sum(1)
     cluster = row + column - 2 * mean[:, None, None]
@@ -233,17 +136,20 @@ def glcm_features(counts: Tensor) -> dict[str, Tensor]:
     }
 
 
-def size_features(counts: Tensor, potential: Tensor) -> dict[str, Tensor]:
+def size_features(counts: Tensor, potential: Tensor, sizes: Tensor | None = None) -> dict[str, Tensor]:
     """Features that run length (IBSI TP0I), size zone (9SAK) and dependence matrices (REK0) share, each (B,).
 
     Args:
         counts: (B, G, S) of runs, zones or neighbourhoods by grey level and length, size or dependence.
         potential: (B,) largest possible number of them: voxels, times directions for merged runs.
+        sizes: (S,) what the columns stand for; None is 1 to S.
     """
     total = counts.sum((1, 2))
     p = counts / total[:, None, None].clamp_min(1.0)
     i = torch.arange(1, p.shape[1] + 1, dtype=torch.float64, device=p.device)[:, None]
-    j = torch.arange(1, p.shape[2] + 1, dtype=torch.float64, device=p.device)[None, :]
+    if sizes is None:
+        sizes = torch.arange(1, p.shape[2] + 1, device=p.device)
+    j = sizes.double()[None, :]
 
     def weighted(weight: Tensor) -> Tensor:
         return (p * weight).sum((1, 2))
@@ -271,19 +177,26 @@ def size_features(counts: Tensor, potential: Tensor) -> dict[str, Tensor]:
     }
 
 
+def _box_sum(values: Tensor) -> Tensor:
+    """Sums over 3 x 3 x 3 voxels of (B, D, H, W), nothing outside."""
+    total = functional.pad(values, (1, 1, 1, 1, 1, 1))
+    for axis in (1, 2, 3):
+        length = total.shape[axis] - 2
+        total = sum((total.narrow(axis, k, length) for k in (1, 2)), total.narrow(axis, 0, length))
+    return total
+
+
 def ngtdm_features(grey: Tensor, levels: int) -> dict[str, Tensor]:
     """Neighbourhood grey tone difference features (IBSI IPET), each (B,)."""
-    _check(grey, levels)
-    flat, inside, sample, strides = _flat(grey)
-    value = flat[inside].double()
-    total, neighbours = torch.zeros_like(value), torch.zeros_like(value)
-    for step in _steps(strides):
-        for other in (flat[inside + step], flat[inside - step]):
-            total += other.double()
-            neighbours += (other > 0).double()
-    valid = neighbours > 0
+    check(grey, levels)
+    inside = grey > 0
+    value = grey.double()
+    # the mean over the neighbours inside the mask, the voxel itself left out
+    total, neighbours = _box_sum(value) - value, _box_sum(inside.double()) - inside.double()
+    valid = inside & (neighbours > 0)
     gap = (value - total / neighbours.clamp_min(1)).abs()[valid]
-    index = (sample * levels + flat[inside] - 1)[valid]
+    sample = torch.arange(len(grey), device=grey.device)[:, None, None, None]
+    index = (sample * levels + grey - 1)[valid]
     shape = (grey.shape[0], levels)
     cells = grey.shape[0] * levels
     s = torch.zeros(cells, dtype=torch.float64, device=grey.device).index_add(0, index, gap).reshape(shape)

@@ -31,7 +31,7 @@ from osteo_daemon.phantom.scanner import Scanner, coarse_scanner
 from osteo_daemon.phantom.study import PhantomStudy, render_study
 from train.virtual import draw_patient
 
-PATIENTS, QUICK_PATIENTS = 12, 2
+PATIENTS, QUICK_PATIENTS = 10, 2
 FIRST_SEED = 6_000_000
 NOISE_HU = (5.0, 32.0)
 NOISE_GRAIN = (0.8, 2.2)
@@ -83,6 +83,7 @@ class Scan:
     scanner: Scanner
     top: str
     bottom: str
+    slices: int | None = None
 
 
 def real_scans(data: Path, unpacked: Path) -> Iterator[Scan]:
@@ -91,18 +92,19 @@ def real_scans(data: Path, unpacked: Path) -> Iterator[Scan]:
         with tarfile.open(data / f"{archive}.tar.xz") as file:
             file.extractall(unpacked, filter="data")
     volume, places = acrin(unpacked / "acrin_flt_breast_001_abdomen")
-    scanner = Scanner(kvp=140.0, slice_thickness_mm=5.0, slice_spacing_mm=4.25, pixel_spacing_mm=0.977)
-    yield Scan("acrin_flt_breast_001", volume, {level: c for level, c, _ in places}, scanner, "T11", "L5")
+    # a virtual patient needs no air beyond 390 mm
+    scanner = Scanner(kvp=140.0, slice_thickness_mm=5.0, slice_spacing_mm=4.25, pixel_spacing_mm=0.977, matrix=400)
+    yield Scan("acrin_flt_breast_001", volume, {level: c for level, c, _ in places}, scanner, "T12", "L4")
     volume, places = torso(data / "totalsegmentator_example")
     yield Scan(
         "totalsegmentator_example", volume, {level: c for level, c, _ in places}, coarse_scanner(3.0), "T11", "L5"
     )
     volume = _series(unpacked / "cptac_pda_C3L-00189_lungbases")
     thick = Scanner(slice_thickness_mm=5.0, pixel_spacing_mm=volume.spacing_mm[1], kernel="lung", phase="portal")
-    yield Scan("cptac_pda", volume, {}, thick, "T10", "T12")
+    yield Scan("cptac_pda", volume, {}, thick, "T10", "T12", slices=12)
     volume = _series(data / "totalsegmentator_dicom_j2k")
     fine = Scanner(slice_thickness_mm=3.0, slice_spacing_mm=2.0, pixel_spacing_mm=volume.spacing_mm[1], phase="portal")
-    yield Scan("totalsegmentator_dicom_j2k", volume, {}, fine, "L1", "L1")
+    yield Scan("totalsegmentator_dicom_j2k", volume, {}, fine, "L1", "L1", slices=12)
 
 
 def _series(folder: Path) -> CtVolume:
@@ -128,7 +130,7 @@ def imitate(scan: Scan, patients: int) -> Iterator[PhantomStudy]:
             noise_grain=float(rng.uniform(*NOISE_GRAIN)) if number % 2 else 1.0,
             seed=number,
         )
-        yield render_study(patient, scanner, top=scan.top, bottom=scan.bottom, workers=1)
+        yield render_study(patient, scanner, top=scan.top, bottom=scan.bottom, slices=scan.slices, workers=1)
 
 
 def measure_phantom(study: PhantomStudy, *, with_centres: bool = True) -> dict[str, float]:

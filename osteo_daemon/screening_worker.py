@@ -136,6 +136,8 @@ class ScreeningWorker:
             return {"type": "held", "code": type(error).__name__, "detail": error.detail}
         except (BundleError, ConfigurationError, Transient) as error:
             return {"type": "retry", "code": type(error).__name__, "detail": error.detail}
+        except MemoryError:
+            return {"type": "retry", "code": MemoryError.__name__, "detail": "the study does not fit the memory"}
         except Exception as error:  # noqa: BLE001 - the process's loop edge: one study must not end the worker
             # only the class: a library's message may quote what it was given
             self._log.error("screening_crashed", error=type(error).__name__, detail=where(error.__traceback__))

@@ -1,74 +1,256 @@
-"""The screening role as a process: bad studies end in a state with a reason, and the process goes on."""
+"""The screening role as processes: bad studies end in a state with a reason, and the role goes on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
-import pydicom
+import psutil
 
 from osteo_daemon.domain.job import JobState
-from osteo_daemon.domain.study import SopInstance
-from osteo_daemon.jobs.spool import Spool
-from osteo_daemon.jobs.store import JobStore
-from osteo_daemon.settings import load_settings
+from osteo_daemon.inference.bundle import find_bundle, write_bundle
+from tests.conftest import ROOT, require_command
 from tests.ct_series import column, write_slices
-from tests.fakes import CALLING, RoleProcess, settings_text, until
+from tests.fakes import until
+from tests.integration.screening import Bench, running_screener
 
-
-def _receive(spool: Spool, store: JobStore, files: Sequence[Path]) -> str:
-    """Spool and record the files as the receiver does, complete; returns the study's UID."""
-    for path in files:
-        header = pydicom.dcmread(path, stop_before_pixels=True)
-        uids = (header.StudyInstanceUID, header.SeriesInstanceUID, header.SOPInstanceUID)
-        stored = spool.store_instance(*uids, [path.read_bytes()])
-        study, series, instance = (str(uid) for uid in uids)
-        store.record_instance(
-            SopInstance(
-                study_instance_uid=study,
-                series_instance_uid=series,
-                sop_class_uid=str(header.SOPClassUID),
-                sop_instance_uid=instance,
-                transfer_syntax_uid=str(header.file_meta.TransferSyntaxUID),
-                path=stored.path,
-                size_bytes=stored.size_bytes,
-                sha256=stored.sha256,
-            ),
-            CALLING,
-        )
-    store.mark_complete(study, who="test", reason="all sent")
-    return study
+EMPTY = "no_lumbar_vertebra"
 
 
 def test_bad_studies_end_with_a_reason_and_the_next_one_runs(tmp_path: Path) -> None:
-    config = tmp_path / "osteo.toml"
-    config.write_text(settings_text(tmp_path / "state", 1))
-    settings = load_settings(config, {})
-    spool, store = Spool(settings.spool_dir), JobStore(settings.database_url)
     voxels = np.zeros((50, 16, 16), dtype=np.int16)
-
     cut = write_slices(tmp_path / "cut", voxels, column(50, 2.5), PatientName="Secret^Name", PatientID="SECRET-7")
     cut[25].write_bytes(cut[25].read_bytes()[:-100])
-    truncated = _receive(spool, store, cut)
-    sharp = _receive(spool, store, write_slices(tmp_path / "sharp", voxels, column(50, 2.5), ConvolutionKernel="LUNG"))
-    empty = _receive(spool, store, write_slices(tmp_path / "empty", voxels, column(50, 2.5)))
+    with running_screener(tmp_path) as bench:
+        truncated = bench.receive(cut)
+        sharp = bench.study("sharp", ConvolutionKernel="LUNG")
+        empty = bench.study("empty")
+        found = bench.reaches(truncated, JobState.HELD)
+        assert found.code == "PixelDataUnreadable"
+        assert "slice 26" in (found.detail or "")
+        assert bench.reaches(sharp, JobState.EXCLUDED).code == "unsuitable_kernel"
+        assert bench.reaches(empty, JobState.EXCLUDED).code == EMPTY
+        instances = bench.store.instances(bench.job(truncated))
+        assert len(instances) == 50  # held, nothing deleted
+        assert all(instance.path.exists() for instance in instances)
+    assert "Secret" not in bench.log
+    assert "SECRET-7" not in bench.log
+    assert "Traceback" not in bench.log
 
-    role = RoleProcess(["run", "screener", "--config", str(config)], tmp_path / "screener.log").start()
-    try:
-        until(lambda: store.counts_by_state()[JobState.READY] + store.counts_by_state()[JobState.SCREENING] == 0, 120)
-    finally:
-        status = role.stop()
-    assert status == 0, role.log.read_text()
 
-    found = {job.study_instance_uid: job for job in store.recent()}
-    assert (found[truncated].state, found[truncated].code) == (JobState.HELD, "PixelDataUnreadable")
-    assert "slice 26" in (found[truncated].detail or "")
-    assert (found[sharp].state, found[sharp].code) == (JobState.EXCLUDED, "unsuitable_kernel")
-    assert (found[empty].state, found[empty].code) == (JobState.EXCLUDED, "no_lumbar_vertebra")
-    assert len(store.instances(store.job(truncated))) == 50  # held, nothing deleted
-    assert all(instance.path.exists() for instance in store.instances(store.job(truncated)))
-    log = role.log.read_text()
-    assert "Secret" not in log
-    assert "SECRET-7" not in log
-    assert "Traceback" not in log
+def test_a_study_that_kills_its_worker_fails_after_three_with_the_reason_and_the_next_one_runs(tmp_path: Path) -> None:
+    with running_screener(tmp_path, lease_seconds=60, prefetch_maximum_bytes=0) as bench:
+        bench.ready()
+        # so many files that reading their headers alone leaves time to strike
+        many = write_slices(tmp_path / "poison", np.zeros((600, 16, 16), dtype=np.int16), column(600, 1.0))
+        poison = bench.receive(many)
+        for attempt, number in enumerate((signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS), start=1):
+            until(lambda attempt=attempt: _in_hand(bench, poison, attempt), 60)
+            bench.worker().send_signal(number)
+        found = bench.reaches(poison, JobState.FAILED)
+        assert (found.code, found.attempts) == ("worker_died", 3)
+        reasons = [event.reason for event in bench.store.events(poison) if "worker_died" in event.reason]
+        for reason, name in zip(reasons, ("SIGKILL", "SIGSEGV", "SIGBUS"), strict=True):
+            assert name in reason
+        assert bench.reaches(bench.study("next"), JobState.EXCLUDED).code == EMPTY
+
+
+def _in_hand(bench: Bench, study: str, attempt: int) -> bool:
+    job = bench.job(study)
+    return job.state is JobState.SCREENING and job.attempts == attempt
+
+
+def test_a_hanging_worker_keeps_its_lease_until_the_wall_clock_and_no_longer(tmp_path: Path) -> None:
+    with running_screener(tmp_path, lease_seconds=1, wall_clock_seconds=4, maximum_attempts=1) as bench:
+        worker = bench.ready()
+        worker.suspend()  # a worker that answers nothing: an interpreter busy in a call that does not return
+        claimed = time.monotonic()
+        study = bench.study("hangs")
+        until(lambda: _in_hand(bench, study, 1))
+        until(lambda: time.monotonic() - claimed > 3)
+        assert (
+            bench.job(study).state is JobState.SCREENING
+        )  # three leases later: the heartbeat does not need the worker
+        assert bench.store.take_back_expired() == 0
+        found = bench.reaches(study, JobState.FAILED, 10)
+        assert (found.code, found.attempts) == ("wall_clock_limit", 1)
+        assert not worker.is_running()
+        assert bench.reaches(bench.study("next"), JobState.EXCLUDED).code == EMPTY
+
+
+def test_a_study_that_exhausts_the_memory_fails_with_the_reason(tmp_path: Path) -> None:
+    limit = [require_command("prlimit"), f"--as={6 * 1024**3}"]
+    with running_screener(tmp_path, prefix=limit) as bench:
+        # sixty slices that say to be 8192 x 8192: 16 GB as a volume
+        plane = np.zeros((60, 16, 16), dtype=np.int16)
+        huge = write_slices(tmp_path / "huge", plane, column(60, 2.0), Rows=8192, Columns=8192)
+        study = bench.receive(huge)
+        found = bench.reaches(study, JobState.FAILED)
+        assert (found.code, found.attempts) == ("MemoryError", 3)
+        assert bench.reaches(bench.study("next"), JobState.EXCLUDED).code == EMPTY
+        assert bench.log.count("screener_ready") == 1  # the worker outlived it
+
+
+def test_the_next_study_is_read_ahead_and_a_death_meanwhile_is_charged_to_neither(tmp_path: Path) -> None:
+    with running_screener(tmp_path, lease_seconds=60) as bench:
+        worker = bench.ready()
+        worker.suspend()
+        first, second = bench.study("first"), bench.study("second")
+        until(lambda: _in_hand(bench, first, 1))
+        time.sleep(1)  # the order to read ahead follows the claim
+        worker.kill()
+        for study in (first, second):
+            assert bench.reaches(study, JobState.EXCLUDED).code == EMPTY
+        assert bench.events(first).count("lease_released") == 1
+        assert (bench.summary(first).attempts, bench.summary(second).attempts) == (1, 1)
+        assert "study_prefetched" not in bench.log  # suspects run alone
+        bench.worker().suspend()
+        third, fourth = bench.study("third"), bench.study("fourth")
+        until(lambda: _in_hand(bench, third, 1))
+        time.sleep(1)
+        bench.worker().resume()
+        for study in (third, fourth):
+            assert bench.reaches(study, JobState.EXCLUDED).code == EMPTY
+        assert f"study_instance_uid={fourth}" in next(
+            line for line in bench.log.splitlines() if "study_prefetched" in line
+        )
+
+
+def test_a_stale_commit_is_refused(tmp_path: Path) -> None:
+    with running_screener(tmp_path, lease_seconds=2) as bench:
+        bench.ready()
+        assert bench.role.process is not None
+        role = psutil.Process(bench.role.process.pid)
+        study = bench.study("taken")
+        until(lambda: bench.job(study).state is JobState.SCREENING)
+        role.suspend()  # the worker goes on and answers; the role is the one that commits
+        until(lambda: bench.store.take_back_expired() == 1)
+        other = bench.store.claim("another-screener", 60)
+        assert other is not None
+        role.resume()
+        until(lambda: "outcome=lease_lost" in bench.log, 20)
+        assert bench.job(study).fencing_token == other.fencing_token
+        assert bench.job(study).state is JobState.SCREENING
+        assert "study_excluded" not in bench.events(study)
+        bench.store.release(other)
+        assert bench.reaches(study, JobState.EXCLUDED).code == EMPTY
+
+
+def test_a_study_that_is_held_meanwhile_is_dropped(tmp_path: Path) -> None:
+    with running_screener(tmp_path, lease_seconds=1) as bench:
+        worker = bench.ready()
+        worker.suspend()
+        study = bench.study("held")
+        until(lambda: bench.job(study).state is JobState.SCREENING)
+        bench.store.hold_study(study, "operator", "wrong patient")
+        time.sleep(1)
+        worker.resume()
+        until(lambda: "outcome=lease_lost" in bench.log)
+        assert bench.job(study).state is JobState.HELD
+        assert bench.reaches(bench.study("next"), JobState.EXCLUDED).code == EMPTY
+
+
+def test_sigterm_returns_the_study_in_hand_within_its_grace(tmp_path: Path) -> None:
+    with running_screener(tmp_path, lease_seconds=60, stop_grace_seconds=1) as bench:
+        bench.ready().suspend()
+        study = bench.study("in-hand")
+        until(lambda: bench.job(study).state is JobState.SCREENING)
+        start = time.monotonic()
+        assert bench.role.stop() == 0
+        assert time.monotonic() - start < 5
+        assert bench.job(study).state is JobState.READY
+        assert bench.job(study).attempts == 0
+        assert bench.events(study)[-1] == "lease_released"
+
+
+def _osteo(bench: Bench, *arguments: str) -> str:
+    command = [sys.executable, "-m", "osteo_daemon.cli", *arguments, "--config", str(bench.config)]
+    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, timeout=60).stdout
+
+
+def _state(bench: Bench) -> str:
+    (status,) = json.loads(_osteo(bench, "screener", "status"))["screeners"]
+    return str(status["state"])
+
+
+def test_pause_drain_resume_and_finishing_before_the_end(tmp_path: Path) -> None:
+    with running_screener(tmp_path) as bench:
+        worker = bench.ready()
+        _osteo(bench, "screener", "pause", "--reason", "scanner test")
+        until(lambda: _state(bench) == "paused")
+        study = bench.study("waits")
+        time.sleep(1)
+        assert bench.job(study).state is JobState.READY
+        assert worker.is_running()
+        _osteo(bench, "screener", "drain", "--reason", "driver update")
+        until(lambda: not worker.is_running())
+        assert _state(bench) == "drained"
+        assert bench.job(study).state is JobState.READY
+        _osteo(bench, "screener", "resume", "--reason", "done")
+        assert bench.reaches(study, JobState.EXCLUDED).code == EMPTY
+        last = bench.study("last")
+        until(lambda: bench.job(last).state is JobState.SCREENING)
+        assert bench.role.stop() == 0
+        assert bench.summary(last).code == EMPTY  # finished within the grace, not thrown away
+    assert not list((tmp_path / "state" / "screeners").glob("*-*.json"))
+
+
+def _promote(folder: Path, version: str) -> None:
+    """The shipped localizer under another version, as a site's own."""
+    shipped = find_bundle("spine-localizer")
+    write_bundle(
+        folder / shipped.name,
+        name=shipped.name,
+        version=version,
+        status=shipped.status,
+        metadata={key: value for key, value in shipped.metadata.items() if key not in _WRITTEN},
+        network=shipped.network,
+        inference=shipped.inference,
+        weights=shipped.load_weights(),
+        model_card="a test",
+        licence="Apache-2.0",
+    )
+
+
+_WRITTEN = {"schema", "osteo_schema", "name", "version", "status", "monai_version", "pytorch_version", "numpy_version"}
+
+
+def test_a_promoted_bundle_is_taken_up_between_studies_and_a_broken_one_is_not(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    with running_screener(tmp_path, models=f'models_dir = "{models}"\n', network_enabled=False) as bench:
+
+        def used(name: str) -> str:
+            study = bench.study(name)
+            bench.reaches(study, JobState.EXCLUDED)
+            result = bench.store.result(study)
+            assert result is not None
+            return str(result["models"][0]["version"])
+
+        shipped = find_bundle("spine-localizer").version
+        assert used("shipped") == shipped
+        _promote(models, "99.1.0")
+        assert used("promoted") == "99.1.0"
+        manifest = models / "spine-localizer" / "MANIFEST.sha256"
+        manifest.write_text(manifest.read_text().replace("LICENSE", "LICENCE"))
+        assert used("broken") == "99.1.0"
+        (status,) = json.loads(_osteo(bench, "screener", "status"))["screeners"]
+        assert "LICENSE" in status["refused_bundle"]
+        assert bench.log.count("bundle_refused") == 1
+        _promote(models, "99.2.0")
+        assert used("mended") == "99.2.0"
+        (status,) = json.loads(_osteo(bench, "screener", "status"))["screeners"]
+        assert status["refused_bundle"] is None
+    assert bench.log.count("screener_ready") == 1  # one process through all of it
+
+
+def test_a_missing_bundle_refuses_to_start(tmp_path: Path) -> None:
+    with running_screener(tmp_path, status=2, localizer_bundle='"no-such-bundle"') as bench:
+        assert bench.role.process is not None
+        bench.role.process.wait(60)
+    assert "no-such-bundle" in bench.log

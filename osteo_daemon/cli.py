@@ -10,8 +10,10 @@ from pathlib import Path
 
 import click
 
+from osteo_daemon.commands.deliveries import deliveries
 from osteo_daemon.commands.options import config_option, not_blank
 from osteo_daemon.commands.studies import studies
+from osteo_daemon.commands.upkeep import backup, fsck, restore, schedule
 from osteo_daemon.errors import ConfigurationError, OsteoError
 from osteo_daemon.settings import Settings, load_settings
 
@@ -37,7 +39,11 @@ def cli() -> None:
     osteo run      run one role of it (systemd, containers)
     osteo screen   screen a folder of DICOM files, no PACS needed
     osteo studies  what came in and what became of it
+    osteo deliveries  what goes to which destination and what became of it
     osteo screener pause, resume or drain the screening
+    osteo schedule what the scheduler did and will do
+    osteo fsck     do job store, spool and digests agree?
+    osteo backup   copy store and spool while the node runs; osteo restore brings them back
     osteo report   read our reports as text
     osteo demo     a virtual patient through the whole node
 
@@ -113,7 +119,9 @@ def _let_idle_threads_sleep() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-cli.add_command(studies)
+cli.add_command(deliveries)
+for command in (studies, fsck, backup, restore, schedule):
+    cli.add_command(command)
 
 
 @cli.group()

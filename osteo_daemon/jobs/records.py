@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from osteo_daemon.domain.job import JobState, Priority
 
@@ -181,6 +182,27 @@ class JobSummary:
     first_received_at: datetime
     last_received_at: datetime
     changed_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerRun:
+    """A timed step: when it ran last, with what outcome, and when it will again."""
+
+    step: str
+    interval_seconds: float
+    next_at: datetime | None
+    started_at: datetime | None
+    ended_at: datetime | None
+    outcome: str | None
+    detail: str | None
+    runs: int
+    failures: int
+    missed: int
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs; times in ISO 8601."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in values.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,6 +138,8 @@ class Retention(Database):
                 spool.remove(spool.received_files(study_instance_uid))
             if job.reports_purged_at is not None:
                 _remove_reports(connection, job.job_id, spool, now)
+                # of attempts that never committed
+                spool.remove(spool.report_files(study_instance_uid))
             if quarantined:
                 _remove_quarantined(connection, QuarantineRow.study_instance_uid == study_instance_uid, spool)
             connection.execute(

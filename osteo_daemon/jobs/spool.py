@@ -12,7 +12,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,9 @@ from osteo_daemon.errors import ConfigurationError, SpoolFull
 
 Buffer = bytes | bytearray | memoryview
 """Bytes in memory (collections.abc.Buffer from Python 3.12 on)."""
+
+AREAS = ("received", "reports", "quarantine")
+"""Folders of the spool that hold what must not be lost."""
 
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NAME_LENGTH = 32
@@ -53,7 +56,7 @@ class Spool:
         self._temporary = self.root / "tmp"
         self._known_folders: set[Path] = set()
         try:
-            for folder in (self._temporary, self.root / "received", self.root / "reports", self.root / "quarantine"):
+            for folder in (self._temporary, *(self.root / area for area in AREAS)):
                 self._make_durable_folder(folder)
             if not os.access(self._temporary, os.W_OK):
                 raise PermissionError(errno.EACCES, "not writable")
@@ -90,21 +93,29 @@ class Spool:
         target = self.root / "quarantine" / _fan_out(study_instance_uid) / stored.path.name
         self._make_durable_folder(target.parent)
         stored.path.rename(target)
-        _sync_folder(target.parent)
-        _sync_folder(stored.path.parent)
+        sync_folder(target.parent)
+        sync_folder(stored.path.parent)
         return StoredFile(target, stored.size_bytes, stored.sha256)
 
     def discard(self, stored: StoredFile) -> None:
         """Remove a file that no row names; it need not exist."""
         stored.path.unlink(missing_ok=True)
 
-    def received_folder(self, study_instance_uid: str) -> Path:
-        """Where a study's received objects lie; it need not exist."""
-        return self.root / "received" / _fan_out(study_instance_uid)
+    def study_folder(self, area: str, study_instance_uid: str) -> Path:
+        """Where a study's files of an area (received, reports, quarantine) lie; it need not exist."""
+        return self.root / area / _fan_out(study_instance_uid)
+
+    def study_folders(self, area: str) -> Iterator[Path]:
+        """The folder of every study in an area."""
+        return (self.root / area).glob("*/*/")
 
     def received_files(self, study_instance_uid: str) -> list[Path]:
         """Every file received for a study, those too that a later header replaced."""
-        return sorted(path for path in self.received_folder(study_instance_uid).rglob("*") if path.is_file())
+        return sorted(path for path in self.study_folder("received", study_instance_uid).rglob("*") if path.is_file())
+
+    def report_files(self, study_instance_uid: str) -> list[Path]:
+        """Every report object built for a study, those too of attempts that never committed."""
+        return sorted(self.study_folder("reports", study_instance_uid).glob("*.dcm"))
 
     def remove(self, paths: Iterable[Path]) -> None:
         """Remove files for good: when this returns, a power cut doesn't bring them back. They need not exist.
@@ -121,12 +132,12 @@ class Spool:
             path.unlink(missing_ok=True)
         for folder in {path.parent for path in listed}:
             if folder.is_dir():
-                _sync_folder(folder)
+                sync_folder(folder)
 
     def prune(self, study_instance_uid: str) -> None:
         """Remove the folders of a study that hold nothing more."""
-        for area in ("received", "reports", "quarantine"):
-            study = self.root / area / _fan_out(study_instance_uid)
+        for area in AREAS:
+            study = self.study_folder(area, study_instance_uid)
             for folder in (*study.glob("*/"), study):
                 with suppress(OSError):
                     folder.rmdir()  # fails when something is in it
@@ -140,12 +151,14 @@ class Spool:
 
         Only for a moment when no other process writes: when the receiver starts.
         """
-        count = 0
-        for leftover in self._temporary.iterdir():
-            if not _writer_lives(leftover.name):
-                leftover.unlink(missing_ok=True)
-                count += 1
-        return count
+        found = self.leftovers()
+        for leftover in found:
+            leftover.unlink(missing_ok=True)
+        return len(found)
+
+    def leftovers(self) -> list[Path]:
+        """Temporary files of writers that ended in the middle."""
+        return [path for path in self._temporary.iterdir() if not _writer_lives(path.name)]
 
     def _store(self, folder: Path, sop_instance_uid: str, parts: Iterable[Buffer]) -> StoredFile:
         if self._minimum_free_bytes and self.free_bytes() == 0:
@@ -179,7 +192,7 @@ class Spool:
             if error.errno in _NO_ROOM:
                 raise SpoolFull(error.strerror or "no room") from error
             raise
-        _sync_folder(folder)
+        sync_folder(folder)
         return StoredFile(path, size, sha256)
 
     def _make_durable_folder(self, folder: Path) -> None:
@@ -189,8 +202,13 @@ class Spool:
         if not folder.is_dir():
             self._make_durable_folder(folder.parent)
             folder.mkdir(mode=0o750, exist_ok=True)
-            _sync_folder(folder.parent)
+            sync_folder(folder.parent)
         self._known_folders.add(folder)
+
+
+def is_same_instance(one: Path, other: Path) -> bool:
+    """True for two received files of one SOP Instance UID and series: only their bytes differ."""
+    return one.parent == other.parent and one.name[:_NAME_LENGTH] == other.name[:_NAME_LENGTH]
 
 
 def _digest(uid: str) -> str:
@@ -202,7 +220,17 @@ def _fan_out(study_instance_uid: str) -> Path:
     return Path(name[:2]) / name
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Bring a file's bytes to the disk."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's names to the disk."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(handle)

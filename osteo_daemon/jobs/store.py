@@ -7,10 +7,12 @@ from osteo_daemon.jobs.claims import Claims
 from osteo_daemon.jobs.completeness import Completeness
 from osteo_daemon.jobs.deliveries import Deliveries
 from osteo_daemon.jobs.intake import Intake
+from osteo_daemon.jobs.inventory import Inventory
 from osteo_daemon.jobs.lists import Lists
 from osteo_daemon.jobs.quarantine import Quarantine
 from osteo_daemon.jobs.retention import Retention
+from osteo_daemon.jobs.upkeep import Upkeep
 
 
-class JobStore(Intake, Quarantine, Completeness, Claims, Deliveries, Lists, ByHand, Retention):
+class JobStore(Intake, Quarantine, Completeness, Claims, Deliveries, Lists, ByHand, Retention, Inventory, Upkeep):
     """Studies, jobs, reports and deliveries of one node; every process and thread may use it at once."""

@@ -54,7 +54,7 @@ honest = os.fsync
 os.fsync = lambda handle: None if stat.S_ISREG(os.fstat(handle).st_mode) else honest(handle)
 """,
     "folder not synced": """
-spool._sync_folder = lambda folder: None
+spool.sync_folder = lambda folder: None
 """,
     "commit not synced": """
 from sqlalchemy import event

@@ -1,0 +1,206 @@
+"""What the store believes to lie in the spool, for comparing it with what does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import delete, func, select, update
+
+from osteo_daemon.domain.job import FINISHED, JobState
+from osteo_daemon.jobs.database import Database
+from osteo_daemon.jobs.schema import (
+    InstanceRow,
+    JobCountRow,
+    JobRow,
+    LeaseRow,
+    QuarantineRow,
+    ReportObjectRow,
+    StudyRow,
+)
+from osteo_daemon.jobs.transitions import add_event, count_jobs, screening_job, utc_now
+
+LIFT = 100
+"""By so much revisions rise where the store may have forgotten some: UIDs made from those must not come again."""
+
+_STUDIES_PER_PAGE = 200
+_LIFTED = frozenset(JobState) - FINISHED - {JobState.REPORTED}
+
+
+class Area(StrEnum):
+    """A part of the spool."""
+
+    RECEIVED = "received"
+    REPORTS = "reports"
+    QUARANTINE = "quarantine"
+
+
+@dataclass(frozen=True, slots=True)
+class KnownFile:
+    """A file as its row describes it."""
+
+    area: Area
+    sop_instance_uid: str
+    path: Path
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class StudyInventory:
+    """The files that the store names for one study; ``going`` while retention removes them."""
+
+    study_instance_uid: str
+    going: bool
+    counted_instances: int
+    files: tuple[KnownFile, ...]
+
+
+class Inventory(Database):
+    """The store's side of an integrity check."""
+
+    def inventory(self) -> Iterator[StudyInventory]:
+        """Every study with the files it has, in pages: the store may be large and go on working meanwhile."""
+        after = ""
+        while True:
+            with self._reading() as connection:
+                studies = connection.execute(
+                    select(StudyRow.__table__)
+                    .where(StudyRow.study_instance_uid > after)
+                    .order_by(StudyRow.study_instance_uid)
+                    .limit(_STUDIES_PER_PAGE)
+                ).all()
+                page = [_of_study(connection, row) for row in studies]
+            yield from page
+            if len(studies) < _STUDIES_PER_PAGE:
+                break
+            after = studies[-1].study_instance_uid
+        # quarantined bytes may be all that ever came of a study
+        with self._reading() as connection:
+            alone = connection.execute(
+                select(QuarantineRow.study_instance_uid)
+                .outerjoin(StudyRow, StudyRow.study_instance_uid == QuarantineRow.study_instance_uid)
+                .where(StudyRow.study_instance_uid.is_(None))
+                .distinct()
+            ).scalars()
+            rest = [StudyInventory(uid, False, 0, tuple(_quarantined(connection, uid))) for uid in alone]
+        yield from rest
+
+    def inventory_of(self, study_instance_uid: str) -> StudyInventory | None:
+        """One study, as it is now."""
+        with self._reading() as connection:
+            row = connection.execute(
+                select(StudyRow.__table__).where(StudyRow.study_instance_uid == study_instance_uid)
+            ).one_or_none()
+            return None if row is None else _of_study(connection, row)
+
+    def damage(self) -> list[str]:
+        """What the database says is wrong with itself; PostgreSQL keeps its own checks."""
+        if not self._sqlite:
+            return []
+        with self._reading() as connection:
+            found = [row[0] for row in connection.exec_driver_sql("PRAGMA integrity_check") if row[0] != "ok"]
+            found += [
+                f"a row of {row[0]} names a row of {row[2]} that is not there"
+                for row in connection.exec_driver_sql("PRAGMA foreign_key_check")
+            ]
+        return found
+
+    def wrong_counts(self) -> dict[JobState, tuple[int, int]]:
+        """States whose counter differs from the jobs in it: counted, true."""
+        with self._reading() as connection:
+            true = dict(connection.execute(select(JobRow.state, func.count()).group_by(JobRow.state)).tuples().all())
+            counted = dict(
+                connection.execute(select(JobCountRow.state, func.sum(JobCountRow.jobs)).group_by(JobCountRow.state))
+                .tuples()
+                .all()
+            )
+        pairs = {state: (int(counted.get(state, 0)), true.get(state, 0)) for state in JobState}
+        return {state: pair for state, pair in pairs.items() if pair[0] != pair[1]}
+
+    def recount(self) -> None:
+        """Count jobs and instances anew."""
+        with self._writing() as connection:
+            if not self._sqlite:
+                connection.exec_driver_sql("LOCK TABLE jobs, instances, studies IN SHARE MODE")
+            connection.execute(delete(JobCountRow))
+            true = connection.execute(select(JobRow.state, func.count()).group_by(JobRow.state)).tuples().all()
+            if true:
+                count_jobs(connection, dict(true))
+            count = (
+                select(func.count())
+                .where(InstanceRow.study_instance_uid == StudyRow.study_instance_uid)
+                .scalar_subquery()
+            )
+            connection.execute(update(StudyRow).where(StudyRow.instances != count).values(instances=count))
+
+    def lift_revision(self, study_instance_uid: str, who: str, reason: str, *, now: datetime | None = None) -> None:
+        """Raise the revision of a study that is yet to be screened by `LIFT`."""
+        with self._writing() as connection:
+            job = connection.execute(screening_job(study_instance_uid)).one()
+            if job.state not in _LIFTED:
+                return
+            connection.execute(
+                update(JobRow).where(JobRow.job_id == job.job_id).values(revision=JobRow.revision + LIFT)
+            )
+            add_event(
+                connection,
+                study_instance_uid=study_instance_uid,
+                job_id=job.job_id,
+                now=now or utc_now(),
+                who=who,
+                event="revision_lifted",
+                reason=reason,
+                revision=job.revision + LIFT,
+            )
+
+    def after_restore(self, old_spool: Path, new_spool: Path, *, now: datetime | None = None) -> None:
+        """Make an older state of the store fit the present.
+
+        Paths lead to the spool as it lies now. Leases of then are over. A study that was yet to be screened may have
+        been reported since: its revision rises, so that no UID of a report comes again with other bytes.
+        """
+        now = now or utc_now()
+        with self._writing() as connection:
+            connection.execute(delete(LeaseRow))
+            if old_spool != new_spool:
+                for table in (InstanceRow, ReportObjectRow, QuarantineRow):
+                    path = func.substr(table.path, len(str(old_spool)) + 1)
+                    connection.execute(
+                        update(table)
+                        .where(table.path.startswith(f"{old_spool}/", autoescape=True))
+                        .values(path=str(new_spool) + path)
+                    )
+            unfinished = connection.execute(select(JobRow.study_instance_uid).where(JobRow.state.in_(_LIFTED)))
+            studies = list(unfinished.scalars())
+        for study_instance_uid in studies:
+            self.lift_revision(study_instance_uid, "store", "the store was restored from a backup", now=now)
+
+
+def _of_study(connection: Any, row: Any) -> StudyInventory:
+    uid = row.study_instance_uid
+    reports = (
+        select(ReportObjectRow.__table__)
+        .join(JobRow, JobRow.job_id == ReportObjectRow.job_id)
+        .where(JobRow.study_instance_uid == uid, ReportObjectRow.removed_at.is_(None))
+    )
+    instances = select(InstanceRow.__table__).where(InstanceRow.study_instance_uid == uid)
+    files = [
+        *(_known(Area.RECEIVED, entry) for entry in connection.execute(instances)),
+        *(_known(Area.REPORTS, entry) for entry in connection.execute(reports)),
+        *_quarantined(connection, uid),
+    ]
+    return StudyInventory(uid, row.purging_at is not None, row.instances, tuple(files))
+
+
+def _quarantined(connection: Any, study_instance_uid: str) -> Iterator[KnownFile]:
+    query = select(QuarantineRow.__table__).where(QuarantineRow.study_instance_uid == study_instance_uid)
+    return (_known(Area.QUARANTINE, entry) for entry in connection.execute(query))
+
+
+def _known(area: Area, row: Any) -> KnownFile:
+    return KnownFile(area, row.sop_instance_uid, Path(row.path), row.size_bytes, row.sha256)

@@ -26,6 +26,10 @@ CORTEX_MM: Final = 0.42
 
 Span = tuple[float, float]
 
+FAT_OFFSET_HU: Final[Span] = (-6.0, 16.0)
+MOTION_MM: Final[Span] = (0.0, 1.3)
+"""Wide enough that the fat and the skin's edge of real scans lie within (benchmarks/reality.py)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Range:
@@ -49,7 +53,7 @@ RANGES: Final[dict[str, Range]] = {
     "kyphosis_deg": Range((40.0, 40.0), ((15.0, 35.0), (45.0, 70.0))),
     "texture_length_mm": Range((0.54, 0.87), ((0.25, 0.45), (1.0, 1.7))),
     "texture_spread": Range((0.29, 0.55), ((0.12, 0.25), (0.60, 0.85))),
-    "cortex_mm": Range((0.23, 0.53), ((0.12, 0.20), (0.58, 0.90))),
+    "cortex_mm": Range((0.23, 0.53), ((0.12, 0.20), (0.58, 1.10))),
     "disc_hu": Range((50.0, 115.0), ((25.0, 45.0), (118.0, 140.0))),
     "muscle_hu": Range((33.0, 75.0), ((8.0, 30.0),), 0.5),
     "scoliosis_deg": Range((0.0, 22.0), ((24.0, 40.0),), 0.25),
@@ -172,6 +176,7 @@ def draw(seed: int, anatomy: str = "usual") -> Draw:
         "texture_length_mm": beyond("texture_length_mm", long),
         "texture_spread": beyond("texture_spread", 1 - long),
     }
+    targets["fat_offset_hu"] = float(rng.uniform(*FAT_OFFSET_HU))
     if rng.uniform() < RANGES["muscle_hu"].share:
         targets["muscle_hu"] = beyond("muscle_hu")
     return Draw(seed, _with_constitution(patient, scanner, targets), scanner, coverage, anatomy)
@@ -204,6 +209,7 @@ def _scanner(rng: np.random.Generator, seed: int) -> Scanner:
         slice_thickness_mm=thickness,
         slice_spacing_mm=spacing,
         table=str(rng.choice(["curved", "flat", "none"])),
+        motion_mm=float(rng.uniform(*MOTION_MM)),
         seed=seed,
     )
 
@@ -221,5 +227,6 @@ def _with_constitution(patient: VirtualPatient, scanner: Scanner, targets: dict[
         cortex=factors["cortex_mm"],
         texture_length=factors["texture_length_mm"],
         texture_spread=factors["texture_spread"],
+        fat_hu=targets["fat_offset_hu"],
     )
     return replace(patient, constitution=constitution)

@@ -20,7 +20,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.heldout import draw
+from benchmarks.heldout import MOTION_MM, draw
 from benchmarks.inference import acrin, torso
 from benchmarks.results import ROOT, write_result
 from benchmarks.tissue import measure_tissue, upright
@@ -31,7 +31,7 @@ from osteo_daemon.phantom.scanner import Scanner, coarse_scanner
 from osteo_daemon.phantom.study import PhantomStudy, render_study
 from train.virtual import draw_patient
 
-PATIENTS, QUICK_PATIENTS = 10, 2
+PATIENTS, QUICK_PATIENTS = 16, 2
 FIRST_SEED = 6_000_000
 NOISE_HU = (5.0, 32.0)
 NOISE_GRAIN = (0.8, 2.2)
@@ -128,6 +128,7 @@ def imitate(scan: Scan, patients: int) -> Iterator[PhantomStudy]:
             scan.scanner,
             noise_hu=float(rng.uniform(*NOISE_HU)),
             noise_grain=float(rng.uniform(*NOISE_GRAIN)) if number % 2 else 1.0,
+            motion_mm=float(rng.uniform(*MOTION_MM)) if number % 2 else 0.0,
             seed=number,
         )
         yield render_study(patient, scanner, top=scan.top, bottom=scan.bottom, slices=scan.slices, workers=1)

@@ -39,7 +39,7 @@ def blur_slices(hu: F32, scanner: Scanner) -> F32:
         hu: (D, H, W).
     """
     shape = scanner.shape
-    sigma = shape.blur_mm / scanner.pixel_spacing_mm
+    sigma = float(np.hypot(shape.blur_mm, scanner.motion_mm)) / scanner.pixel_spacing_mm
     hu = _axis_blur(_axis_blur(hu, sigma, 1), sigma, 2)
     if shape.sharpen > 0:
         wide = _HALO_MM / scanner.pixel_spacing_mm
@@ -128,7 +128,7 @@ def blur_voi(hu: F32, scanner: Scanner, spacing_mm: float, axes: Vec) -> F32:
         hu: (D, H, W) along the vertebra's cranial, posterior and left directions.
         axes: (3, 3) of the vertebra, columns left, posterior, cranial in LPS.
     """
-    variance_plane = scanner.shape.blur_mm**2 + (scanner.pixel_spacing_mm**2) / 12.0
+    variance_plane = scanner.shape.blur_mm**2 + scanner.motion_mm**2 + (scanner.pixel_spacing_mm**2) / 12.0
     variance_z = (scanner.slice_thickness_mm**2) / 12.0 + (scanner.spacing_mm[0] ** 2) / 24.0
     for axis, column in enumerate((2, 1, 0)):
         along_z = float(axes[2, column]) ** 2

@@ -46,6 +46,7 @@ class Scanner:
         kernel: reconstruction kernel.
         noise_hu: noise SD in the middle of the torso, for the soft kernel.
         noise_grain: factor on the correlation length of the noise in plane.
+        motion_mm: standard deviation of further blur in plane, from breathing or a softer filter.
         slice_thickness_mm: full width of the slice sensitivity profile.
         slice_spacing_mm: distance of slices; None is the thickness.
         pixel_spacing_mm: in plane.
@@ -63,6 +64,7 @@ class Scanner:
     kernel: Kernel = "soft"
     noise_hu: float = 14.0
     noise_grain: float = 1.0
+    motion_mm: float = 0.0
     slice_thickness_mm: float = 2.5
     slice_spacing_mm: float | None = None
     pixel_spacing_mm: float = 0.8

@@ -28,7 +28,8 @@ from osteo_daemon.errors import NotEligible
 from osteo_daemon.imaging.volume import CtVolume
 from osteo_daemon.inference.bundle import read_bundle
 from osteo_daemon.inference.canonical import grid_affine
-from osteo_daemon.inference.localize import LEVELS_FROM_SACRUM, SpineLocalizer
+from osteo_daemon.inference.localize import SpineLocalizer
+from osteo_daemon.inference.naming import LEVELS_FROM_SACRUM
 from osteo_daemon.network.localizer import SpineClass
 from train.synthesis import synthesise
 from train.torso import load_torso

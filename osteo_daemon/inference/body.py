@@ -153,7 +153,6 @@ def describe_body(
     up: Floats,
     limits: tuple[DiscPlane, DiscPlane] | None,
     confidence: float,
-    certain: bool,
 ) -> Vertebra | None:
     """The vertebra around ``guess`` (3,) (internal frame) between two disc planes; None when the mask is empty."""
     found = body_region(maps, channel, guess, limits, canonical)
@@ -171,9 +170,7 @@ def describe_body(
     core = along[np.linalg.norm((places - centre) - along[:, None] * up, axis=1) < 10.0]
     core = core if len(core) else along
     top, bottom = float(core.max()) + MASK_SPACING_MM / 2, float(core.min()) - MASK_SPACING_MM / 2
-    flags = [] if certain else [QualityFlag("level_uncertain", Severity.BLOCKING)]
-    if limits is not None:
-        flags += content_flags(canonical, places, centre)
+    flags = content_flags(canonical, places, centre) if limits is not None else []
     measured = heights(region, axes) if limits is not None else None
 
     def lps(point: Floats) -> Points:
@@ -185,7 +182,7 @@ def describe_body(
         axes_lps=axes,
         confidence=confidence,
         body_region=region,
-        level_certain=certain,
+        level_certain=True,
         height_mm=top - bottom,
         heights=measured,
         superior_lps_mm=lps(centre + top * up),

@@ -18,7 +18,7 @@ from osteo_daemon.imaging.volume import CtVolume
 from osteo_daemon.inference.body import MASK_SPACING_MM, content_flags, level_axes
 from osteo_daemon.inference.body_cut import SMALLEST_BODY_MM3, CutBody, cut_body, thickest_point
 from osteo_daemon.inference.canonical import CanonicalVolume, grid_affine, resample_canonical
-from osteo_daemon.inference.localize import coronal_angle, flagged_column
+from osteo_daemon.inference.decode import coronal_angle, flagged_column
 from osteo_daemon.inference.morphometry import heights
 from osteo_daemon.inference.vertebra import Localization, Vertebra
 

@@ -20,7 +20,8 @@ MINIMUM_VOXELS = 10
 
 MILD_LOSS = 0.20
 MODERATE_LOSS = 0.25
-"""Loss of height from which Genant's grades 1 and 2 begin (Genant et al., J Bone Miner Res 1993;8:1137)."""
+SEVERE_LOSS = 0.40
+"""Loss of height from which Genant's grades 1, 2 and 3 begin (Genant et al., J Bone Miner Res 1993;8:1137)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,25 +46,38 @@ class Heights:
         return max(0.0, 1.0 - min(self.anterior_mm, self.middle_mm) / self.posterior_mm)
 
 
-def compression_flags(heights: Sequence[Heights | None]) -> list[tuple[QualityFlag, ...]]:
-    """``compression_suspected`` for each vertebra of a column (in order, None where it could not be measured).
+def compression_losses(heights: Sequence[Heights | None]) -> list[float | None]:
+    """Lost share of height of each vertebra of a column (in order), None where it could not be measured.
 
-    Caution from `MILD_LOSS`, blocking (out of the average) from `MODERATE_LOSS`, of the wedge or biconcave loss or of
-    the crush loss: 1 - mean height over the mean of its neighbours' (Genant grades by eye on radiographs).
+    The greater of the wedge or biconcave loss and of the crush loss: 1 - mean height over the mean of its neighbours'.
     """
-    flags: list[tuple[QualityFlag, ...]] = []
+    losses: list[float | None] = []
     for k, own in enumerate(heights):
         if own is None:
-            flags.append(())
+            losses.append(None)
             continue
         beside = [h.mean_mm for h in (*heights[max(0, k - 1) : k], *heights[k + 1 : k + 2]) if h is not None]
         crush = 1.0 - own.mean_mm / (sum(beside) / len(beside)) if len(beside) == 2 else 0.0
-        loss = max(own.loss, crush)
-        if loss >= MILD_LOSS:
-            severity = Severity.BLOCKING if loss >= MODERATE_LOSS else Severity.CAUTION
-            flags.append((QualityFlag("compression_suspected", severity),))
-        else:
-            flags.append(())
+        losses.append(max(own.loss, crush))
+    return losses
+
+
+def compression_grades(heights: Sequence[Heights | None]) -> list[int | None]:
+    """Genant-like grade by the measured loss: 0, or 1 from `MILD_LOSS`, 2 from `MODERATE_LOSS`, 3 from `SEVERE_LOSS`.
+
+    Genant grades by eye on radiographs; this is arithmetic on a mask, for comparison and not a diagnosis.
+    """
+    bounds = (MILD_LOSS, MODERATE_LOSS, SEVERE_LOSS)
+    return [None if loss is None else sum(loss >= bound for bound in bounds) for loss in compression_losses(heights)]
+
+
+def compression_flags(heights: Sequence[Heights | None]) -> list[tuple[QualityFlag, ...]]:
+    """``compression_suspected`` for each vertebra of a column: caution from grade 1, blocking (out of the average) from
+    grade 2."""
+    flags: list[tuple[QualityFlag, ...]] = []
+    for grade in compression_grades(heights):
+        severity = Severity.BLOCKING if (grade or 0) >= 2 else Severity.CAUTION
+        flags.append((QualityFlag("compression_suspected", severity),) if grade else ())
     return flags
 
 

@@ -6,49 +6,49 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydicom.dataset import Dataset
 
 from osteo_daemon.domain.decision import decide
-from osteo_daemon.domain.eligibility import CLASSIFICATION_AGE_YEARS, MINIMUM_AGE_YEARS, ExclusionCode, age_years
+from osteo_daemon.domain.eligibility import ExclusionCode
 from osteo_daemon.domain.findings import (
     MEASURED_LEVELS,
+    Category,
     Exclusion,
     Level,
     ModelReference,
-    NetworkFinding,
     Outcome,
     QualityFlag,
     ScreeningResult,
     Severity,
-    VertebraFinding,
 )
 from osteo_daemon.errors import ConfigurationError, Damaged, NotEligible
-from osteo_daemon.imaging.selection import Candidate, Rejection, refusal, select_series
+from osteo_daemon.imaging.selection import Candidate, Rejection, not_preferred, other_series, refusal, select_series
 from osteo_daemon.imaging.series import ct_slices, one_study
 from osteo_daemon.imaging.study_files import StudyFiles
 from osteo_daemon.imaging.volume import CtVolume
 from osteo_daemon.inference.bundle import ModelBundle, find_bundle
+from osteo_daemon.inference.contrast import measure_enhancement
 from osteo_daemon.inference.density import Measurement, measure
-from osteo_daemon.inference.quality import ScanQuality, assess, correct, tube_voltage
+from osteo_daemon.inference.finding import finding_of
+from osteo_daemon.inference.patient import Patient
+from osteo_daemon.inference.quality import ScanQuality, assess, check_scale, tube_voltage
+from osteo_daemon.inference.surroundings import survey
+from osteo_daemon.inference.transitional import settled_flags
 from osteo_daemon.inference.vertebra import Vertebra
-from osteo_daemon.inference.vertebra_network import MINIMUM_COVERAGE, Prediction, VertebraNetwork
+from osteo_daemon.inference.vertebra_network import Prediction, VertebraNetwork
 from osteo_daemon.inference.vertebra_source import Scan, VertebraSource, choose_source
 from osteo_daemon.settings import Settings
 
 Progress = Callable[[str], None]
 
-CLINICAL = "clinical"
-"""Status of a bundle that a site promoted on a verdict on real DXA pairs."""
-
-LEVEL_DISAGREEMENT_PROBABILITY = 0.8
-"""The network contradicts the localiser's name when it gives this much to another level."""
+MAXIMUM_SCREENED_SERIES = 3
+"""Series of one study that are screened in full, until one gives a category without contrast agent."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,6 +69,35 @@ class Screening:
     volume: CtVolume | None
     measurements: Mapping[Level, Measurement]
     manifest: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Attempt:
+    """One screened series of a study that may hold a better one."""
+
+    screening: Screening
+    vertebrae: tuple[Vertebra, ...]
+    enhanced: bool
+
+    @property
+    def decided(self) -> bool:
+        """True when the series gave a category."""
+        return self.screening.result.category is not Category.INDETERMINATE
+
+    @property
+    def rank(self) -> tuple[bool, bool]:
+        """The smaller the better: a category first, then no contrast agent."""
+        return (not self.decided, self.enhanced)
+
+    @property
+    def shortcoming(self) -> str:
+        """What speaks against it, in words."""
+        if not self.decided:
+            return "it gives no category"
+        return "it holds contrast agent" if self.enhanced else "another one was screened first"
+
+
+_BEST_RANK = (False, False)
 
 
 @dataclass(slots=True)
@@ -140,12 +169,14 @@ class StudyScreener:
         study_uid = one_study(headers)
         rejections: list[Rejection] = []
         try:
-            patient = _Patient.of(headers[0][1])
-            candidates, rejections = select_series(ct_slices(headers))
+            patient = Patient.of(headers[0][1])
+            series = ct_slices(headers)
+            candidates, rejections = select_series(series)
+            rejections += other_series(headers, series.keys())
             if not candidates:
                 raise refusal(rejections)
             patient.check_age()
-            return self._first_screenable(study_uid, candidates, rejections, patient, files, clock, progress)
+            return self._best_screening(study_uid, candidates, rejections, patient, files, clock, progress)
         except NotEligible as exclusion:
             result = ScreeningResult(
                 study_instance_uid=study_uid,
@@ -159,43 +190,74 @@ class StudyScreener:
             ct = next((header for _, header in headers if header.get("Modality") == "CT"), headers[0][1])
             return Screening(result, (ct,), None, {}, self._manifest(result, rejections, None))
 
-    def _first_screenable(
+    def _best_screening(
         self,
         study_uid: str,
         candidates: Sequence[Candidate],
         rejections: list[Rejection],
-        patient: _Patient,
+        patient: Patient,
         files: StudyFiles,
         clock: _Clock,
         progress: Progress,
     ) -> Screening:
-        first: NotEligible | None = None
+        """The first candidate that gives a category without contrast agent, else the best of the first few."""
+        refused: NotEligible | None = None
+        kept: tuple[Candidate, _Attempt] | None = None
+        screened = 0
         for candidate in candidates:
+            if kept is not None and (kept[1].rank == _BEST_RANK or screened >= MAXIMUM_SCREENED_SERIES):
+                rejections.append(not_preferred(candidate, kept[0]))
+                continue
+            if kept is not None and kept[1].decided and not self._may_be_native(candidate, kept, files, clock):
+                rejections.append(not_preferred(candidate, kept[0], "it holds contrast agent, too"))
+                continue
             try:
-                return self._screen_stack(study_uid, candidate, rejections, patient, files, clock, progress)
+                attempt = self._screen_stack(study_uid, candidate, patient, files, clock, progress)
             except NotEligible as error:
-                rejections.append(
-                    Rejection(candidate.stack.series_instance_uid, ExclusionCode(error.code), error.reason)
-                )
-                first = first or error
-        if first is None:
-            raise ValueError("select_series gives at least one candidate")
-        raise first
+                uid = candidate.stack.series_instance_uid
+                rejections.append(Rejection(uid, ExclusionCode(error.code), error.reason))
+                refused = refused or error
+                continue
+            screened += 1
+            if kept is None:
+                kept = candidate, attempt
+            elif attempt.rank < kept[1].rank:
+                rejections.append(not_preferred(kept[0], candidate, kept[1].shortcoming))
+                kept = candidate, attempt
+            else:
+                rejections.append(not_preferred(candidate, kept[0], attempt.shortcoming))
+        if kept is None:
+            raise refused or ValueError("select_series gives at least one candidate")
+        screening = kept[1].screening
+        rejected = [rejection.to_json() for rejection in rejections]
+        return replace(screening, manifest={**screening.manifest, "rejected_series": rejected})
+
+    def _may_be_native(
+        self, candidate: Candidate, kept: tuple[Candidate, _Attempt], files: StudyFiles, clock: _Clock
+    ) -> bool:
+        """Look for contrast agent where the vertebrae of the screened series are, if the two share their geometry."""
+        frames = {str(stack.header.get("FrameOfReferenceUID") or "") for stack in (candidate.stack, kept[0].stack)}
+        if len(frames) > 1 or "" in frames:
+            return True
+        with clock.stage("probe"):
+            enhancement = measure_enhancement(files.volume(candidate.stack), kept[1].vertebrae)
+        return enhancement.aorta_hu is None or not enhancement.enhanced
 
     def _screen_stack(
         self,
         study_uid: str,
         candidate: Candidate,
-        rejections: Sequence[Rejection],
-        patient: _Patient,
+        patient: Patient,
         files: StudyFiles,
         clock: _Clock,
         progress: Progress,
-    ) -> Screening:
+    ) -> _Attempt:
         stack = candidate.stack
         progress("decode")
         with clock.stage("decode"):
             volume = files.volume(stack)
+            surroundings = survey(volume)
+            check_scale(surroundings)
         progress("find vertebrae")
         with clock.stage("localize"):
             located = self._locate(Scan(volume, stack.header, files.headers))
@@ -203,7 +265,7 @@ class StudyScreener:
         vertebrae = [vertebra for vertebra in localization.vertebrae if vertebra.level in MEASURED_LEVELS]
         progress("measure")
         with clock.stage("measure"):
-            quality = assess(volume, [v.centre_lps_mm for v in vertebrae], [v.axes_lps for v in vertebrae])
+            quality = assess(volume, vertebrae, surroundings)
             measurements = {
                 Level(vertebra.level): measure(volume, vertebra.body_region, vertebra.axes_lps)
                 for vertebra in vertebrae
@@ -214,18 +276,20 @@ class StudyScreener:
         kvp = tube_voltage(stack.header)
         findings, correction_flags = [], set[QualityFlag]()
         for vertebra, prediction in zip(vertebrae, predictions, strict=True):
-            finding, flags = _finding(
+            finding, flags = finding_of(
                 vertebra,
                 measurements[Level(vertebra.level)],
                 prediction,
                 self._network_status,
                 "" if self._network is None else self._network.scale.reference,
                 kvp,
+                quality.enhancement.phase,
                 patient,
             )
             findings.append(finding)
             correction_flags.update(flags)
-        study_flags = [*candidate.quality_flags, *localization.flags, *quality.quality_flags, *patient.quality_flags]
+        study_flags = [*candidate.quality_flags, *settled_flags(localization, findings)]
+        study_flags += [*quality.quality_flags, *patient.quality_flags]
         study_flags += sorted(correction_flags, key=lambda flag: flag.code)
         if files.unreadable:
             study_flags.append(QualityFlag("unreadable_objects", Severity.CAUTION))
@@ -242,8 +306,9 @@ class StudyScreener:
             durations_s=clock.seconds,
         )
         slices = tuple(item.header for item in stack.slices)
-        manifest = self._manifest(result, rejections, quality) | {"vertebrae": located.to_manifest()}
-        return Screening(result, slices, volume, measurements, manifest)
+        manifest = self._manifest(result, (), quality) | {"vertebrae": located.to_manifest()}
+        screening = Screening(result, slices, volume, measurements, manifest)
+        return _Attempt(screening, tuple(vertebrae), quality.enhancement.enhanced)
 
     def _predict(self, volume: CtVolume, vertebrae: Sequence[Vertebra]) -> Sequence[Prediction | None]:
         if self._network is None:
@@ -253,16 +318,6 @@ class StudyScreener:
     def _manifest(
         self, result: ScreeningResult, rejections: Sequence[Rejection], quality: ScanQuality | None
     ) -> dict[str, Any]:
-        measured = (
-            {}
-            if quality is None
-            else {
-                "air_hu": quality.air_hu,
-                "fat_hu": quality.fat_hu,
-                "vessel_hu": quality.vessel_hu,
-                "noise_hu": quality.noise_hu,
-            }
-        )
         packages = ("osteo-daemon", "torch", "monai", "pydicom", "highdicom", "numpy", "scipy")
         return {
             "schema": "osteo-manifest/1",
@@ -272,118 +327,10 @@ class StudyScreener:
             "models": [{"bundle": m.bundle, "version": m.version, "sha256": m.sha256} for m in result.models],
             "device": str(self.device),
             "threads": torch.get_num_threads(),
-            "scan_quality": measured,
-            "rejected_series": [
-                {"series_instance_uid": r.series_instance_uid, "code": r.code.value, "reason": r.reason}
-                for r in rejections
-            ],
+            "scan_quality": {} if quality is None else quality.to_json(),
+            "rejected_series": [rejection.to_json() for rejection in rejections],
             "durations_s": dict(result.durations_s),
         }
-
-
-@dataclass(frozen=True, slots=True)
-class _Patient:
-    """What the header says of age and sex; a missing one withholds what needs it and is never replaced."""
-
-    age_years: int | None
-    sex: str | None
-
-    @classmethod
-    def of(cls, header: Dataset) -> _Patient:
-        values = (header.get("PatientAge"), header.get("PatientBirthDate"), header.get("StudyDate"))
-        sex = str(header.get("PatientSex") or "").strip().upper()
-        return cls(age_years(*(str(value or "") for value in values)), sex if sex in ("F", "M") else None)
-
-    def check_age(self) -> None:
-        if self.age_years is not None and self.age_years < MINIMUM_AGE_YEARS:
-            reason = f"the patient is younger than {MINIMUM_AGE_YEARS} years"
-            raise NotEligible(ExclusionCode.AGE_BELOW_LIMIT, reason)
-
-    @property
-    def classifiable(self) -> bool:
-        """True when WHO classes and T-scores are defined for this patient."""
-        return self.age_years is not None and self.age_years >= CLASSIFICATION_AGE_YEARS and self.sex is not None
-
-    @property
-    def quality_flags(self) -> tuple[QualityFlag, ...]:
-        flags = []
-        if self.age_years is None:
-            flags.append(QualityFlag("age_missing", Severity.CAUTION))
-        elif self.age_years < CLASSIFICATION_AGE_YEARS:
-            flags.append(QualityFlag("age_below_classification", Severity.INFO))
-        if self.sex is None:
-            flags.append(QualityFlag("sex_missing", Severity.CAUTION))
-        return tuple(flags)
-
-
-def _finding(
-    vertebra: Vertebra,
-    measurement: Measurement,
-    prediction: Prediction | None,
-    status: str,
-    reference: str,
-    kvp: float | None,
-    patient: _Patient,
-) -> tuple[VertebraFinding, tuple[QualityFlag, ...]]:
-    flags = [*vertebra.flags, *measurement.quality_flags]
-    corrected, correction_flags = None, tuple[QualityFlag, ...]()
-    if measurement.attenuation is not None:
-        corrected, correction_flags = correct(measurement.attenuation, kvp)
-    network = None
-    if prediction is not None:
-        network = NetworkFinding(
-            status=status,
-            bmd_g_cm2=_rounded(prediction.bmd_g_cm2, 3),
-            t_score=_rounded(prediction.t_score, 1) if patient.classifiable else None,
-            class_probabilities=_shares(prediction.class_probabilities) if patient.classifiable else None,
-            level_probabilities=_shares(prediction.level_probabilities) or {},
-            expert_weights=tuple(round(weight, 3) for weight in prediction.expert_weights),
-            bmd_interval_90_g_cm2=_interval(prediction.bmd_interval_90_g_cm2),
-            t_score_reference=reference if prediction.t_score is not None and patient.classifiable else None,
-            withheld=_withheld(prediction, patient),
-        )
-        likeliest = max(prediction.level_probabilities, key=lambda level: prediction.level_probabilities[level])
-        # an investigational network raises no doubt about names either
-        if (
-            status == CLINICAL
-            and likeliest != vertebra.level
-            and prediction.level_probabilities[likeliest] >= LEVEL_DISAGREEMENT_PROBABILITY
-        ):
-            flags.append(QualityFlag("level_disagreement", Severity.INFO))
-    x, y, z = (round(float(value), 1) for value in np.asarray(vertebra.centre_lps_mm))
-    finding = VertebraFinding(
-        level=Level(vertebra.level),
-        centre_lps_mm=(x, y, z),
-        confidence=round(float(vertebra.confidence), 3),
-        attenuation_hu=measurement.attenuation,
-        attenuation_hu_corrected=corrected,
-        network=network,
-        quality_flags=tuple(flags),
-    )
-    return finding, correction_flags
-
-
-def _withheld(prediction: Prediction, patient: _Patient) -> dict[str, str]:
-    """Why a value of the network isn't given, by value; codes of docs/report.md."""
-    if prediction.bmd_g_cm2 is None:
-        reason = "scan_edge" if prediction.coverage < MINIMUM_COVERAGE else "level_without_reference"
-        return {"bmd": reason, "t_score": reason, "class": reason}
-    if not patient.classifiable:
-        reason = next(flag.code for flag in patient.quality_flags)
-        return {"t_score": reason, "class": reason}
-    return {} if prediction.t_score is not None else {"t_score": "level_without_reference"}
-
-
-def _interval(values: tuple[float, float] | None) -> tuple[float, float] | None:
-    return None if values is None else (round(values[0], 3), round(values[1], 3))
-
-
-def _rounded(value: float | None, digits: int) -> float | None:
-    return None if value is None else round(value, digits)
-
-
-def _shares(values: Mapping[str, float] | None) -> dict[str, float] | None:
-    return None if values is None else {name: round(value, 3) for name, value in values.items()}
 
 
 def choose_device(name: str) -> torch.device:

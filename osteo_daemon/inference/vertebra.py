@@ -32,6 +32,7 @@ class Vertebra:
         superior_lps_mm: (3,) centre of the upper endplate.
         inferior_lps_mm: (3,) centre of the lower endplate.
         flags: remarks on this vertebra.
+        compression_grade: 0 to 3 by loss of height (`morphometry`), or None where it cannot be measured.
     """
 
     level: str
@@ -45,6 +46,7 @@ class Vertebra:
     superior_lps_mm: Points
     inferior_lps_mm: Points
     flags: tuple[QualityFlag, ...] = ()
+    compression_grade: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,11 +56,15 @@ class Localization:
     Attributes:
         vertebrae: cranial to caudal, with no level left out.
         flags: remarks on the column as a whole.
-        anchor: what the names were counted from; ``s1`` is the only anchor so far.
+        anchor: what the names were counted from: ``s1+rib``, ``s1``, ``rib``, ``none``, or ``labels`` for masks with
+            names.
         durations_s: seconds per step.
+        alternative: where sacrum and last rib disagree, by how many levels every vertebra would lie higher by the
+            rib's count (L5 of the names would be L4 for 1); else 0.
     """
 
     vertebrae: tuple[Vertebra, ...]
     flags: tuple[QualityFlag, ...]
     anchor: str
     durations_s: Mapping[str, float] = field(default_factory=dict)
+    alternative: int = 0

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from osteo_daemon.domain.findings import Severity
+from osteo_daemon.domain.findings import QualityFlag, Severity
 from osteo_daemon.errors import NotEligible
 from osteo_daemon.inference.canonical import CanonicalVolume
-from osteo_daemon.inference.localize import LEVELS_FROM_SACRUM, Localization, decode
+from osteo_daemon.inference.decode import decode
+from osteo_daemon.inference.naming import LEVELS_FROM_SACRUM
 from osteo_daemon.inference.tiling import SpineMaps
+from osteo_daemon.inference.vertebra import Localization
 from osteo_daemon.network.localizer import SpineClass
 
 SPACING_MM = 3.0
@@ -26,8 +28,14 @@ def build(
     bend_mm: float = 0.0,
     lean_mm: float = 0.0,
     phase_gaps_mm: Sequence[float] | None = None,
+    last_rib: int | None = None,
+    without_disc: int | None = None,
 ) -> tuple[SpineMaps, CanonicalVolume, list[np.ndarray]]:
-    """Perfect maps of a column of 42 x 34 mm bodies with discs of 8 mm; returns true body centres in index mm too."""
+    """Perfect maps of a column of 42 x 34 mm bodies with discs of 8 mm; returns true body centres in index mm too.
+
+    With ``last_rib`` every vertebra from that number up bears ribs and those below have transverse processes. A lean
+    tilts the discs with the line. ``without_disc`` fills one disc with bone.
+    """
     z, y, x = np.meshgrid(*[np.arange(n) * SPACING_MM for n in SHAPE], indexing="ij")
     base = 60.0
     planes = base + np.concatenate([[0.0], np.cumsum(gaps_mm)])
@@ -40,16 +48,29 @@ def build(
     cy, cx = line(z)
     column = ((y - cy) / 17) ** 2 + ((x - cx) / 21) ** 2 < 1
     p = np.zeros((len(SpineClass), *SHAPE), dtype=np.float32)
-    nearest = np.abs(z[..., None] - planes).min(axis=-1)
-    inside = column & (z > planes[0] - 4) & (z < planes[-1] + 4)
-    p[SpineClass.DISC][inside & (nearest <= 4)] = 1
-    p[SpineClass.BODY][inside & (nearest > 4)] = 1
+    step = (line(z + 1)[1] - line(z - 1)[1]) / 2
+    along = z + step * (x - cx)
+    nearest = np.abs(along[..., None] - planes).min(axis=-1)
+    inside = column & (along > planes[0] - 4) & (along < planes[-1] + 4)
+    disc = inside & (nearest <= 4)
+    if without_disc is not None:
+        disc &= np.abs(along - planes[without_disc]) > 4
+    p[SpineClass.DISC][disc] = 1
+    p[SpineClass.BODY][inside & ~disc] = 1
     if sacrum:
-        p[SpineClass.S1_BODY][column & (z <= planes[0] - 4) & (z > planes[0] - 34)] = 1
+        p[SpineClass.S1_BODY][column & (along <= planes[0] - 4) & (along > planes[0] - 34)] = 1
+    if last_rib is not None:
+        for k, middle in enumerate((planes[:-1] + planes[1:]) / 2):
+            aside = np.abs(x - cx)
+            fall = 0.4 * np.maximum(aside - 28, 0) if k >= last_rib else 0.0
+            bar = (np.abs(z - middle - 4 + fall) < 6) & (np.abs(y - cy - 28) < 6) & (aside > 12)
+            p[SpineClass.POSTERIOR][bar & (aside < (28 if k >= last_rib else 40))] = 1
+            if k >= last_rib:
+                p[SpineClass.RIB][bar & (aside >= 28) & (aside < 95)] = 1
     canal = (y - cy - 26) ** 2 + (x - cx) ** 2 < 7**2
     p[SpineClass.CANAL][canal] = 1
     p[SpineClass.BACKGROUND] = 1 - p[1:].sum(axis=0).clip(max=1)
-    u = np.interp(z, phase_planes, np.arange(len(phase_planes)))
+    u = np.interp(along, phase_planes, np.arange(len(phase_planes)))
     phase = np.stack([np.cos(2 * np.pi * u), np.sin(2 * np.pi * u)]).astype(np.float32) * inside
     hu = np.where(column, 150.0, 0.0).astype(np.float32)
     canonical = CanonicalVolume(hu, np.ones(SHAPE, bool), SPACING_MM, np.array([-100.0, -80.0, 400.0]))
@@ -108,11 +129,86 @@ def test_image_and_phase_that_disagree_are_not_trusted() -> None:
     assert "level_uncertain" in {f.code for f in named["L3"].flags}
 
 
-def test_without_s1_nothing_is_named() -> None:
-    maps, canonical, _ = build(sacrum=False)
+def test_two_anchors_that_agree_make_names_certain() -> None:
+    maps, canonical, centres = build(last_rib=5)
+    found = decode(maps, canonical)
+    check_names(found, centres, canonical, 2.5)
+    assert (found.anchor, found.flags, found.alternative) == ("s1+rib", (), 0)
+    assert all(v.level_certain for v in found.vertebrae)
+
+
+def test_a_last_rib_out_of_view_is_said() -> None:
+    found = decode(*build()[:2])
+    assert found.anchor == "s1"
+    assert found.flags == (QualityFlag("last_rib_not_seen", Severity.CAUTION),)
+
+
+@pytest.mark.parametrize(("last_rib", "alternative"), [(4, 1), (6, -1)])
+def test_anchors_that_disagree_make_every_name_uncertain(last_rib: int, alternative: int) -> None:
+    found = decode(*build([34.0] * 7, last_rib=last_rib)[:2])
+    assert QualityFlag("possible_transitional_anatomy", Severity.BLOCKING) in found.flags
+    assert found.alternative == alternative
+    for vertebra in found.vertebrae[:-1]:
+        assert not vertebra.level_certain
+        assert vertebra.confidence < 0.6
+        assert QualityFlag("level_uncertain", Severity.CAUTION) in vertebra.flags
+
+
+def test_without_s1_names_are_counted_down_from_the_last_rib() -> None:
+    maps, canonical, centres = build(sacrum=False, last_rib=4)  # its lowest vertebra is L4
+    found = decode(maps, canonical)
+    named = {v.level: v for v in found.vertebrae}
+    assert found.anchor == "rib"
+    assert found.flags == (QualityFlag("level_uncertain", Severity.CAUTION),)
+    assert "L5" not in named
+    for level, centre in zip(("L4", "L3", "L2", "L1", "T12"), centres, strict=False):
+        assert named[level].centre_lps_mm == pytest.approx(centre[::-1] + canonical.origin_lps_mm, abs=2.5)
+        assert named[level].level_certain
+
+
+def test_six_vertebrae_above_which_ribs_begin_need_no_sacrum_to_be_unusual() -> None:
+    found = decode(*build([34.0] * 7, sacrum=False, last_rib=6)[:2])
+    assert QualityFlag("possible_transitional_anatomy", Severity.BLOCKING) in found.flags
+
+
+def test_without_any_anchor_levels_are_guesses_and_the_study_is_blocked() -> None:
+    maps, canonical, _ = build([36.0] * 4, sacrum=False, last_rib=9)
+    found = decode(maps, canonical)
+    assert found.anchor == "none"
+    assert found.flags == (QualityFlag("level_uncertain", Severity.BLOCKING),)
+    for vertebra in found.vertebrae:
+        assert QualityFlag("level_uncertain", Severity.BLOCKING) in vertebra.flags
+        assert vertebra.confidence < 0.6
+
+
+@pytest.mark.parametrize("last_rib", [0, 1, None])
+def test_a_chest_has_no_lumbar_vertebrae(last_rib: int | None) -> None:
+    """All vertebrae bear ribs, all but one do, or nothing beside them tells."""
     with pytest.raises(NotEligible) as refusal:
-        decode(maps, canonical)
+        decode(*build(sacrum=False, last_rib=last_rib)[:2])
     assert refusal.value.code == "insufficient_coverage"
+
+
+def test_ribs_right_above_a_sacrum_make_it_none() -> None:
+    with pytest.raises(NotEligible) as refusal:
+        decode(*build(last_rib=1)[:2])
+    assert refusal.value.code == "insufficient_coverage"
+
+
+def test_vertebrae_without_a_disc_between_them_are_said_to_be_fused() -> None:
+    found = {v.level: v for v in decode(*build(last_rib=5, without_disc=3)[:2]).vertebrae}
+    fused = {level for level, v in found.items() if "fused_vertebra" in {f.code for f in v.flags}}
+    assert fused == {"L3", "L2"}
+    assert found["L4"].level_certain
+    assert found["T12"].level_certain
+
+
+def test_a_missing_level_is_said() -> None:
+    gaps = [26.0, 26.0, 52.0, 26.0, 26.0, 26.0]
+    found = decode(*build(gaps, last_rib=4)[:2])
+    assert QualityFlag("possible_transitional_anatomy", Severity.BLOCKING) in found.flags
+    assert QualityFlag("level_uncertain", Severity.BLOCKING) in found.flags
+    assert QualityFlag("fused_vertebra", Severity.BLOCKING) in {v.level: v for v in found.vertebrae}["L3"].flags
 
 
 def test_without_any_column_there_is_no_lumbar_vertebra() -> None:

@@ -29,7 +29,7 @@ ANCHOR = "labels"
 
 _CONTENT_SPACING_MM = 3.0  # grid on which metal and cement are looked for, as for the localiser
 _CLOSEST_MM, _FARTHEST_MM = 12.0, 62.0  # between the centres of neighbouring bodies
-_MARGIN_MM = 3.0
+_MARGIN_MM = 3.0 + MASK_SPACING_MM / 4  # a quarter: no sample falls on the face of a voxel of 1.5 or 3 mm
 _LARGEST_TURN_DEGREES = 25.0
 _SCOLIOSIS_DEGREES = 10.0
 _BONE_HU = (-60.0, 1300.0)  # fatty marrow to cortex
@@ -61,7 +61,7 @@ def localize_masks(regions: Mapping[Level, Region], volume: CtVolume) -> Localiz
         level: thickest_point(grid.mask, MASK_SPACING_MM) + _origin(grid) for level, grid in grids.items()
     }  # cranial to caudal, mm (z, y, x) in LPS
     _check_order(guesses)
-    bodies, _ = _cut_all(grids, {level: (guess, _along(level, guesses)) for level, guess in guesses.items()})
+    bodies, reasons = _cut_all(grids, {level: (guess, _along(level, guesses)) for level, guess in guesses.items()})
     # once more along the column of the bodies and level with their endplates: the thickest point of a mask that the
     # scan cuts may lie in its arch, and the line between centres leans otherwise than a body at the end of the row
     centres = {level: body.centre + _origin(grids[level]) for level, body in bodies.items()}
@@ -69,9 +69,9 @@ def localize_masks(regions: Mapping[Level, Region], volume: CtVolume) -> Localiz
         level: (centres[level], -_axes(replace(body, up=_along(level, centres)))[0][::-1])
         for level, body in bodies.items()
     }
-    bodies, reasons = _cut_all({level: grids[level] for level in again}, again)
+    bodies, more = _cut_all({level: grids[level] for level in again}, again)
     if sum(level.startswith("L") for level in bodies) < 2:
-        raise VertebraeUnusable("; ".join(["fewer than two lumbar bodies", *reasons[:3]]))
+        raise VertebraeUnusable("; ".join(["fewer than two lumbar bodies", *(reasons + more)[:3]]))
     vertebrae = flagged_column(
         [_vertebra(level, body, _origin(grids[level]), canonical) for level, body in reversed(bodies.items())]
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +23,7 @@ from osteo_daemon.dicom.report_objects import (
 from osteo_daemon.dicom.report_source import ReportSource
 from osteo_daemon.domain.wording import load_wording
 from osteo_daemon.inference.screening import Screening
+from osteo_daemon.messages import build_messages
 from osteo_daemon.settings import Settings
 
 
@@ -89,4 +90,5 @@ def build_report(
     )
     if variants is not None:
         return build_report_objects(request, variants, DEFAULT_KINDS)
-    return build_report_objects(request, needed_variants(settings.destinations), needed_kinds(settings.destinations))
+    built = build_report_objects(request, needed_variants(settings.destinations), needed_kinds(settings.destinations))
+    return replace(built, objects=(*built.objects, *build_messages(request, settings.destinations)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from osteo_daemon.delivery.message_transport import FhirTransport, Hl7Transport
 from osteo_daemon.dicom.storage_scu import SpooledObject, Verdict, send_objects
 from osteo_daemon.dicom.verification import echo
 from osteo_daemon.domain.study import RemoteAE
@@ -74,7 +75,11 @@ class DicomTransport:
             return
 
 
-TRANSPORTS: dict[str, Callable[[Settings, DestinationSettings], Transport]] = {"dicom": DicomTransport}
+TRANSPORTS: dict[str, Callable[[Settings, DestinationSettings], Transport]] = {
+    "dicom": DicomTransport,
+    "hl7": Hl7Transport,
+    "fhir": FhirTransport,
+}
 """By the kind of a destination."""
 
 

@@ -64,9 +64,9 @@ class BuiltObject:
     """A finished DICOM object.
 
     Attributes:
-        kind: one of `SENDING_ORDER`.
+        kind: one of `SENDING_ORDER`, or ``hl7`` and ``fhir`` for messages.
         variant: which form of the object, "" when there is only one; see `sr_variant`.
-        data: the Part 10 file, byte for byte as it is spooled and sent.
+        data: the Part 10 file or the message, byte for byte as it is spooled and sent.
     """
 
     kind: str
@@ -90,13 +90,19 @@ class BuiltReport:
         Of the structured reports the deliverer sends one: the first whose class the peer takes, and with a reference
         to the segmentation only if the peer has that.
         """
+        if destination.kind != "dicom":
+            return tuple(
+                built for built in self.objects if built.kind == destination.kind and built.variant == destination.name
+            )
         has_segmentation = any(built.kind == "seg" for built in self.objects)
         variants = sr_candidates(destination.sr_class, has_segmentation and "seg" in destination.objects)
         rank = {variant: number for number, variant in enumerate(variants)}
         wanted = [
             built
             for built in self.objects
-            if built.kind in destination.objects and (built.kind != "sr" or built.variant in rank)
+            if built.kind in SENDING_ORDER
+            and built.kind in destination.objects
+            and (built.kind != "sr" or built.variant in rank)
         ]
         return tuple(sorted(wanted, key=lambda built: (SENDING_ORDER.index(built.kind), rank.get(built.variant, 0))))
 
@@ -145,6 +151,14 @@ class ReportRequest:
     predecessors: Mapping[str, Predecessor] = field(default_factory=dict)
     wording: Wording = field(default_factory=load_wording)
     earlier: Sequence[EarlierValue] = ()
+
+    @property
+    def local_created(self) -> datetime:
+        """``created`` in the site's time zone."""
+        offset = self.site.timezone_offset
+        minutes = int(offset[1:3]) * 60 + int(offset[3:5])
+        zone = timezone(timedelta(minutes=-minutes if offset[0] == "-" else minutes))
+        return self.created.astimezone(zone)
 
 
 def sr_variant(sr_class: str, refers_to_segmentation: bool) -> str:
@@ -251,10 +265,7 @@ class _Builder:
                     if native is not None:
                         masks[finding.level] = native
         self.anatomy = ReportAnatomy(headers, volume, bodies, trabecular)
-        offset = request.site.timezone_offset
-        minutes = int(offset[1:3]) * 60 + int(offset[3:5])
-        zone = timezone(timedelta(minutes=-minutes if offset[0] == "-" else minutes))
-        self.created = request.created.astimezone(zone)
+        self.created = request.local_created
 
     def segmentation(self) -> tuple[_Segmentation | None, dict[Level, SegmentReference]]:
         segments = plan_segments(self.anatomy.bodies, self.anatomy.trabecular)

@@ -26,7 +26,11 @@ class ReportKind(StrEnum):
 
     SEG = "seg"  # first: the SR refers to it
     SR = "sr"
+    KOS = "kos"
     SC = "sc"
+    PDF = "pdf"
+    HL7 = "hl7"  # a message, for one destination alone
+    FHIR = "fhir"
 
 
 class DeliveryState(StrEnum):
@@ -51,8 +55,8 @@ class CommitmentState(StrEnum):
 
 
 def is_stored(status: str | None) -> bool:
-    """True for a C-STORE status that means stored: success and the warnings."""
-    return status is not None and status.startswith("0x")
+    """True for a status that means stored: of C-STORE success and the warnings, of messages their acknowledgement."""
+    return status is not None and status.startswith(("0x", "ack-", "http-"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,98 @@
+"""HL7 v2 messages over MLLP (HL7 Transport Specification: MLLP, Release 1): one frame out, one acknowledgement back.
+
+MLLP is plain text without identity of either side: only for a network that the site trusts, or through a tunnel.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from typing import Final
+
+from osteo_daemon.errors import PeerBusy, PeerUnavailable, Refused
+
+START: Final = b"\x0b"
+END: Final = b"\x1c\r"
+LONGEST_ACKNOWLEDGEMENT_BYTES: Final = 1 << 16
+
+_TAKEN: Final = frozenset({"AA", "CA"})
+_FOR_NOW: Final = frozenset({"AE", "CE"})
+_FOR_GOOD: Final = frozenset({"AR", "CR"})
+
+
+def send_message(
+    host: str,
+    port: int,
+    message: bytes,
+    control_id: str,
+    *,
+    connect_timeout_seconds: float,
+    answer_timeout_seconds: float,
+) -> str:
+    """Send one message and wait for its acknowledgement.
+
+    Returns:
+        The acknowledgement code: ``AA`` or ``CA``.
+
+    Raises:
+        PeerUnavailable: no connection, or no complete acknowledgement of this message in time.
+        PeerBusy: the receiver had an error of its own (``AE``, ``CE``).
+        Refused: it rejects the message (``AR``, ``CR``).
+    """
+    where = f"{host}:{port}"
+    deadline = time.monotonic() + connect_timeout_seconds + answer_timeout_seconds
+    try:
+        with socket.create_connection((host, port), timeout=connect_timeout_seconds) as link:
+            link.settimeout(answer_timeout_seconds)
+            link.sendall(START + message + END)
+            answer = _read_frame(link, deadline)
+    except OSError as error:
+        raise PeerUnavailable(f"{where}: {type(error).__name__}") from error
+    if answer is None:
+        raise PeerUnavailable(f"{where} closed the connection without an acknowledgement")
+    return _judge(answer, control_id, where)
+
+
+def probe(host: str, port: int, *, connect_timeout_seconds: float) -> None:
+    """Connect and say nothing.
+
+    Raises:
+        PeerUnavailable: nobody listens.
+    """
+    try:
+        with socket.create_connection((host, port), timeout=connect_timeout_seconds):
+            return
+    except OSError as error:
+        raise PeerUnavailable(f"{host}:{port}: {type(error).__name__}") from error
+
+
+def _read_frame(link: socket.socket, deadline: float) -> bytes | None:
+    received = bytearray()
+    while END not in received:
+        # a peer that sends a byte now and then would hold the lane for ever
+        if time.monotonic() > deadline or len(received) > LONGEST_ACKNOWLEDGEMENT_BYTES:
+            raise TimeoutError
+        part = link.recv(4096)
+        if not part:
+            return None
+        received += part
+    start = received.find(START)
+    return bytes(received[start + 1 : received.index(END)]) if start >= 0 else None
+
+
+def _judge(answer: bytes, control_id: str, where: str) -> str:
+    segments = [line.split("|") for line in answer.decode("utf-8", errors="replace").split("\r") if line]
+    acknowledgement = next((fields for fields in segments if fields[0] == "MSA" and len(fields) >= 3), None)
+    if acknowledgement is None:
+        raise PeerUnavailable(f"{where} answered with something else than an acknowledgement")
+    code, answered = acknowledgement[1].strip().upper(), acknowledgement[2].strip()
+    if answered != control_id:
+        raise PeerUnavailable(f"{where} acknowledged another message")
+    # MSA-3 and ERR may quote the patient: only the code goes into a log
+    if code in _TAKEN:
+        return code
+    if code in _FOR_NOW:
+        raise PeerBusy(f"{where}: acknowledgement {code}")
+    if code in _FOR_GOOD:
+        raise Refused(f"{where}: acknowledgement {code}")
+    raise PeerUnavailable(f"{where}: unknown acknowledgement code")

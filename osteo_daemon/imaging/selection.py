@@ -6,14 +6,23 @@ The attribute is wrong too often to be asked: it names the breast on abdominal P
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
 
 from pydicom.dataset import Dataset
+from pydicom.uid import (
+    UID,
+    CTImageStorage,
+    EnhancedCTImageStorage,
+    LegacyConvertedEnhancedCTImageStorage,
+)
 
 from osteo_daemon.domain.eligibility import ExclusionCode
 from osteo_daemon.domain.findings import QualityFlag, Severity
 from osteo_daemon.errors import NotEligible
+from osteo_daemon.imaging.image_kind import named_enhanced, texts, why_derived
 from osteo_daemon.imaging.kernel import KernelClass, classify_kernel
 from osteo_daemon.imaging.series import MINIMUM_RUN, Slice, Stack, split_stacks
 
@@ -29,23 +38,15 @@ MAXIMUM_OBLIQUITY_DEGREES = 35.0
 MINIMUM_EVEN_SHARE = 0.75
 """Below this share of a series on one even grid, with other spacings beside it, the geometry is not trusted."""
 
-_DERIVED_WORDS = frozenset(
-    {
-        "LOCALIZER",
-        "MPR",
-        "MIP",
-        "MINIP",
-        "REFORMATTED",
-        "VRT",
-        "3D",
-        "VNC",
-        "VNCA",
-        "MONO",
-        "MONOENERGETIC",
-        "VMI",
-        "IODINE",
-    }
-)
+LUMBAR_COVERAGE_MM = 200.0
+"""Sacrum to twelfth thoracic vertebra: five lumbar vertebrae with their discs of about 35 mm and the edges of both
+neighbours. Longer series come before thinner ones that are shorter than this."""
+
+
+class NotChosen(StrEnum):
+    """Why a series that could be screened was not: no reason to exclude a study."""
+
+    NOT_PREFERRED = "not_preferred"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +54,12 @@ class Rejection:
     """A series that isn't screened, and why."""
 
     series_instance_uid: str
-    code: ExclusionCode
+    code: ExclusionCode | NotChosen
     reason: str
+
+    def to_json(self) -> dict[str, str]:
+        """As the manifest keeps it."""
+        return {"series_instance_uid": self.series_instance_uid, "code": self.code.value, "reason": self.reason}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,14 +78,16 @@ _PROGRESS = (
     ExclusionCode.UNEVEN_GEOMETRY,
     ExclusionCode.SLICES_TOO_THICK,
     ExclusionCode.UNSUITABLE_KERNEL,
+    ExclusionCode.CALIBRATION_OUT_OF_RANGE,
 )
 
 
 def select_series(series: dict[str, list[Slice]]) -> tuple[list[Candidate], list[Rejection]]:
     """Candidates, the best first, and every rejected series with its reason.
 
-    A series is refused for a derived image type, an oblique or uneven stack, short coverage, thick slices or a sharp
-    kernel. Order of the others: known soft kernel, no contrast agent named, thinner slices, longer coverage.
+    A series is refused for derived images, an oblique or uneven stack, short coverage, thick slices, a sharp kernel or
+    images without a HU scale. Order of the others: known soft kernel, no contrast agent named, covers the lumbar spine,
+    thinner slices, longer coverage.
 
     Args:
         series: CT slices by SeriesInstanceUID.
@@ -103,23 +110,74 @@ def refusal(rejections: Sequence[Rejection]) -> NotEligible:
     """Why no series was screened: code and reason of the series that came furthest."""
     if not rejections:
         return NotEligible(ExclusionCode.NO_CT_SERIES, "the study holds no CT image with a position in the patient")
-    furthest = max(rejections, key=lambda rejection: _PROGRESS.index(rejection.code))
+    furthest = max(rejections, key=lambda rejection: _PROGRESS.index(ExclusionCode(rejection.code)))
     return NotEligible(furthest.code, furthest.reason)
 
 
-def _preference(candidate: Candidate) -> tuple[bool, bool, float, float]:
-    header = candidate.stack.header
+def other_series(headers: Sequence[tuple[Path, Dataset]], ct_series: Collection[str]) -> list[Rejection]:
+    """Series that hold no CT image with a position: dose reports, secondary captures, PET, multi-frame CT.
+
+    Args:
+        headers: every object of the study.
+        ct_series: UIDs of the series that hold usable CT images.
+    """
+    others: dict[str, UID] = {}
+    for _, header in headers:
+        others.setdefault(str(header.get("SeriesInstanceUID") or ""), UID(str(header.SOPClassUID)))
+    return [
+        Rejection(uid, ExclusionCode.NO_CT_SERIES, _why_not_ct(sop_class))
+        for uid, sop_class in others.items()
+        if uid not in ct_series
+    ]
+
+
+def _why_not_ct(sop_class: UID) -> str:
+    if sop_class == CTImageStorage:
+        return "CT images without a position in the patient"
+    if sop_class in (EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage):
+        return "multi-frame CT, which is not read; send single-frame CT images"
+    return f"no CT images ({sop_class.name})"
+
+
+def not_preferred(candidate: Candidate, chosen: Candidate, why: str = "") -> Rejection:
+    """A series that could be screened, and what another one has that it lacks.
+
+    Args:
+        candidate: the series that was not taken.
+        chosen: the one that was.
+        why: what was found out about ``candidate`` after the headers.
+    """
+    names = (
+        "its kernel is not known to be soft",
+        "its headers name contrast agent",
+        "it is short",
+        "its slices are thicker",
+        "it covers less",
+    )
+    pairs = zip(names, _preference(candidate), _preference(chosen), strict=True)
+    reason = why or next((name for name, own, other in pairs if own > other), "another series is as good")
+    uid = candidate.stack.series_instance_uid
+    return Rejection(uid, NotChosen.NOT_PREFERRED, f"{reason}; {chosen.stack.series_instance_uid} was screened")
+
+
+def _preference(candidate: Candidate) -> tuple[bool, bool, bool, float, float]:
+    header, coverage_mm = candidate.stack.header, candidate.stack.coverage_mm
     kernel = classify_kernel(texts(header, "ConvolutionKernel"))
-    enhanced = bool(str(header.get("ContrastBolusAgent") or "").strip())
-    return (kernel is not KernelClass.SOFT, enhanced, _thickness_mm(candidate.stack), -candidate.stack.coverage_mm)
+    return (
+        kernel is not KernelClass.SOFT,
+        named_enhanced(header),
+        coverage_mm < LUMBAR_COVERAGE_MM,
+        _thickness_mm(candidate.stack),
+        -coverage_mm,
+    )
 
 
 def _judge(uid: str, slices: Sequence[Slice]) -> Candidate | Rejection:
-    image_type = [value.upper() for value in texts(slices[0].header, "ImageType")]
-    words = {word for value in image_type for word in value.replace("_", " ").split()}
-    if image_type[:1] == ["DERIVED"] or words & _DERIVED_WORDS:
-        named = "\\".join(image_type) or "none"
-        return Rejection(uid, ExclusionCode.DERIVED_SERIES, f"only derived or localizer images (image type {named})")
+    reasons = [why_derived(item.header) for item in slices]
+    original = [item for item, reason in zip(slices, reasons, strict=True) if reason is None]
+    if not original:
+        return Rejection(uid, ExclusionCode.DERIVED_SERIES, next(reason for reason in reasons if reason))
+    slices = original  # a localizer among them is left out
     stacks = split_stacks(slices)
     if len(slices) < MINIMUM_RUN:
         return Rejection(uid, ExclusionCode.INSUFFICIENT_COVERAGE, f"{len(slices)} images; a volume needs more")
@@ -147,6 +205,9 @@ def _judge(uid: str, slices: Sequence[Slice]) -> Candidate | Rejection:
     if kernel is KernelClass.SHARP:
         reason = f"edge-enhancing reconstruction kernel {' '.join(kernel_names)}; a soft-tissue kernel is needed"
         return Rejection(uid, ExclusionCode.UNSUITABLE_KERNEL, reason)
+    if not all(_has_scale(item.header) for item in stack.slices):
+        reason = "no Rescale Slope and Intercept: the values have no HU scale"
+        return Rejection(uid, ExclusionCode.CALIBRATION_OUT_OF_RANGE, reason)
     flags = []
     if kernel is KernelClass.UNKNOWN:
         flags.append(QualityFlag("kernel_unknown", Severity.CAUTION))
@@ -163,9 +224,9 @@ def _thickness_mm(stack: Stack) -> float:
     return max(thickness, stack.spacing_mm)
 
 
-def texts(header: Dataset, keyword: str) -> list[str]:
-    """The values of a text attribute, none when it is absent or empty."""
-    value = header.get(keyword)
-    if value is None or value == "":
-        return []
-    return [value] if isinstance(value, str) else [str(item) for item in value]
+def _has_scale(header: Dataset) -> bool:
+    try:
+        slope, intercept = float(header.RescaleSlope), float(header.RescaleIntercept)
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return math.isfinite(slope) and math.isfinite(intercept) and slope > 0

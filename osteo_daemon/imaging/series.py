@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +29,11 @@ MINIMUM_RUN = 3
 """Fewest slices that show an even step."""
 
 LOWEST_HU = -1024.0
-"""Padding outside the reconstruction circle (GE -2000, Siemens -8192) is raised to air."""
+"""Padding outside the reconstruction circle is raised to this."""
+
+HIGHEST_PADDING_HU = -1400.0
+"""Padding lies below (GE -2000 or -3024, Siemens -8192, declared or not), no measured air does: a scale that is a third
+too large still shows as itself."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,9 +164,10 @@ def _has_geometry(header: Dataset) -> bool:
 def split_stacks(slices: Sequence[Slice]) -> list[Stack]:
     """Slices of one series as even stacks, the longest first.
 
-    Slices are grouped by orientation, matrix, pixel spacing and acquisition, ordered along the normal and cut wherever
-    the step changes, so that no stack bridges a gap. A group with two images at one position (two phases under one
-    series) gives no stack.
+    Slices are grouped by orientation, matrix, pixel spacing, kernel, tube voltage and acquisition, ordered along the
+    normal and cut wherever the step changes, so that no stack bridges a gap. Copies of an image under another UID count
+    once. Where several sweeps lie under one series they are told apart by the order of their instance numbers; images
+    that share a position for no visible reason give no stack.
     """
     groups: dict[tuple[object, ...], list[Slice]] = {}
     for item in slices:
@@ -176,7 +184,8 @@ def split_stacks(slices: Sequence[Slice]) -> list[Stack]:
 def _grid_key(header: Dataset) -> tuple[object, ...]:
     orientation = tuple(round(float(value) / ORIENTATION_TOLERANCE) for value in header.ImageOrientationPatient)
     spacing = tuple(round(float(value), 4) for value in header.PixelSpacing)
-    return (orientation, spacing, header.get("Rows"), header.get("Columns"), str(header.get("AcquisitionNumber", "")))
+    made = tuple(str(header.get(keyword, "")) for keyword in ("ConvolutionKernel", "KVP", "AcquisitionNumber"))
+    return (orientation, spacing, header.get("Rows"), header.get("Columns"), *made)
 
 
 def _even_runs(group: Sequence[Slice]) -> list[Stack]:
@@ -185,19 +194,68 @@ def _even_runs(group: Sequence[Slice]) -> list[Stack]:
     cosines = np.asarray(group[0].header.ImageOrientationPatient, dtype=np.float64)
     normal = np.cross(cosines[:3], cosines[3:])
     ordered = sorted(group, key=lambda item: float(item.position_mm @ normal))
+    if _shared_positions(ordered, normal):
+        ordered = _without_copies(ordered, normal)
+        if _shared_positions(ordered, normal):
+            sweeps = _sweeps(group, normal)
+            return [stack for sweep in sweeps for stack in _even_runs(sweep)] if len(sweeps) > 1 else []
     positions = np.stack([item.position_mm for item in ordered])
     steps = np.diff(positions, axis=0)
-    if np.any(steps @ normal <= SPACING_TOLERANCE_MM):
-        return []  # one position taken twice: nothing says which image is meant
     runs: list[Stack] = []
     start = 0
     for end in range(1, len(ordered)):
-        if end == len(ordered) - 1 or np.abs(steps[end] - steps[start]).max() > SPACING_TOLERANCE_MM:
+        # the mean step so far: positions rounded to 0.1 mm make single steps differ by as much
+        if (
+            end == len(ordered) - 1
+            or np.abs(steps[end] - steps[start:end].mean(axis=0)).max() > SPACING_TOLERANCE_MM + 1e-6
+        ):
             if end - start >= MINIMUM_RUN - 1:
                 run = slice(start, end + 1)
                 runs.append(_stack(ordered[run], positions[run], cosines, len(ordered)))
             start = end
     return runs
+
+
+def _shared_positions(ordered: Sequence[Slice], normal: npt.NDArray[np.float64]) -> bool:
+    along = np.array([item.position_mm @ normal for item in ordered])
+    return bool(np.any(np.diff(along) <= SPACING_TOLERANCE_MM))
+
+
+def _without_copies(ordered: Sequence[Slice], normal: npt.NDArray[np.float64]) -> list[Slice]:
+    """Of neighbours at one position with the same stored pixels only the first."""
+    kept: list[Slice] = []
+    for item in ordered:
+        near = [other for other in kept[-4:] if abs((item.position_mm - other.position_mm) @ normal) <= 1e-3]
+        if near and any(_pixel_digest(item.path) == _pixel_digest(other.path) for other in near):
+            continue
+        kept.append(item)
+    return kept
+
+
+def _pixel_digest(path: Path) -> bytes:
+    try:
+        pixels = pydicom.dcmread(path, specific_tags=["PixelData"]).PixelData
+    except (OSError, EOFError, AttributeError, ValueError) as error:
+        raise PixelDataUnreadable(f"{type(error).__name__}, file {path.name}; send or copy the study again") from error
+    return hashlib.sha256(pixels).digest()
+
+
+def _sweeps(group: Sequence[Slice], normal: npt.NDArray[np.float64]) -> list[list[Slice]]:
+    """Slices in the order of their instance numbers, cut wherever they turn back; one list when nothing tells."""
+    numbers = [item.header.get("InstanceNumber") for item in group]
+    if None in numbers or len(set(numbers)) < len(numbers):
+        return [list(group)]
+    ordered = sorted(group, key=lambda item: int(item.header.InstanceNumber))
+    sweeps: list[list[Slice]] = [ordered[:1]]
+    direction = 0.0
+    for before, item in itertools.pairwise(ordered):
+        step = float((item.position_mm - before.position_mm) @ normal)
+        turned = abs(step) <= SPACING_TOLERANCE_MM or step * direction < 0
+        if turned:
+            sweeps.append([])
+        direction = 0.0 if turned else step
+        sweeps[-1].append(item)
+    return sweeps
 
 
 def _stack(
@@ -222,7 +280,7 @@ def read_volume(stack: Stack) -> CtVolume:
     voxels = np.empty((len(stack.slices), int(header.Rows), int(header.Columns)), dtype=np.float32)
     for index, item in enumerate(stack.slices):
         voxels[index] = _read_slice(item)
-    np.maximum(voxels, LOWEST_HU, out=voxels)
+    voxels[voxels < HIGHEST_PADDING_HU] = LOWEST_HU
     return CtVolume(voxels, stack.affine)
 
 
@@ -248,10 +306,23 @@ def _read_slice(item: Slice) -> npt.NDArray[np.float32]:
     if pixels.ndim != 2:
         raise PixelDataUnreadable(f"slice {item.header.get('InstanceNumber', '?')} is not a single grey-scale frame")
     hounsfield = pixels.astype(np.float32) * np.float32(slope) + np.float32(intercept)
-    padding = dataset.get("PixelPaddingValue")
-    if padding is not None:
-        hounsfield[pixels == padding] = LOWEST_HU
+    hounsfield[_padded(dataset, pixels)] = LOWEST_HU
     return hounsfield
+
+
+def _padded(dataset: Dataset, pixels: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.bool_]:
+    """Pixels at the Pixel Padding Value (0028,0120), or between it and the range limit (0028,0121)."""
+    limits = [dataset.get(keyword) for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
+    # some writers give the value with the sign that the pixels don't have: its bits are meant
+    bits = 8 * pixels.dtype.itemsize
+    values = [
+        int(np.asarray(int(value) % 2**bits, dtype=f"u{pixels.dtype.itemsize}").view(pixels.dtype))
+        for value in limits
+        if isinstance(value, int)
+    ]
+    if not values or not isinstance(limits[0], int):
+        return np.zeros(pixels.shape, dtype=bool)
+    return np.asarray((pixels >= min(values)) & (pixels <= max(values)))
 
 
 def one_study(headers: Sequence[tuple[Path, Dataset]]) -> str:

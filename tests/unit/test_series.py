@@ -4,12 +4,20 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
+from pydicom.datadict import tag_for_keyword
+from pydicom.uid import (
+    EnhancedCTImageStorage,
+    PositronEmissionTomographyImageStorage,
+    SecondaryCaptureImageStorage,
+)
 
 from osteo_daemon.domain.eligibility import ExclusionCode
 from osteo_daemon.errors import Damaged, NotDicom, NotEligible, PixelDataUnreadable
+from osteo_daemon.imaging.image_kind import named_enhanced
 from osteo_daemon.imaging.kernel import KernelClass, classify_kernel
-from osteo_daemon.imaging.selection import refusal, select_series
+from osteo_daemon.imaging.selection import not_preferred, other_series, refusal, select_series
 from osteo_daemon.imaging.series import (
     ct_slices,
     one_study,
@@ -81,9 +89,73 @@ def test_uneven_spacing_is_refused(tmp_path: Path) -> None:
 
 
 def test_two_images_at_one_position_are_refused(tmp_path: Path) -> None:
-    write_slices(tmp_path, _ramp(80), column(40, 2.5) + column(40, 2.5))
+    # numbered in pairs: nothing says which of the two belongs to which sweep
+    pairs = [position for position in column(40, 2.5) for _ in range(2)]
+    write_slices(tmp_path, _ramp(80), pairs)
     with pytest.raises(NotEligible, match="uneven_geometry"):
         _select(tmp_path)
+
+
+@pytest.mark.parametrize("turn_back", [False, True])
+def test_two_sweeps_under_one_series_are_told_apart(tmp_path: Path, turn_back: bool) -> None:
+    there = column(40, 2.5)
+    back = there[::-1] if turn_back else there
+    voxels = _ramp(80)
+    write_slices(tmp_path, voxels, there + back)
+    stacks, _ = _select_any(tmp_path)
+    assert [len(stack.slices) for stack in stacks] == [40, 40]
+    volume = read_volume(stacks[0])
+    numbers = sorted(int(item.header.InstanceNumber) for item in stacks[0].slices)
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))  # one sweep, not a mixture
+    assert volume.spacing_mm[0] == pytest.approx(2.5)
+
+
+def test_copies_of_an_image_count_once(tmp_path: Path) -> None:
+    positions = column(40, 2.5)
+    voxels = _ramp(40)
+    write_slices(tmp_path, np.concatenate([voxels, voxels]), positions + positions, series_uid="2.25.7")
+    for path in sorted(tmp_path.glob("*.dcm")):  # sent twice under new UIDs, with the same numbers
+        dataset = pydicom.dcmread(path)
+        dataset.InstanceNumber = (int(dataset.InstanceNumber) - 1) % 40 + 1
+        dataset.save_as(path, enforce_file_format=True)
+    stacks, _ = _select_any(tmp_path)
+    assert [len(stack.slices) for stack in stacks] == [40]
+    np.testing.assert_array_equal(read_volume(stacks[0]).voxels, voxels)
+
+
+def test_positions_rounded_to_a_tenth_are_even(tmp_path: Path) -> None:
+    positions = [(0.0, 0.0, round(0.625 * index, 1)) for index in range(200)]
+    write_slices(tmp_path, _ramp(200), positions, SliceThickness="0.625")
+    candidates, _ = _select(tmp_path)
+    assert len(candidates[0].stack.slices) == 200
+    assert candidates[0].stack.spacing_mm == pytest.approx(0.625, abs=0.001)
+    assert not candidates[0].quality_flags
+
+
+def test_two_kernels_under_one_series_are_two_stacks(tmp_path: Path) -> None:
+    positions = column(60, 2.5)
+    write_slices(tmp_path, _ramp(60), positions, series_uid="2.25.7", study_uid="2.25.8", ConvolutionKernel="B70f")
+    other = write_slices(tmp_path / "soft", _ramp(60), positions, series_uid="2.25.7", study_uid="2.25.8")
+    assert len(other) == 60
+    stacks, _ = _select_any(tmp_path)
+    assert sorted(str(stack.header.ConvolutionKernel) for stack in stacks) == ["B30f", "B70f"]
+
+
+def test_a_localizer_among_the_slices_is_left_out(tmp_path: Path) -> None:
+    common = {"series_uid": "2.25.7", "study_uid": "2.25.8"}
+    scout = (1.0, 0.0, 0.0, 0.0, 0.0, -1.0)
+    write_slices(
+        tmp_path / "0",
+        _ramp(1, 8, 8),
+        [(0, 0, 0)],
+        orientation=scout,
+        ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"],
+        **common,
+    )
+    write_slices(tmp_path / "1", _ramp(60), column(60, 2.5), **common)
+    candidates, rejections = _select(tmp_path)
+    assert len(candidates[0].stack.slices) == 60
+    assert not rejections
 
 
 @pytest.mark.parametrize(
@@ -95,6 +167,8 @@ def test_two_images_at_one_position_are_refused(tmp_path: Path) -> None:
         ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, ExclusionCode.DERIVED_SERIES),
         ({"ImageType": ["ORIGINAL", "PRIMARY", "AXIAL", "DE_MONO"]}, ExclusionCode.DERIVED_SERIES),
         ({"SliceThickness": "8"}, ExclusionCode.SLICES_TOO_THICK),
+        ({"RescaleSlope": None}, ExclusionCode.CALIBRATION_OUT_OF_RANGE),
+        ({"RescaleIntercept": ""}, ExclusionCode.CALIBRATION_OUT_OF_RANGE),
         ({"Modality": "CT", "ImagePositionPatient": None}, ExclusionCode.NO_CT_SERIES),
     ],
 )
@@ -103,6 +177,144 @@ def test_refused_for(tmp_path: Path, attributes: dict[str, object], code: Exclus
     with pytest.raises(NotEligible) as refused:
         _select(tmp_path)
     assert refused.value.code == code
+
+
+# What makers write (facts of their conformance statements and of PS3.3 C.8.15.2.1.1.5), and what becomes of it
+KINDS = {
+    "GE axial": ({"ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"]}, True),
+    "Siemens spiral": ({"ImageType": ["ORIGINAL", "PRIMARY", "AXIAL", "CT_SOM5 SPI"]}, True),
+    "Siemens dual energy, mixed": ({"ImageType": ["ORIGINAL", "PRIMARY", "AXIAL", "CT_SOM7 SPI DUAL"]}, True),
+    "Philips helix": ({"ImageType": ["ORIGINAL", "PRIMARY", "AXIAL", "HELIX"]}, True),
+    "Canon volume": ({"ImageType": ["ORIGINAL", "PRIMARY", "AXIAL", "HELICAL"]}, True),
+    "no image type": ({"ImageType": None}, True),
+    "empty description": ({"SeriesDescription": ""}, True),
+    "thin slices for a reformation": ({"SeriesDescription": "1.25MM THIN FOR 3D"}, True),
+    "rescale type HU": ({"RescaleType": "HU"}, True),
+    "GE reformation": ({"ImageType": ["DERIVED", "SECONDARY", "REFORMATTED", "AVERAGE"]}, False),
+    "GE mono-energetic": ({"ImageType": ["DERIVED", "PRIMARY", "GSI MONO", "70"]}, False),
+    "GE mono, said to be original": ({"ImageType": ["ORIGINAL", "PRIMARY", "AXIAL", "GSI", "MONO_70KEV"]}, False),
+    "Siemens mono-energetic": ({"ImageType": ["DERIVED", "PRIMARY", "AXIAL", "DE_MONOE"]}, False),
+    "Siemens VNC": ({"ImageType": ["DERIVED", "SECONDARY", "AXIAL", "VNC"]}, False),
+    "Siemens MPR": ({"ImageType": ["DERIVED", "SECONDARY", "MPR", "CSA MPR"]}, False),
+    "Siemens topogram": ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER", "CT_SOM5 TOP"]}, False),
+    "Philips spectral VNC by description": ({"SeriesDescription": "VNC 1mm"}, False),
+    "Philips mono by description": ({"SeriesDescription": "MonoE 70 keV[HU]"}, False),
+    "Canon virtual by description": ({"SeriesDescription": "Virtual Non-Contrast Body"}, False),
+    "iodine map": ({"SeriesDescription": "Iodine no Water[mg/ml]", "RescaleType": "MGML"}, False),
+    "standard VMI": ({"ImageType": ["DERIVED", "PRIMARY", "AXIAL", "VMI"]}, False),
+    "standard material removed": ({"ImageType": ["ORIGINAL", "PRIMARY", "AXIAL", "MAT_REMOVED"]}, False),
+    "effective atomic number": ({"ImageType": ["ORIGINAL", "PRIMARY", "AXIAL", "EFF_ATOMIC_NUM"]}, False),
+    "electron density": ({"RescaleType": "ED"}, False),
+    "modified HU": ({"RescaleType": "HU_MOD"}, False),
+    "maximum intensity": ({"SeriesDescription": "AX MIP 10MM"}, False),
+    "saved screen": ({"ImageType": ["ORIGINAL", "SECONDARY", "SCREEN SAVE"]}, False),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_virtual_and_derived_series_are_refused_and_no_others(tmp_path: Path, name: str) -> None:
+    attributes, original = KINDS[name]
+    write_slices(tmp_path, _ramp(50), column(50, 2.5), **attributes)
+    if original:
+        candidates, _ = _select(tmp_path)
+        assert len(candidates) == 1
+    else:
+        with pytest.raises(NotEligible) as refused:
+            _select(tmp_path)
+        assert refused.value.code == ExclusionCode.DERIVED_SERIES
+
+
+@pytest.mark.parametrize(
+    ("attributes", "enhanced"),
+    [
+        ({}, False),
+        ({"ContrastBolusAgent": ""}, False),
+        ({"ContrastBolusAgent": "NONE"}, False),
+        ({"ContrastBolusAgent": "OMNIPAQUE 350"}, True),
+        ({"ContrastBolusAgent": "IODINE", "SeriesDescription": "Abd nativ 3.0"}, False),
+        ({"ContrastBolusAgent": "IODINE", "SeriesDescription": "ABDOMEN W/O CONTRAST"}, False),
+        ({"SeriesDescription": "Abdomen portal venous"}, True),
+        ({"SeriesDescription": "AX C+"}, True),
+        ({"SeriesDescription": "AX C-"}, False),
+        ({"SeriesDescription": "C-SPINE"}, False),
+        ({"SeriesDescription": "delayed 5 min"}, True),
+        ({"SeriesDescription": "ABDOMEN WITH CONTRAST"}, True),
+        ({"SeriesDescription": "ABDOMEN ROUTINE"}, False),
+    ],
+)
+def test_contrast_that_headers_name(attributes: dict[str, object], enhanced: bool) -> None:
+    header = pydicom.Dataset()
+    header.update(pydicom.Dataset())
+    for keyword, value in attributes.items():
+        setattr(header, keyword, value)
+    assert named_enhanced(header) is enhanced
+
+
+def test_a_thin_series_that_is_short_comes_after_a_thick_one_that_covers(tmp_path: Path) -> None:
+    common = {"study_uid": "2.25.77"}
+    write_slices(tmp_path, _ramp(120), column(120, 1.0), series_uid="2.25.11", SliceThickness="1", **common)
+    write_slices(tmp_path, _ramp(80), column(80, 5.0), series_uid="2.25.12", SliceThickness="5", **common)
+    write_slices(tmp_path, _ramp(130), column(130, 3.0), series_uid="2.25.13", SliceThickness="3", **common)
+    candidates, _ = _select(tmp_path)
+    assert [candidate.stack.series_instance_uid for candidate in candidates] == ["2.25.13", "2.25.12", "2.25.11"]
+    assert not_preferred(candidates[1], candidates[0]).reason == "its slices are thicker; 2.25.13 was screened"
+    assert not_preferred(candidates[2], candidates[0]).reason == "it is short; 2.25.13 was screened"
+
+
+def test_series_without_ct_images_are_named_too(tmp_path: Path) -> None:
+    common = {"study_uid": "2.25.77"}
+    write_slices(tmp_path / "ct", _ramp(60), column(60, 2.5), series_uid="2.25.1", **common)
+    kinds = {
+        "2.25.2": {"SOPClassUID": SecondaryCaptureImageStorage, "Modality": "OT"},  # a dose report as a picture
+        "2.25.3": {"SOPClassUID": PositronEmissionTomographyImageStorage, "Modality": "PT"},
+        "2.25.4": {"SOPClassUID": EnhancedCTImageStorage},
+        "2.25.5": {"ImagePositionPatient": None},
+    }
+    for uid, attributes in kinds.items():
+        write_slices(tmp_path / uid, _ramp(3), column(3, 2.5), series_uid=uid, **attributes, **common)
+    headers, _ = read_headers(sorted(tmp_path.rglob("*.dcm")))
+    others = other_series(headers, ct_slices(headers).keys())
+    assert {entry.series_instance_uid: entry.reason for entry in others} == {
+        "2.25.2": "no CT images (Secondary Capture Image Storage)",
+        "2.25.3": "no CT images (Positron Emission Tomography Image Storage)",
+        "2.25.4": "multi-frame CT, which is not read; send single-frame CT images",
+        "2.25.5": "CT images without a position in the patient",
+    }
+
+
+@pytest.mark.parametrize(
+    ("attributes", "stored", "expected"),
+    [
+        # signed, GE's undeclared padding
+        ({"PixelRepresentation": 1, "RescaleIntercept": "0"}, [-2000, -1000, 40], [-1024, -1000, 40]),
+        # unsigned, padding declared by its bits
+        ({"PixelPaddingValue": 63536}, [63536, 24, 1064], [-1024, -1000, 40]),
+        # a range of padding values
+        ({"PixelPaddingValue": 0, "PixelPaddingRangeLimit": 10}, [0, 10, 1064], [-1024, -1024, 40]),
+        # a slope that is not one
+        ({"RescaleSlope": "0.5", "RescaleIntercept": "-1000"}, [0, 2080, 4000], [-1000, 40, 1000]),
+        # a declared padding value with the sign of other pixels
+        ({"PixelRepresentation": 1, "RescaleIntercept": "0", "PixelPaddingValue": -2000}, [-2000, 0, 1], [-1024, 0, 1]),
+        # a scale that is a third too large keeps its air
+        ({"RescaleSlope": "1.3", "RescaleIntercept": "-1300"}, [0, 1000, 1050], [-1300, 0, 65]),
+    ],
+)
+def test_stored_values_to_hu(
+    tmp_path: Path, attributes: dict[str, object], stored: list[int], expected: list[int]
+) -> None:
+    for path in write_slices(tmp_path, _ramp(3, 1, 3), column(3, 2.5)):
+        dataset = pydicom.dcmread(path)
+        dataset.BitsStored, dataset.HighBit = 16, 15
+        for keyword, value in attributes.items():
+            if keyword.startswith("PixelPadding"):
+                dataset.add_new(tag_for_keyword(keyword), "SS" if value < 0 else "US", value)
+            else:
+                setattr(dataset, keyword, value)
+        signed = bool(attributes.get("PixelRepresentation"))
+        dataset.PixelData = np.array(stored, dtype="<i2" if signed else "<u2").tobytes()
+        dataset.save_as(path, enforce_file_format=True)
+    stacks, _ = _select_any(tmp_path)
+    np.testing.assert_allclose(read_volume(stacks[0]).voxels[1, 0], expected)
 
 
 def test_short_and_sagittal_series_are_refused(tmp_path: Path) -> None:

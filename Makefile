@@ -46,8 +46,9 @@ lint: $(STAMP) ## style, types, import contracts
 bench: $(STAMP) ## the quick form of every benchmark; figures go to docs/results
 	$(BIN)/python -m benchmarks.all --quick
 
-docs-results: $(STAMP) ## write the tables of the documents anew from docs/results
+docs-results: $(STAMP) ## write the tables of the documents and the localizer's card anew from docs/results
 	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m train.localizer_card
 
 clean: ## remove what make made
 	rm -rf $(VENV) demo-output

@@ -13,10 +13,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib as mpl
 import numpy as np
@@ -46,6 +48,7 @@ NAMED_MM = 15.0
 """A found vertebra belongs to the true one whose centre lies nearer than this: half the distance of two bodies."""
 
 Record = dict[str, Any]
+T = TypeVar("T")
 
 
 def draws(patients: int, variants_each: int) -> Iterator[Draw]:
@@ -117,7 +120,34 @@ def _judge_vertebra(vertebra: Vertebra, study: PhantomStudy, volume: CtVolume) -
     return row
 
 
-def judged(cases: list[Draw], localizer: SpineLocalizer, path: Path) -> list[Record]:
+class Judge:
+    """Renders and judges one case; made once in each process."""
+
+    _localizer: SpineLocalizer | None = None
+
+    @classmethod
+    def case(cls, case: Draw) -> Record:
+        """The judgement of one case."""
+        if cls._localizer is None:
+            cls._localizer = SpineLocalizer.from_bundle(find_bundle("spine-localizer"))
+        return judge(case, phantom(case), cls._localizer)
+
+
+def render(case: Draw) -> str:
+    """Put one case into the cache."""
+    return f"{len(phantom(case).voxels)} slices"
+
+
+def over(work: Callable[[Draw], T], cases: list[Draw], workers: int) -> Iterator[tuple[Draw, T]]:
+    """Results in order, from this process or from several."""
+    if workers == 1:
+        yield from ((case, work(case)) for case in cases)
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from zip(cases, pool.map(work, cases), strict=True)
+
+
+def judged(cases: list[Draw], path: Path, workers: int = 1) -> list[Record]:
     """Judgements of all cases in order; those in ``path`` are taken from there, the others added to it."""
     known: dict[tuple[str, int], Record] = {}
     if path.exists():
@@ -128,17 +158,14 @@ def judged(cases: list[Draw], localizer: SpineLocalizer, path: Path) -> list[Rec
                 known[record["anatomy"], record["seed"]] = record
         path.write_text("".join(json.dumps(record) + "\n" for record in known.values()), encoding="utf-8")
     path.parent.mkdir(parents=True, exist_ok=True)
-    records = []
-    for number, case in enumerate(cases, start=1):
-        key = (case.anatomy, case.seed)
-        if key not in known:
-            known[key] = judge(case, phantom(case), localizer)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(known[key]) + "\n")
-            said = known[key]["refused"] or " ".join(f"{v['true']}={v['named']}" for v in known[key]["vertebrae"])
-            print(f"{number}/{len(cases)} {case.anatomy} {case.coverage}: {said}", flush=True)
-        records.append(known[key])
-    return records
+    todo = [case for case in cases if (case.anatomy, case.seed) not in known]
+    for number, (case, record) in enumerate(over(Judge.case, todo, workers), start=1):
+        known[case.anatomy, case.seed] = record
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        said = record["refused"] or " ".join(f"{v['true']}={v['named']}" for v in record["vertebrae"])
+        print(f"{number}/{len(todo)} {case.anatomy} {case.coverage}: {said}", flush=True)
+    return [known[case.anatomy, case.seed] for case in cases]
 
 
 def judgements_path(bundle: ModelBundle) -> Path:
@@ -157,17 +184,17 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_PATIENTS} patients instead of {PATIENTS}")
     parser.add_argument("--patients", type=int, default=PATIENTS, help="another number of usual patients")
     parser.add_argument("--render", action="store_true", help="only fill the cache of scans")
+    parser.add_argument("--workers", type=int, default=1, help="processes; set OMP_NUM_THREADS=1 with several")
     arguments = parser.parse_args()
     mpl.use("Agg")
     patients, variants = (QUICK_PATIENTS, 0) if arguments.quick else (arguments.patients, VARIANTS_EACH)
     cases = list(draws(patients, variants))
     if arguments.render:
-        for number, case in enumerate(cases, start=1):
-            phantom(case)
-            print(f"{number}/{len(cases)}", flush=True)
+        for number, (_, said) in enumerate(over(render, cases, arguments.workers), start=1):
+            print(f"{number}/{len(cases)} {said}", flush=True)
         return
     bundle = find_bundle("spine-localizer", None)
-    records = judged(cases, SpineLocalizer.from_bundle(bundle), judgements_path(bundle))
+    records = judged(cases, judgements_path(bundle), arguments.workers)
     figures = {
         "bundle": f"{bundle.name} {bundle.version}",
         "weights_sha256": bundle.files["models/model.safetensors"],

@@ -99,7 +99,7 @@ def summary(pairs: list[Pair]) -> Figures:
 
 
 MEANINGS: Final = {
-    "refused_rightly": "the sacrum is not in view, so a refusal is what should happen",
+    "refused_rightly": "the sacrum is not in view: a refusal is right, and so are right names counted from the ribs",
     "refused_wrongly": "refused although the sacrum is in view",
     "in_view": "vertebrae T12-L5 (L6) wholly in view in scans with the sacrum; found_percent is of these",
     "named_right_percent": "of all found, in scans without the sacrum too",

@@ -29,9 +29,16 @@ def tables() -> str:
             f"{document['date'][:10]}, commit `{document['commit']}`, "
             f"{hardware['cores']} cores of {hardware['processor']}; `{document['command']}`",
             "",
+            *_plot(path.with_suffix(".png").name, document["name"]),
             *_rows(document["figures"]),
         ]
     return "\n".join(parts) + "\n"
+
+
+def _plot(name: str, title: str) -> Iterator[str]:
+    if (RESULTS / name).exists():
+        yield f"![{title}]({name})"
+        yield ""
 
 
 def _rows(figures: Mapping[str, Any]) -> Iterator[str]:

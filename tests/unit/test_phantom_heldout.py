@@ -140,13 +140,12 @@ def test_a_constitution_changes_what_it_names() -> None:
 
 def test_judgements_are_kept_and_go_on_after_a_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.phantom_cache.FOLDER", tmp_path)
-    localizer = SpineLocalizer.from_bundle(find_bundle("spine-localizer"))
     cases = [case for case in draws(40, 0) if case.coverage in ("from L3", "down to L4")][:2]
     path = tmp_path / "judged.jsonl"
-    first = judged(cases[:1], localizer, path)
+    first = judged(cases[:1], path)
     with path.open("a") as file:
         file.write('{"seed": 12, "anat')
-    both = judged(cases, localizer, path)
+    both = judged(cases, path)
     assert both[0] == first[0], "taken from the file: the seconds are the same"
     assert [json.loads(line)["seed"] for line in path.read_text().splitlines()] == [case.seed for case in cases]
     assert len(list(tmp_path.glob("*.npz"))) == 2

@@ -292,7 +292,8 @@ class Screener:
         while True:
             try:
                 if answer["type"] == "excluded":
-                    self._store.exclude(job, answer["code"], answer["reason"], answer["result"])
+                    told = (_objects(answer), _deliveries(answer))
+                    self._store.exclude(job, answer["code"], answer["reason"], answer["result"], *told)
                     return str(answer["code"])
                 self._store.commit_report(job, answer["result"], _objects(answer), _deliveries(answer))
                 return str(answer["summary"])

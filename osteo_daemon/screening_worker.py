@@ -19,14 +19,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from osteo_daemon.dicom.report_objects import BuiltObject, BuiltReport
-from osteo_daemon.domain.findings import Exclusion, Outcome
+from osteo_daemon.domain.findings import Outcome
 from osteo_daemon.errors import BundleError, ConfigurationError, Damaged, OsteoError, Transient
 from osteo_daemon.imaging.study_files import StudyFiles
 from osteo_daemon.inference.resident import ResidentModels
@@ -35,7 +35,7 @@ from osteo_daemon.jobs.spool import Spool
 from osteo_daemon.link import Link
 from osteo_daemon.log import configure_logging, get_logger, where
 from osteo_daemon.reporting import PreviousReport, build_report
-from osteo_daemon.settings import Settings
+from osteo_daemon.settings import DestinationSettings, Settings
 
 CONFIGURATION_EXIT = 2
 """Exit status when the models cannot be loaded (see `osteo_daemon.cli`)."""
@@ -156,25 +156,40 @@ class ScreeningWorker:
         source = files or StudyFiles.read(Path(path) for path in message["paths"])
         screening = self._models.screen(source, progress)
         progress("build report")
-        built = screening.result.exclusion or build_report(
-            screening,
-            self._models.settings,
-            datetime.now(UTC),
-            revision=message["revision"],
-            predecessors={
-                variant: PreviousReport.read(Path(path)) for variant, path in message["predecessors"].items()
-            },
-        )
-        result = screening.result.to_json()
-        if isinstance(built, Exclusion):
-            return {"type": "excluded", "code": built.code, "reason": built.reason, "result": result}
-        return {
-            "type": "reported",
-            "summary": _summary(screening),
-            "result": result,
+        exclusion = screening.result.exclusion
+        destinations = [entry for entry in self._settings.destinations if exclusion is None or entry.report_exclusions]
+        built = self._report(screening, message, destinations)
+        answer = {
+            "result": screening.result.to_json(),
             "objects": [self._keep(message["study"], entry) for entry in built.objects],
-            "deliveries": self._deliveries(built),
+            "deliveries": {
+                destination.name: [entry.sop_instance_uid for entry in built.for_destination(destination)]
+                for destination in (destinations if built.objects else ())
+            },
         }
+        if exclusion is not None:
+            return {"type": "excluded", "code": exclusion.code, "reason": exclusion.reason, **answer}
+        return {"type": "reported", "summary": _summary(screening), **answer}
+
+    def _report(
+        self, screening: Screening, message: Mapping[str, Any], destinations: Sequence[DestinationSettings]
+    ) -> BuiltReport:
+        """The report for these destinations; of an excluded study nothing where nobody wants it or none can be made."""
+        excluded = screening.result.exclusion is not None
+        if excluded and not destinations:
+            return BuiltReport((), None)
+        settings = self._models.settings.model_copy(update={"destinations": tuple(destinations)})
+        predecessors = {variant: PreviousReport.read(Path(path)) for variant, path in message["predecessors"].items()}
+        try:
+            return build_report(
+                screening, settings, datetime.now(UTC), revision=message["revision"], predecessors=predecessors
+            )
+        except Damaged as error:
+            if not excluded:
+                raise
+            # what can't even be referred to stays excluded, not held
+            self._log.warning("exclusion_not_reported", error=type(error).__name__)
+            return BuiltReport((), None)
 
     def _keep(self, study: str, entry: BuiltObject) -> dict[str, Any]:
         stored = self._spool.store_report(study, entry.sop_instance_uid, [entry.data])
@@ -186,12 +201,6 @@ class ScreeningWorker:
             "size_bytes": stored.size_bytes,
             "sha256": stored.sha256,
             "variant": entry.variant,
-        }
-
-    def _deliveries(self, built: BuiltReport) -> dict[str, list[str]]:
-        return {
-            destination.name: [entry.sop_instance_uid for entry in built.for_destination(destination)]
-            for destination in self._settings.destinations
         }
 
     def _loaded(self) -> dict[str, Any]:

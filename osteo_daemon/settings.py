@@ -113,6 +113,7 @@ class DestinationSettings(_Section):
     sr_class: Literal["comprehensive-3d", "comprehensive", "enhanced", "basic-text"] = "comprehensive-3d"
     commitment: Literal["storage-commitment", "c-find", "none"] = "storage-commitment"
     accept_unproven: bool = False
+    report_exclusions: bool = False
     receiving_application: Annotated[str, Field(max_length=180)] = ""
     receiving_facility: Annotated[str, Field(max_length=180)] = ""
     url: Annotated[str, Field(pattern=r"^(https?://[^\s?#]+)?$")] = ""
@@ -124,6 +125,8 @@ class DestinationSettings(_Section):
         missing = [key for key in needed if not getattr(self, key)]
         if missing:
             raise ValueError(f"destination {self.name} of kind {self.kind} needs {', '.join(missing)}")
+        if self.report_exclusions and (self.kind != "dicom" or "sr" not in self.objects):
+            raise ValueError(f"destination {self.name} takes no structured report; set report_exclusions = false")
         return self
 
 

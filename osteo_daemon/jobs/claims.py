@@ -163,10 +163,7 @@ class Claims(Database):
             ValueError: a delivery names an object that is not among ``objects``, or a known UID comes with other bytes.
         """
         now = now or utc_now()
-        by_uid = {entry.sop_instance_uid: entry for entry in objects}
-        for delivery in deliveries:
-            if unknown := set(delivery.sop_instance_uids) - by_uid.keys():
-                raise ValueError(f"{delivery.destination}: not among the report objects: {sorted(unknown)}")
+        by_uid = _by_uid(objects, deliveries)
         with self._writing() as connection:
             row = claimed_row(connection, job)
             save_result(connection, job, result, now)
@@ -188,18 +185,49 @@ class Claims(Database):
             )
 
     def exclude(
-        self, job: Job, code: str, reason: str, result: Mapping[str, Any], *, now: datetime | None = None
+        self,
+        job: Job,
+        code: str,
+        reason: str,
+        result: Mapping[str, Any],
+        objects: Sequence[ReportObject] = (),
+        deliveries: Sequence[NewDelivery] = (),
+        *,
+        now: datetime | None = None,
     ) -> None:
         """SCREENING to EXCLUDED: not eligible, with a code of `domain.eligibility.ExclusionCode`.
 
+        With deliveries the job goes on to REPORTED in the same transaction: somebody is to be told. Code and reason
+        stay with it.
+
+        Args:
+            job: as claimed.
+            code, reason: why.
+            result: the ``osteo-result/1`` document.
+            objects: reports of the exclusion, already durable in the spool.
+            deliveries: one for each destination that is to be told.
+
         Raises:
             LeaseLost: another worker has the job.
+            ValueError: see `commit_report`.
         """
         now = now or utc_now()
+        by_uid = _by_uid(objects, deliveries)
         with self._writing() as connection:
             row = claimed_row(connection, job)
             save_result(connection, job, result, now)
             _end(connection, row, JobState.EXCLUDED, "study_excluded", code, reason, now)
+            if not deliveries:
+                return
+            for entry in objects:
+                save_object(connection, job, entry)
+            for delivery in deliveries:
+                save_delivery(connection, job, delivery, by_uid, now)
+            excluded = connection.execute(select(JobRow.__table__).where(JobRow.job_id == job.job_id)).one()
+            told = f"exclusion for {len(deliveries)} destinations"
+            change_state(
+                connection, excluded, JobState.REPORTED, who=row.worker, event="report_committed", reason=told, now=now
+            )
 
     def hold(self, job: Job, code: str, reason: str, *, now: datetime | None = None) -> None:
         """SCREENING to HELD: what was received cannot be used; every byte stays.
@@ -295,6 +323,14 @@ def _spend(connection: Connection, row: Row[Any], worker: str, maximum_attempts:
         now,
         who=worker,
     )
+
+
+def _by_uid(objects: Sequence[ReportObject], deliveries: Sequence[NewDelivery]) -> dict[str, ReportObject]:
+    by_uid = {entry.sop_instance_uid: entry for entry in objects}
+    for delivery in deliveries:
+        if unknown := set(delivery.sop_instance_uids) - by_uid.keys():
+            raise ValueError(f"{delivery.destination}: not among the report objects: {sorted(unknown)}")
+    return by_uid
 
 
 def _end(

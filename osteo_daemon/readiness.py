@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from osteo_daemon.delivery.transport import TRANSPORTS
 from osteo_daemon.dicom.verification import echo
 from osteo_daemon.domain.study import RemoteAE
 from osteo_daemon.errors import ConfigurationError, OsteoError
 from osteo_daemon.inference.bundle import find_bundle
 from osteo_daemon.inference.screening import choose_device
 from osteo_daemon.jobs.store import JobStore
+from osteo_daemon.reporting import picture_language
 from osteo_daemon.settings import DestinationSettings, Settings
 
 
@@ -37,6 +40,7 @@ def check_node(settings: Settings) -> list[Finding]:
         ("disk", lambda: _disk(settings)),
         ("job store", lambda: _store(settings)),
         ("sources", lambda: _sources(settings)),
+        ("texts", lambda: _texts(settings)),
         ("localizer bundle", lambda: _bundle(settings, settings.screener.localizer_bundle)),
     ]
     if settings.screener.network_enabled:
@@ -104,7 +108,23 @@ def _bundle(settings: Settings, name: str) -> str:
     return f"{bundle.name} {bundle.version} ({bundle.status}), sha256 {bundle.sha256[:12]}, verified"
 
 
+def _texts(settings: Settings) -> str:
+    language, pictures = settings.site.language, picture_language(settings)
+    if pictures != language:
+        raise OSError(f"no installed font holds the characters of {language}: pictures are in English; install one")
+    return f"{language}, complete"
+
+
+def _probe(settings: Settings, destination: DestinationSettings) -> str:
+    start = time.perf_counter()
+    TRANSPORTS[destination.kind](settings, destination).probe()
+    where = destination.url or f"{destination.host}:{destination.port}"
+    return f"{destination.kind} at {where} answered in {(time.perf_counter() - start) * 1000:.0f} ms"
+
+
 def _echo(settings: Settings, destination: DestinationSettings) -> str:
+    if destination.kind != "dicom":
+        return _probe(settings, destination)
     peer = RemoteAE(destination.ae_title, destination.host, destination.port)
     seconds = echo(peer, settings.receiver.ae_title, timeout_seconds=settings.deliverer.connect_timeout_seconds)
     return f"{destination.ae_title} at {destination.host}:{destination.port} answered in {seconds * 1000:.0f} ms"

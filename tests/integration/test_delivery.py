@@ -40,9 +40,9 @@ from tests.report_cases import STUDY_UID
 
 EXPLICIT, IMPLICIT = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2"
 COMPREHENSIVE_3D, COMPREHENSIVE = "1.2.840.10008.5.1.4.1.1.88.34", "1.2.840.10008.5.1.4.1.1.88.33"
-ENHANCED = "1.2.840.10008.5.1.4.1.1.88.22"
+ENHANCED, BASIC_TEXT = "1.2.840.10008.5.1.4.1.1.88.22", "1.2.840.10008.5.1.4.1.1.88.11"
 SEGMENTATION, SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.7"
-ALL_CLASSES = (SEGMENTATION, COMPREHENSIVE_3D, COMPREHENSIVE, ENHANCED, SECONDARY_CAPTURE)
+ALL_CLASSES = (SEGMENTATION, COMPREHENSIVE_3D, COMPREHENSIVE, ENHANCED, BASIC_TEXT, SECONDARY_CAPTURE)
 
 
 @contextmanager
@@ -189,6 +189,8 @@ def test_a_peer_that_stores_nothing_of_ours_is_not_asked_again(tmp_path: Path, b
         ({SEGMENTATION}, COMPREHENSIVE_3D),
         ({COMPREHENSIVE_3D}, COMPREHENSIVE),
         ({COMPREHENSIVE_3D, COMPREHENSIVE}, ENHANCED),
+        ({COMPREHENSIVE_3D, COMPREHENSIVE, ENHANCED}, BASIC_TEXT),
+        ({SEGMENTATION, COMPREHENSIVE_3D, COMPREHENSIVE, ENHANCED}, BASIC_TEXT),
         ({SEGMENTATION, COMPREHENSIVE_3D}, COMPREHENSIVE),
     ],
 )
@@ -218,8 +220,22 @@ def test_a_refused_class_has_a_fallback_and_nothing_dangles(
         }
         there = {str(dataset.SOPInstanceUID) for dataset in stored if dataset.SOPClassUID == SEGMENTATION}
         assert evidence == there
+        referenced = {
+            str(item.ReferencedSOPSequence[0].ReferencedSOPInstanceUID)
+            for item in values_below(by_class[expected_report])
+            if item.ReferencedSOPSequence[0].ReferencedSOPClassUID == SEGMENTATION
+        }
+        assert referenced == there
         assert delivery.outcome == ("stored without segmentation" if SEGMENTATION in refused else "stored")
     store.close()
+
+
+def values_below(item: pydicom.Dataset) -> Iterator[pydicom.Dataset]:
+    """Every content item below that refers to an object."""
+    for child in item.get("ContentSequence", ()):
+        if "ReferencedSOPSequence" in child:
+            yield child
+        yield from values_below(child)
 
 
 def test_a_peer_that_takes_no_report_at_all_gets_the_rest_and_is_a_dead_letter(

@@ -20,7 +20,7 @@ from osteo_daemon.settings import DestinationSettings, Settings
 from tests.fakes import LOOPBACK
 from tests.report_cases import STUDY_UID, synthetic_case
 
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 SENT = ("", "comprehensive-3d+seg")
 """Variants of the objects that a destination gets which takes everything."""
 
@@ -32,6 +32,9 @@ def settings_for(folder: Path, *ports: int, commitment: str = "none", **delivere
         "retry_base_seconds": 0.1,
         "retry_maximum_seconds": 0.3,
         "probe_maximum_seconds": 0.3,
+        # far beyond any wait for a core: a time-out that a test is not about would be one more attempt
+        "connect_timeout_seconds": 60,
+        "dimse_timeout_seconds": 60,
         **deliverer,
     }
     destinations = [
@@ -116,7 +119,7 @@ def lanes(settings: Settings, store: JobStore) -> Iterator[list[Lane]]:
     finally:
         stopping.set()
         for lane in running:
-            lane.join(20)
+            lane.join(90)
             assert not lane.is_alive()
 
 

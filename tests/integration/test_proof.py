@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +21,18 @@ from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.receiver import Receiver
 from osteo_daemon.settings import Settings
 from tests.archive import Archive
-from tests.deliveries import PATIENCE_S, SENT, built_report, commit, ended, lanes, reached, settings_for
-from tests.fakes import LOOPBACK, a_free_port, until
+from tests.deliveries import (
+    PATIENCE_S,
+    SENT,
+    built_report,
+    commit,
+    data_set_digest,
+    ended,
+    lanes,
+    reached,
+    settings_for,
+)
+from tests.fakes import LOOPBACK, a_free_port, dcmtk, until
 from tests.orthanc import running_orthanc
 from tests.report_cases import STUDY_UID
 
@@ -315,6 +327,69 @@ def test_a_loss_reported_while_a_deliverer_holds_the_delivery(tmp_path: Path, bu
     assert held.state is DeliveryState.SENDING
     assert store.delivery_await(claimed, claimed.created_at, "waits") is DeliveryState.PENDING
     assert [report.sop_instance_uid for report in store.delivery(claimed.delivery_id).unsent] == [lost.sop_instance_uid]
+    store.close()
+
+
+def test_dcmtk_gives_no_proof_and_the_bytes_that_it_wrote_are_ours(tmp_path: Path, built: BuiltReport) -> None:
+    port, folder = a_free_port(), tmp_path / "storescp"
+    folder.mkdir()
+    process = subprocess.Popen(
+        [dcmtk("storescp"), "--aetitle", "PACS", "--bit-preserving", "--output-directory", str(folder), str(port)]
+    )
+    try:
+        settings = proving(tmp_path, port)
+        store = commit(settings, built)
+        delivery = deliver(settings, store)
+    finally:
+        process.terminate()
+        process.wait(20)
+    assert (delivery.state, delivery.outcome) == (DeliveryState.UNPROVEN, "unproven")
+    sent = {entry.report.sop_instance_uid for entry in delivery.objects if entry.stored}
+    written = {data_set_digest(path.read_bytes()) for path in folder.iterdir()}
+    assert len(sent) == 3
+    assert written == {data_set_digest(entry.data) for entry in built.objects if entry.sop_instance_uid in sent}
+    store.close()
+
+
+def test_the_test_pacs_proves_by_query(tmp_path: Path, built: BuiltReport) -> None:
+    port, pacs = a_free_port(), str(tmp_path / "pacs")
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "osteo_daemon.cli",
+            "test-pacs",
+            "--port",
+            str(port),
+            "--ae-title",
+            "PACS",
+            "--folder",
+            pacs,
+        ],
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    try:
+        settings = proving(tmp_path, port, breaker_failures=1000)
+        store = commit(settings, built)
+        delivery = deliver(settings, store)
+    finally:
+        process.terminate()
+        process.wait(20)
+    assert delivery.outcome == "found"
+    assert len(list((tmp_path / "pacs").glob("*.dcm"))) == 3
+    store.close()
+
+
+def test_orthanc_that_does_not_know_us_proves_by_query(tmp_path: Path, built: BuiltReport) -> None:
+    dicom_port = a_free_port()
+    with running_orthanc(tmp_path / "orthanc", dicom_port, a_free_port()):
+        settings = proving(tmp_path, dicom_port)
+        destination = settings.destinations[0].model_copy(update={"ae_title": "ORTHANC"})
+        settings = settings.model_copy(update={"destinations": (destination,)})
+        store = commit(settings, built)
+        delivery = deliver(settings, store)
+    assert delivery.outcome == "found"
+    assert [entry.state for entry in store.commitments(delivery.delivery_id)] == [CommitmentState.REFUSED]
     store.close()
 
 

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from osteo_daemon.domain.decision import decide
 from osteo_daemon.errors import ConfigurationError, Damaged
 from osteo_daemon.inference.screening import Screening, StudyScreener
-from osteo_daemon.reporting import build_report
+from osteo_daemon.reporting import build_report, picture_language
 from osteo_daemon.settings import Settings
 
 STAGES = ("read headers", "decode", "find vertebrae", "measure", "predict", "build report")
@@ -40,6 +40,8 @@ def screen_folder(settings: Settings, folder: Path, out: Path) -> Screening:
         raise Damaged(f"{folder} holds no file")
     _prepare(out)
     console = Console(stderr=True)
+    if (drawn := picture_language(settings)) != settings.site.language:
+        console.print(f"no installed font holds the characters of {settings.site.language}: the picture is in {drawn}")
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("load models", total=len(STAGES) + 1)

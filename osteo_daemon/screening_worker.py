@@ -34,7 +34,7 @@ from osteo_daemon.inference.screening import Screening
 from osteo_daemon.jobs.spool import Spool
 from osteo_daemon.link import Link
 from osteo_daemon.log import configure_logging, get_logger, where
-from osteo_daemon.reporting import PreviousReport, build_report
+from osteo_daemon.reporting import PreviousReport, build_report, picture_language
 from osteo_daemon.settings import DestinationSettings, Settings
 
 CONFIGURATION_EXIT = 2
@@ -104,6 +104,9 @@ class ScreeningWorker:
         self._ahead = Ahead(settings.screener.prefetch_maximum_bytes, link)
         self._inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._cancelled: int | None = None
+        if (drawn := picture_language(settings)) != settings.site.language:
+            detail = f"no installed font holds the characters of {settings.site.language}: pictures are in {drawn}"
+            self._log.warning("picture_font_missing", detail=detail)
         self._models = ResidentModels(settings)
 
     def work(self) -> None:

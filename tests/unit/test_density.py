@@ -11,12 +11,10 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from osteo_daemon.domain.findings import Attenuation
 from osteo_daemon.imaging.region import Region
 from osteo_daemon.imaging.volume import CtVolume
 from osteo_daemon.inference import density
 from osteo_daemon.inference.density import measure
-from osteo_daemon.inference.quality import assess, correct
 
 UPRIGHT = np.array([[0.0, 0.0, -1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])  # caudal, posterior, left
 HALF_HEIGHT, HALF_DEPTH, HALF_WIDTH = 14.0, 16.0, 22.0
@@ -246,56 +244,6 @@ def _shift(slices: int) -> np.ndarray:
     shift = np.eye(4)
     shift[0, 3] = slices
     return shift
-
-
-def _torso(air: float = -1000.0, fat: float = -105.0, vessel: float = 45.0) -> CtVolume:
-    """Air around fat around muscle, with a vessel in front of the spine at the origin."""
-    size = 160
-    z, y, x = np.meshgrid(np.arange(-8, 8) * 4.0, *(np.arange(-size // 2, size // 2) * 2.0,) * 2, indexing="ij")
-    voxels = np.full(z.shape, air)
-    voxels[(x / 140) ** 2 + ((y + 30) / 110) ** 2 < 1] = fat
-    voxels[(x / 110) ** 2 + ((y + 30) / 80) ** 2 < 1] = 50.0
-    voxels[(x - 10) ** 2 + (y + 30) ** 2 < 11**2] = vessel
-    voxels += np.random.default_rng(0).normal(0, 12, voxels.shape)
-    affine = np.array([[0, 0, 2.0, -160.0], [0, 2.0, 0, -160.0], [4.0, 0, 0, -32.0], [0, 0, 0, 1]])
-    return CtVolume(voxels.astype(np.float32), affine)
-
-
-def test_quality_of_a_good_scan() -> None:
-    quality = assess(_torso(), [np.zeros(3)], [UPRIGHT])
-    assert quality.air_hu == pytest.approx(-1000, abs=8)
-    assert quality.fat_hu == pytest.approx(-105, abs=5)
-    assert quality.vessel_hu == pytest.approx(50, abs=15)
-    assert quality.noise_hu == pytest.approx(12, abs=3)
-    assert quality.quality_flags == ()
-
-
-@pytest.mark.parametrize(("air", "fat"), [(-940.0, -105.0), (-1000.0, -60.0), (-1000.0, -160.0)])
-def test_a_scale_that_is_off_blocks(air: float, fat: float) -> None:
-    (flag,) = assess(_torso(air=air, fat=fat), [np.zeros(3)], [UPRIGHT]).quality_flags
-    assert (flag.code, flag.severity) == ("calibration_out_of_range", "blocking")
-
-
-@pytest.mark.parametrize(("vessel", "enhanced"), [(45.0, False), (150.0, True), (300.0, True)])
-def test_contrast_is_seen_in_the_vessel(vessel: float, enhanced: bool) -> None:
-    codes = [flag.code for flag in assess(_torso(vessel=vessel), [np.zeros(3)], [UPRIGHT]).quality_flags]
-    assert ("contrast_enhanced" in codes) is enhanced
-
-
-@pytest.mark.parametrize(
-    ("kvp", "mean", "codes"),
-    [
-        (120.0, None, []),
-        (140.0, 107.3, []),
-        (100.0, 95.1, []),
-        (80.0, None, ["kvp_uncorrected"]),
-        (None, None, ["kvp_unknown"]),
-    ],
-)
-def test_tube_voltage(kvp: float | None, mean: float | None, codes: list[str]) -> None:
-    corrected, flags = correct(Attenuation(100.0, 100.0, 20.0, 5000.0), kvp)
-    assert (None if corrected is None else corrected.mean) == mean
-    assert [flag.code for flag in flags] == codes
 
 
 def test_every_grid_is_another_one() -> None:

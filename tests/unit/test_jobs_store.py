@@ -534,3 +534,21 @@ def test_lists_filter_and_page(store: JobStore) -> None:
 def test_every_transition_of_the_table_leads_to_a_state_of_it() -> None:
     assert set(TRANSITIONS) == set(JobState)
     assert {state for targets in TRANSITIONS.values() for state in targets} <= set(JobState)
+
+
+def test_an_exclusion_that_somebody_wants_to_know_is_delivered_and_keeps_its_reason(store: JobStore) -> None:
+    ready(store)
+    job = claimed(store)
+    told = report(ReportKind.SR, "9.1")
+    with pytest.raises(ValueError, match="not among the report objects"):
+        store.exclude(job, "uneven_geometry", "gaps", RESULT, [told], [NewDelivery("pacs", ("9.9",))])
+    assert state_of(store) is JobState.SCREENING
+    store.exclude(job, "uneven_geometry", "gaps", RESULT, [told], [NewDelivery("pacs", ("9.1",))], now=at(20))
+    assert state_of(store) is JobState.REPORTED
+    assert [event.to_state for event in store.events(STUDY)][-2:] == [JobState.EXCLUDED, JobState.REPORTED]
+    (row,) = store.recent()
+    assert (row.code, row.detail) == ("uneven_geometry", "gaps")
+    assert [entry.sop_instance_uid for entry in store.report_objects(STUDY)] == ["9.1"]
+    delivery = store.claim_delivery("d", 60, now=at(30))
+    assert delivery is not None
+    assert delivery.destination == "pacs"

@@ -82,7 +82,7 @@ def judge(
     """
     verdict = Verdict(acknowledged=len({entry["uid"] for entry in sender}))
     with connect(database) as store:
-        verdict.faults += _lost_objects(sender, store)
+        verdict.faults += lost_objects(sender, store)
         for study in dict.fromkeys(entry["study"] for entry in sender):
             verdict.faults += [
                 f"study {study[-8:]}: {fault}" for fault in _study(study, archive, store, expected, verdict)
@@ -102,7 +102,7 @@ def _digests(archive: Sequence[Mapping[str, Any]]) -> dict[str, set[str]]:
     return found
 
 
-def _lost_objects(sender: Sequence[Mapping[str, Any]], store: sqlite3.Connection) -> list[str]:
+def lost_objects(sender: Sequence[Mapping[str, Any]], store: sqlite3.Connection) -> list[str]:
     """Acknowledged objects that have no row, no file, or a file with other pixels."""
     paths = dict(store.execute("SELECT sop_instance_uid, path FROM instances").fetchall())
     faults = []
@@ -129,7 +129,7 @@ def _study(
         return [f"{len(jobs)} jobs"]
     job = jobs[0]
     verdict.revisions += job["revision"]
-    faults = _history_faults(job["job_id"], store)
+    faults = history_faults(job["job_id"], store)
     accepted = [entry for entry in archive if entry["study"] == study and entry["status"] == 0]
     reports = {entry["uid"]: entry for entry in accepted if entry["class"] in STRUCTURED_REPORTS}
     if study in expected.exclusions:
@@ -166,7 +166,7 @@ def _study(
     return faults
 
 
-def _history_faults(job_id: int, store: sqlite3.Connection) -> list[str]:
+def history_faults(job_id: int, store: sqlite3.Connection) -> list[str]:
     """A report or an exclusion may only be written by the holder of the last claim, while it holds it."""
     holder: str | None = None
     faults = []

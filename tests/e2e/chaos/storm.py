@@ -119,7 +119,10 @@ class Node:
             with self.log.open("ab") as sink:
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", "tests.e2e.chaos.serve", "serve", "--config", str(self.config)],
-                    stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, cwd=ROOT,
+                    stdout=sink,
+                    stderr=sink,
+                    stdin=subprocess.DEVNULL,
+                    cwd=ROOT,
                     env=self._environment,
                 )
             self._process.wait()

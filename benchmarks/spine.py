@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import multiprocessing
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -23,12 +24,8 @@ from typing import Any, TypeVar
 import matplotlib as mpl
 import numpy as np
 
-import osteo_daemon.domain
-import osteo_daemon.imaging
-import osteo_daemon.inference
-import osteo_daemon.network
 from benchmarks.heldout import ANATOMIES, RANGES, Draw, draw
-from benchmarks.phantom_cache import FOLDER, phantom, phantom_source, source_digest
+from benchmarks.phantom_cache import FOLDER, phantom, source_digest
 from benchmarks.results import write_result
 from benchmarks.spine_figures import figures_of, plot
 from osteo_daemon.domain.findings import MEASURED_LEVELS
@@ -169,11 +166,11 @@ def judged(cases: list[Draw], path: Path, workers: int = 1) -> list[Record]:
 
 
 def judgements_path(bundle: ModelBundle) -> Path:
-    """File of judgements that belong to exactly this source and these weights."""
-    packages = (osteo_daemon.domain, osteo_daemon.imaging, osteo_daemon.inference, osteo_daemon.network)
-    folders = [Path(package.__path__[0]) for package in packages]
+    """File of judgements that belong to exactly this source and these weights: to every module that was loaded here."""
+    parts = tuple(f"osteo_daemon.{name}." for name in ("imaging", "inference", "network", "phantom"))
+    files = {module.__file__ for name, module in sys.modules.items() if name.startswith(parts)}
     here = Path(__file__)
-    source = source_digest(*folders, phantom_source(), here, here.with_name("heldout.py"))
+    source = source_digest(*sorted(Path(file) for file in files if file), here, here.with_name("heldout.py"))
     whole = hashlib.sha256(f"{source}{bundle.files['models/model.safetensors']}".encode()).hexdigest()
     return FOLDER / f"judged-{whole[:16]}.jsonl"
 

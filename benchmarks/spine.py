@@ -1,7 +1,7 @@
 """Localisation and measurement on virtual patients unlike any of training: ``python -m benchmarks.spine [--quick]``.
 
 200 patients drawn outside training's ranges (`benchmarks.heldout`) over age, sex, density, curvature, voltage,
-contrast, noise, thickness and coverage, and 40 with another number of vertebrae or ribs. Figures: names, refusals,
+contrast, noise, thickness and coverage, and 25 with another number of vertebrae or ribs. Figures: names, refusals,
 centres, bias and limits of agreement of the attenuation, by stratum, and a plot (`benchmarks.spine_figures`).
 
 Scans and judgements are kept in ``runs/spine-phantoms``: a run that was stopped goes on where it was, and judges again
@@ -40,7 +40,7 @@ from osteo_daemon.phantom.study import PhantomStudy, TrueVertebra
 from osteo_daemon.phantom.truth import core_truth, region_truth
 
 PATIENTS, QUICK_PATIENTS = 200, 3
-VARIANTS_EACH = 8
+VARIANTS_EACH = 5
 NAMED_MM = 15.0
 """A found vertebra belongs to the true one whose centre lies nearer than this: half the distance of two bodies."""
 

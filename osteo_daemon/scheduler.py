@@ -1,14 +1,18 @@
-"""The scheduler: timed steps that only move rows, never work on pixels or talk to peers.
+"""The scheduler: timed steps that move rows and remove or copy files, never work on pixels or talk to peers.
 
 APScheduler skips a run silently when it is one second late; here a late run still counts, several late runs count
-once, and a missed one is logged.
+once, and a missed one is logged and kept. One scheduler leads: another one on the same store waits for its lease.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from types import FrameType
 from typing import Any
 
@@ -16,13 +20,36 @@ from apscheduler.events import EVENT_JOB_ERROR, EVENT_JOB_MAX_INSTANCES, EVENT_J
 from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.schedulers.background import BackgroundScheduler
 
-from osteo_daemon.errors import Transient
+from osteo_daemon.errors import ConfigurationError, Damaged, Transient
+from osteo_daemon.jobs.backup import make_backup, remove_old_backups
+from osteo_daemon.jobs.spool import Spool
 from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.log import configure_logging, get_logger
 from osteo_daemon.settings import Settings
 
 _MISFIRE_GRACE_SECONDS = 24 * 3600
 _LEASE_SWEEP_SECONDS = 10.0
+_COUNTS_SECONDS = 300.0
+_LEADER_LEASE_SECONDS = 15.0
+_LEADER = "scheduler"
+_NOTED_EVERY_SECONDS = 60.0
+"""Steps that run more often and have nothing to tell write their row only this often."""
+
+_STUDIES_PER_SWEEP = 2000
+_PAGE = 100
+_MAKE_UP_SECONDS = 60.0
+"""How soon after a start comes the run that was due while the scheduler was down."""
+
+
+@dataclass
+class _Step:
+    """One timed step and what was not yet written of its runs."""
+
+    name: str
+    act: Callable[[], str]
+    seconds: float
+    runs: int = 0
+    noted_at: datetime | None = None
 
 
 class Scheduler:
@@ -33,62 +60,228 @@ class Scheduler:
 
     Raises:
         StoreUnavailable: the job store does not answer.
+        ConfigurationError: the spool cannot be used.
     """
 
     def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._jobs = JobStore(settings.database_url)
-        self._quiet_seconds = settings.completeness.quiet_seconds
+        self._spool = Spool(settings.spool_dir)
+        self._name = f"scheduler-{socket.gethostname()}-{os.getpid()}"
+        self._leads = False
+        self._stopping = threading.Event()
+        self._steps: dict[str, _Step] = {}
         self._engine: Any = BackgroundScheduler(
             timezone="UTC",
-            executors={"default": ThreadPoolExecutor(4)},
+            executors={"default": ThreadPoolExecutor(8)},
             job_defaults={"misfire_grace_time": _MISFIRE_GRACE_SECONDS, "coalesce": True, "max_instances": 1},
         )
         self._engine.add_listener(self._on_event, EVENT_JOB_MISSED | EVENT_JOB_ERROR | EVENT_JOB_MAX_INSTANCES)
-        self._add("completeness_sweep", self.complete_quiet_studies, settings.completeness.sweep_seconds)
-        self._add("lease_sweep", self.take_back_expired, _LEASE_SWEEP_SECONDS)
+        self._engine.add_job(self.lead, "interval", seconds=_LEADER_LEASE_SECONDS / 3, id="lead")
+        last = {run.step: run.started_at for run in self._jobs.scheduler_runs()}
+        self._add("completeness_sweep", self.complete_quiet_studies, settings.completeness.sweep_seconds, last)
+        self._add("lease_sweep", self.take_back_expired, _LEASE_SWEEP_SECONDS, last)
+        self._add("delivery_retry", self.take_back_deliveries, _LEASE_SWEEP_SECONDS, last)
+        self._add("fold_counts", self.fold_counts, _COUNTS_SECONDS, last)
+        self._add("retention", self.retain, settings.retention.sweep_seconds, last)
+        if settings.backup.folder is not None:
+            self._add("backup", self.back_up, settings.backup.every_hours * 3600, last)
+
+    @property
+    def leads(self) -> bool:
+        """True when this process runs the steps."""
+        return self._leads
 
     def start(self) -> None:
         """Run the steps in threads of their own."""
         self._engine.start()
+        self.lead()
 
     def stop(self) -> None:
-        """Let running steps finish and close."""
+        """Let running steps finish, give the lease back and close."""
+        self._stopping.set()
         self._engine.shutdown(wait=True)
+        if self._leads:
+            try:
+                self._jobs.resign(_LEADER, self._name)
+            except Transient as error:
+                get_logger().warning("lease_not_given_back", error=type(error).__name__, detail=error.detail)
         self._jobs.close()
 
-    def complete_quiet_studies(self) -> None:
+    def lead(self) -> None:
+        """Take or keep the lease of the leader."""
+        led, self._leads = self._leads, False
+        try:
+            self._leads = self._jobs.lead(_LEADER, self._name, _LEADER_LEASE_SECONDS, is_gone=_is_gone)
+        except Transient as error:
+            get_logger().warning("lease_not_renewed", error=type(error).__name__, detail=error.detail)
+        if self._leads != led:
+            get_logger().info("leads" if self._leads else "follows", worker=self._name)
+            if self._leads:
+                self._announce()
+
+    def complete_quiet_studies(self) -> str:
         """RECEIVING to READY for studies that have gone quiet."""
-        for job in self._jobs.complete_quiet_studies(self._quiet_seconds):
+        quiet_seconds = self._settings.completeness.quiet_seconds
+        done = self._jobs.complete_quiet_studies(quiet_seconds)
+        for job in done:
             get_logger().info(
                 "study_complete",
                 job_id=job.job_id,
                 study_instance_uid=job.study_instance_uid,
                 revision=job.revision,
-                quiet_s=self._quiet_seconds,
+                quiet_s=quiet_seconds,
             )
+        return f"{len(done)} complete" if done else ""
 
-    def take_back_expired(self) -> None:
+    def take_back_expired(self) -> str:
         """SCREENING to READY for jobs whose worker is gone."""
         if count := self._jobs.take_back_expired():
             get_logger().warning("leases_expired", count=count)
+        return f"{count} taken back" if count else ""
 
-    def _add(self, name: str, step: Callable[[], None], seconds: float) -> None:
-        def run_step() -> None:
-            try:
-                step()
-            except Transient as error:
-                # the next run is the retry
-                get_logger().warning("step_failed", kind=name, error=type(error).__name__, detail=error.detail)
+    def take_back_deliveries(self) -> str:
+        """SENDING to PENDING for deliveries whose deliverer is gone."""
+        if count := self._jobs.take_back_deliveries():
+            get_logger().warning("delivery_leases_expired", count=count)
+        return f"{count} taken back" if count else ""
 
-        self._engine.add_job(run_step, "interval", seconds=seconds, id=name, name=name)
+    def fold_counts(self) -> str:
+        """Keep `counts_by_state` quick."""
+        self._jobs.fold_counts()
+        return ""
 
-    @staticmethod
-    def _on_event(event: Any) -> None:
+    def retain(self) -> str:
+        """Remove what is older than the settings want it, of finished studies only."""
+        keep, now = self._settings.retention, datetime.now(UTC)
+        unfinished = self._jobs.being_purged()
+        for study_instance_uid in unfinished:
+            self._jobs.finish_purge(study_instance_uid, self._spool)
+        done = {"interrupted": len(unfinished)}
+        if keep.images_days:
+            done["images"] = self._purge(now - timedelta(days=keep.images_days), images=True)
+        if keep.reports_days:
+            done["reports"] = self._purge(now - timedelta(days=keep.reports_days), images=False)
+        if keep.quarantine_days:
+            done["quarantined"] = self._jobs.purge_quarantine(now - timedelta(days=keep.quarantine_days), self._spool)
+        if keep.events_days:
+            done["events"] = self._jobs.forget_events(now - timedelta(days=keep.events_days))
+        detail = ", ".join(f"{count} {what}" for what, count in done.items() if count)
+        if detail:
+            get_logger().info("retention_done", detail=detail)
+        return detail
+
+    def back_up(self) -> str:
+        """Copy store and spool as the settings say; only the newest copies stay."""
+        backup = self._settings.backup
+        assert backup.folder is not None  # noqa: S101 - the step exists only then
+        folder = backup.folder / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+        made = make_backup(self._settings.database_url, self._settings.spool_dir, folder, spool=backup.spool)
+        removed = remove_old_backups(backup.folder, backup.keep)
+        get_logger().info("backup_made", bytes=made.store_bytes + made.size_bytes, count=made.files)
+        return f"{made.store_bytes} bytes of store, {made.files} files; {removed} old ones removed"
+
+    def _announce(self) -> None:
+        """Make every step visible before its first run."""
+        for step in self._steps.values():
+            self._write(step, {"interval_seconds": step.seconds, "next_at": self._next_at(step)}, {})
+
+    def _purge(self, before: datetime, *, images: bool) -> int:
+        find = self._jobs.purgeable_images if images else self._jobs.purgeable_reports
+        count = 0
+        while count < _STUDIES_PER_SWEEP and not self._stopping.is_set():
+            studies = find(before, _PAGE)
+            for study_instance_uid in studies:
+                self._jobs.purge_finished(
+                    study_instance_uid, self._spool, before=before, images=images, reports=not images
+                )
+            count += len(studies)
+            if len(studies) < _PAGE:
+                break
+        return count
+
+    def _add(self, name: str, act: Callable[[], str], seconds: float, last: dict[str, datetime | None]) -> None:
+        step = self._steps[name] = _Step(name, act, seconds)
+        now = datetime.now(UTC)
+        # a step of many hours must not begin its wait anew with every start
+        due = last.get(name)
+        coming = now + timedelta(seconds=min(seconds, _MAKE_UP_SECONDS))
+        first = coming if due is None else max(coming, due + timedelta(seconds=seconds))
+        self._engine.add_job(
+            self._run, "interval", args=[step], seconds=seconds, id=name, name=name, next_run_time=first
+        )
+
+    def _run(self, step: _Step) -> None:
+        if not self._leads:
+            return
+        started = datetime.now(UTC)
+        outcome = "done"
+        try:
+            detail = step.act()
+        except (Transient, ConfigurationError, Damaged) as error:
+            # the next run is the retry; the reason stands where people look
+            get_logger().warning("step_failed", kind=step.name, error=type(error).__name__, detail=error.detail)
+            outcome, detail = type(error).__name__, error.detail
+        self._note(step, started, outcome, detail)
+
+    def _note(self, step: _Step, started: datetime, outcome: str, detail: str) -> None:
+        step.runs += 1
+        now = datetime.now(UTC)
+        told = step.noted_at is not None and now - step.noted_at < timedelta(seconds=_NOTED_EVERY_SECONDS)
+        if told and outcome == "done" and not detail:
+            return
+        values = {
+            "interval_seconds": step.seconds,
+            "next_at": self._next_at(step),
+            "started_at": started,
+            "ended_at": now,
+            "outcome": outcome,
+            "detail": detail or None,
+        }
+        if self._write(step, values, {"runs": step.runs, "failures": int(outcome != "done")}):
+            step.runs, step.noted_at = 0, now
+
+    def _next_at(self, step: _Step) -> datetime | None:
+        job = self._engine.get_job(step.name)
+        return None if job is None else job.next_run_time
+
+    def _write(self, step: _Step, values: dict[str, Any], more: dict[str, int]) -> bool:
+        try:
+            self._jobs.note_run(step.name, values=values, more=more)
+        except Transient as error:
+            get_logger().warning("step_not_noted", kind=step.name, error=type(error).__name__)
+            return False
+        return True
+
+    def _on_event(self, event: Any) -> None:
         if event.code == EVENT_JOB_ERROR:
             get_logger().error("step_failed", kind=event.job_id, error=type(event.exception).__name__)
+            self._count(event.job_id, "failures", type(event.exception).__name__)
+        elif event.code == EVENT_JOB_MISSED:
+            get_logger().warning("step_missed", kind=event.job_id)
+            self._count(event.job_id, "missed", "missed")
         else:
-            missed = event.code == EVENT_JOB_MISSED
-            get_logger().warning("step_missed" if missed else "step_still_runs", kind=event.job_id)
+            get_logger().warning("step_still_runs", kind=event.job_id)
+
+    def _count(self, name: str, counter: str, outcome: str) -> None:
+        step = self._steps.get(name)
+        if step is None or not self._leads:
+            return
+        self._write(step, {"interval_seconds": step.seconds, "outcome": outcome}, {counter: 1})
+
+
+def _is_gone(holder: str) -> bool:
+    """True for a scheduler of this machine whose process has ended."""
+    place, _, pid = holder.rpartition("-")
+    if place != f"scheduler-{socket.gethostname()}" or not pid.isdigit():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
 
 
 def run(settings: Settings) -> int:

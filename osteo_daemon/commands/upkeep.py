@@ -10,6 +10,7 @@ import click
 from osteo_daemon.commands.options import config_option, json_option, open_store, print_json
 from osteo_daemon.settings import load_settings
 
+_MINUTE_SECONDS = 60
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
@@ -106,6 +107,8 @@ def schedule(as_json: bool, config: Path | None) -> None:
     for run in runs:
         last = "never" if run.started_at is None else f"{run.started_at:%Y-%m-%d %H:%M:%S}"
         coming = "unknown" if run.next_at is None else f"{run.next_at:%Y-%m-%d %H:%M:%S}"
+        if run.interval_seconds < _MINUTE_SECONDS:
+            coming = f"every {run.interval_seconds:g} s"  # its row is written once a minute
         trouble = f", {run.failures} failed" * bool(run.failures) + f", {run.missed} missed" * bool(run.missed)
         outcome = f"  {run.outcome or ''}{': ' + run.detail if run.detail else ''}"
         click.echo(f"{run.step:<20} last {last}  next {coming}  {run.runs} runs{trouble}{outcome}")

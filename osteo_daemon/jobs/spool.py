@@ -28,6 +28,7 @@ AREAS = ("received", "reports", "quarantine")
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NAME_LENGTH = 32
 _CONTENT_LENGTH = 16
+_PLACE_ATTEMPTS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +168,6 @@ class Spool:
         digest = hashlib.sha256()
         size = 0
         try:
-            self._make_durable_folder(folder)
             handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
             try:
                 for part in parts:
@@ -181,12 +181,7 @@ class Spool:
                 os.close(handle)
             sha256 = digest.hexdigest()
             path = folder / f"{_digest(sop_instance_uid)}-{sha256[:_CONTENT_LENGTH]}.dcm"
-            try:
-                temporary.rename(path)
-            except FileNotFoundError:
-                # retention removed the empty folder just now
-                self._make_durable_folder(folder)
-                temporary.rename(path)
+            self._place(temporary, path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
             if error.errno in _NO_ROOM:
@@ -194,6 +189,18 @@ class Spool:
             raise
         sync_folder(folder)
         return StoredFile(path, size, sha256)
+
+    def _place(self, temporary: Path, path: Path) -> None:
+        for attempt in range(_PLACE_ATTEMPTS):
+            try:
+                self._make_durable_folder(path.parent)
+                temporary.rename(path)
+            except FileNotFoundError:
+                # retention removes empty folders: one may have gone between the two lines
+                if attempt == _PLACE_ATTEMPTS - 1:
+                    raise
+            else:
+                return
 
     def _make_durable_folder(self, folder: Path) -> None:
         """Create a folder and those above it; each new name is synced in its parent."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -18,8 +18,24 @@ from osteo_daemon.jobs.transitions import utc_now
 class Upkeep(Database):
     """The scheduler's side of the store."""
 
-    def lead(self, name: str, holder: str, lease_seconds: float, *, now: datetime | None = None) -> bool:
-        """Take or keep the lease of a role that only one process may have; False while another has it."""
+    def lead(
+        self,
+        name: str,
+        holder: str,
+        lease_seconds: float,
+        *,
+        is_gone: Callable[[str], bool] = lambda _holder: False,
+        now: datetime | None = None,
+    ) -> bool:
+        """Take or keep the lease of a role that only one process may have; False while another has it.
+
+        Args:
+            name: of the role.
+            holder: who asks.
+            lease_seconds: until when it is heard of again.
+            is_gone: True for a holder that is known to have ended: its lease is not awaited.
+            now: the present, for tests.
+        """
         now = now or utc_now()
         until = now + timedelta(seconds=lease_seconds)
         with self._writing() as connection:
@@ -30,7 +46,7 @@ class Upkeep(Database):
                     insert(LeaseRow).values(name=name, holder=holder, fencing_token=1, lease_until=until)
                 )
                 return True
-            if row.holder != holder and row.lease_until >= now:
+            if row.holder != holder and row.lease_until >= now and not is_gone(row.holder):
                 return False
             token = row.fencing_token + (row.holder != holder)
             connection.execute(

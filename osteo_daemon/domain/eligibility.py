@@ -13,12 +13,31 @@ MINIMUM_AGE_YEARS = 30
 CLASSIFICATION_AGE_YEARS = 50
 """Below this age attenuation only: WHO classes and T-scores are defined for postmenopausal women and men from 50."""
 
+
+class AgeBand(StrEnum):
+    """Ages that the decision table tells apart."""
+
+    BELOW_LIMIT = "below 30"
+    ATTENUATION_ONLY = "30-49"
+    CLASSIFIABLE = "50 and above"
+    UNKNOWN = "unknown"
+
+
+def age_band(years: int | None) -> AgeBand:
+    """Band of an age in whole years; an unknown age stays unknown."""
+    if years is None:
+        return AgeBand.UNKNOWN
+    if years < MINIMUM_AGE_YEARS:
+        return AgeBand.BELOW_LIMIT
+    return AgeBand.ATTENUATION_ONLY if years < CLASSIFICATION_AGE_YEARS else AgeBand.CLASSIFIABLE
+
+
 _OLDEST_YEARS: Final = 125  # a birth date of 19000101 is an anonymiser's, not a patient's
 _AGE_STRING: Final = re.compile(r"(\d{3})([DWMY])")
 
 
 class ExclusionCode(StrEnum):
-    """Why a study was not screened; documented in docs/report.md."""
+    """Why a study was not screened; docs/refusals.md says what to do about each."""
 
     NO_CT_SERIES = "no_ct_series"
     DERIVED_SERIES = "derived_series"

@@ -57,6 +57,7 @@ def l1_age_reference(age_years: int) -> AgeReference:
     mean, sd = (young + share * (old - young) for young, old in zip(_YOUNGEST[1:], _OLDEST[1:], strict=True))
     return AgeReference(mean, sd, "Jang, Radiology 2019")
 
+
 CONTRAST_OFFSET_HU: Final[dict[str, float]] = {"portal_venous": -11.2}
 """Added to trabecular attenuation measured in a contrast phase (`osteo_daemon.inference.contrast.Phase`).
 

@@ -36,6 +36,18 @@ _MAD_TO_SD = 1.4826
 
 
 @dataclass(frozen=True, slots=True)
+class RegionRules:
+    """What makes the region; other values than the product's serve to study their effect (`benchmarks.region`)."""
+
+    erosion_mm: float = EROSION_MM
+    posterior_share: float = POSTERIOR_SHARE
+    outlier_spreads: float = OUTLIER_SPREADS
+
+
+PRODUCT_RULES = RegionRules()
+
+
+@dataclass(frozen=True, slots=True)
 class Measurement:
     """Attenuation of one vertebra.
 
@@ -55,7 +67,9 @@ class Measurement:
     quality_flags: tuple[QualityFlag, ...]
 
 
-def measure(volume: CtVolume, body: Region, axes_lps: npt.NDArray[np.float64]) -> Measurement:
+def measure(
+    volume: CtVolume, body: Region, axes_lps: npt.NDArray[np.float64], rules: RegionRules = PRODUCT_RULES
+) -> Measurement:
     """Measure the trabecular attenuation within a vertebral body on the volume's own voxels.
 
     The signed distance to the body's surface is computed on the mask's grid in millimetres and sampled at the native
@@ -65,6 +79,7 @@ def measure(volume: CtVolume, body: Region, axes_lps: npt.NDArray[np.float64]) -
         volume: the scan.
         body: the vertebral body on any grid.
         axes_lps: (3, 3) unit vectors, rows: cranial to caudal, anterior to posterior, right to left.
+        rules: the product's, but in studies of them.
     """
     depth_mm, origin = _depth_on_native_grid(volume, body)
     affine = volume.affine.copy()
@@ -73,7 +88,7 @@ def measure(volume: CtVolume, body: Region, axes_lps: npt.NDArray[np.float64]) -
     corner = tuple(slice(start, start + size) for start, size in zip(origin, depth_mm.shape, strict=True))
     hounsfield = volume.voxels[corner]
     native_body = Region(inside, affine)
-    core = (depth_mm >= EROSION_MM) & ~_posterior(inside, affine, axes_lps)
+    core = (depth_mm >= rules.erosion_mm) & ~_posterior(inside, affine, axes_lps, rules.posterior_share)
     flags: list[QualityFlag] = []
     if not core.any():
         flags.append(QualityFlag("region_too_small", Severity.BLOCKING))
@@ -81,7 +96,7 @@ def measure(volume: CtVolume, body: Region, axes_lps: npt.NDArray[np.float64]) -
     values = hounsfield[core]
     median = float(np.median(values))
     spread = _MAD_TO_SD * float(np.median(np.abs(values - median)))
-    core &= hounsfield <= median + OUTLIER_SPREADS * max(spread, 1.0)
+    core &= hounsfield <= median + rules.outlier_spreads * max(spread, 1.0)
     values = hounsfield[core].astype(np.float64)
     trabecular = Region(core, affine)
     if trabecular.volume_mm3 < MINIMUM_VOLUME_MM3:
@@ -190,7 +205,7 @@ def _depth_on_native_grid(volume: CtVolume, body: Region) -> tuple[npt.NDArray[n
 
 
 def _posterior(
-    inside: npt.NDArray[np.bool_], affine: npt.NDArray[np.float64], axes_lps: npt.NDArray[np.float64]
+    inside: npt.NDArray[np.bool_], affine: npt.NDArray[np.float64], axes_lps: npt.NDArray[np.float64], share: float
 ) -> npt.NDArray[np.bool_]:
     """Voxels in the posterior share of the body, by their position along the antero-posterior axis."""
     along = axes_lps[1] @ affine[:3, :3]
@@ -200,4 +215,4 @@ def _posterior(
     if within.size == 0:
         return np.zeros(inside.shape, dtype=bool)
     front, back = np.percentile(within, (1, 99))
-    return np.asarray(position > back - POSTERIOR_SHARE * (back - front))
+    return np.asarray(position > back - share * (back - front))

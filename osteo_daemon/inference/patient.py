@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pydicom.dataset import Dataset
 
-from osteo_daemon.domain.eligibility import CLASSIFICATION_AGE_YEARS, MINIMUM_AGE_YEARS, ExclusionCode, age_years
+from osteo_daemon.domain.eligibility import MINIMUM_AGE_YEARS, AgeBand, ExclusionCode, age_band, age_years
 from osteo_daemon.domain.findings import QualityFlag, Severity
 from osteo_daemon.errors import NotEligible
 
@@ -25,21 +25,21 @@ class Patient:
         return cls(age_years(*(str(value or "") for value in values)), sex if sex in ("F", "M") else None)
 
     def check_age(self) -> None:
-        if self.age_years is not None and self.age_years < MINIMUM_AGE_YEARS:
+        if age_band(self.age_years) is AgeBand.BELOW_LIMIT:
             reason = f"the patient is younger than {MINIMUM_AGE_YEARS} years"
             raise NotEligible(ExclusionCode.AGE_BELOW_LIMIT, reason)
 
     @property
     def classifiable(self) -> bool:
         """True when WHO classes and T-scores are defined for this patient."""
-        return self.age_years is not None and self.age_years >= CLASSIFICATION_AGE_YEARS and self.sex is not None
+        return age_band(self.age_years) is AgeBand.CLASSIFIABLE and self.sex is not None
 
     @property
     def quality_flags(self) -> tuple[QualityFlag, ...]:
         flags = []
         if self.age_years is None:
             flags.append(QualityFlag("age_missing", Severity.CAUTION))
-        elif self.age_years < CLASSIFICATION_AGE_YEARS:
+        elif age_band(self.age_years) is AgeBand.ATTENUATION_ONLY:
             flags.append(QualityFlag("age_below_classification", Severity.INFO))
         if self.sex is None:
             flags.append(QualityFlag("sex_missing", Severity.CAUTION))

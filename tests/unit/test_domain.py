@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from osteo_daemon.domain.decision import TABLE, categorise, decide
-from osteo_daemon.domain.eligibility import age_years
+from osteo_daemon.domain.decision import ROWS, TABLE, categorise, decide, outcome_of
+from osteo_daemon.domain.eligibility import AgeBand, age_band, age_years
 from osteo_daemon.domain.findings import (
+    AVERAGED_LEVELS,
     Attenuation,
     Category,
     CorrectedAttenuation,
@@ -23,6 +26,9 @@ from osteo_daemon.domain.findings import (
     VertebraFinding,
 )
 from osteo_daemon.domain.job import TRANSITIONS, JobState
+from osteo_daemon.errors import NotEligible
+from osteo_daemon.inference.patient import Patient
+from tests.conftest import ROOT
 
 
 def _vertebra(level: Level, hu: float, **changes: object) -> VertebraFinding:
@@ -37,10 +43,11 @@ def _vertebra(level: Level, hu: float, **changes: object) -> VertebraFinding:
         (60, Category.LOW),
         (80, Category.LOW),
         (109.9, Category.LOW),
-        (110, Category.REDUCED),
+        (110, Category.LOW),
+        (110.1, Category.REDUCED),
         (120, Category.REDUCED),
-        (159.9, Category.REDUCED),
-        (160, Category.NOT_FLAGGED),
+        (160, Category.REDUCED),
+        (160.1, Category.NOT_FLAGGED),
         (250, Category.NOT_FLAGGED),
     ],
 )
@@ -54,6 +61,95 @@ def test_table_is_ordered_and_covers_everything() -> None:
     bounds = [bound for bound, _ in TABLE]
     assert bounds == sorted(bounds)
     assert bounds[-1] == float("inf")
+
+
+def _documented_rows() -> list[list[str]]:
+    """Cells of the decision table of docs/decision.md."""
+    page = (ROOT / "docs" / "decision.md").read_text(encoding="utf-8")
+    table = page.partition("| index, HU |")[2].split("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def _documented(age: AgeBand, levels: int, blocked: bool, hu: float | None) -> str:
+    """What the page says, read as a person would: the first row whose cells fit."""
+    for index, ages, counting, flag, outcome, _source in _documented_rows():
+        bounds = [float(number) for number in re.findall(r"\d+", index)]
+        fits_hu = index == "any" or (
+            hu is not None
+            and (hu <= bounds[-1] if "to" in index.split() else hu > bounds[0])
+            and (hu > bounds[0] if index.startswith("above") else True)
+        )
+        fits_age = {"below 30": age is AgeBand.BELOW_LIMIT, "30 and above, unknown": age is not AgeBand.BELOW_LIMIT}
+        fits_levels = {"any": True, "fewer than 2": levels < 2, "2 or more": levels >= 2}
+        fits_flag = {"any": True, "yes": blocked, "no": not blocked}
+        if fits_hu and fits_age[ages] and fits_levels[counting] and fits_flag[flag]:
+            return re.findall(r"`(\w+)`", outcome)[0]
+    raise AssertionError(f"the page says nothing of {age} {levels} {blocked} {hu}")
+
+
+CELLS = list(
+    itertools.product(
+        AgeBand,
+        (0, 1, 2, 3, 4),
+        (False, True),
+        (-20.0, 40.0, 60.0, 80.0, 109.9, 110.0, 110.1, 120.0, 159.9, 160.0, 160.1, 400.0),
+    )
+)
+
+
+def test_every_cell_of_the_documented_table() -> None:
+    assert len(_documented_rows()) == len(ROWS)
+    reached = set()
+    for age, levels, blocked, hu in CELLS:
+        expected = _documented(age, levels, blocked, hu if levels >= 2 else None)
+        index = hu if levels >= 2 else None
+        assert outcome_of(age, levels >= 2, blocked, index).value == expected, (age, levels, blocked, hu)
+        reached.add(next(n for n, row in enumerate(ROWS) if row.matches(age, levels >= 2, blocked, index)))
+        if age is AgeBand.BELOW_LIMIT:
+            continue
+        flags = [QualityFlag("calibration_out_of_range", Severity.BLOCKING)] if blocked else []
+        decision = decide([_vertebra(level, hu) for level in AVERAGED_LEVELS[:levels]], flags)
+        assert decision.category.value == expected
+        assert decision.index_hu == (pytest.approx(hu) if levels >= 2 else None)
+    assert reached == set(range(len(ROWS)))  # no row is dead
+
+
+@pytest.mark.parametrize(
+    ("years", "band", "screened", "classified"),
+    [
+        (None, AgeBand.UNKNOWN, True, False),
+        (29, AgeBand.BELOW_LIMIT, False, False),
+        (30, AgeBand.ATTENUATION_ONLY, True, False),
+        (49, AgeBand.ATTENUATION_ONLY, True, False),
+        (50, AgeBand.CLASSIFIABLE, True, True),
+        (101, AgeBand.CLASSIFIABLE, True, True),
+    ],
+)
+def test_ages(years: int | None, band: AgeBand, screened: bool, classified: bool) -> None:
+    assert age_band(years) is band
+    patient = Patient(years, "F")
+    if screened:
+        patient.check_age()
+    else:
+        with pytest.raises(NotEligible, match="age_below_limit"):
+            patient.check_age()
+    assert patient.classifiable is classified
+    assert not Patient(years, None).classifiable
+
+
+def test_flags_of_any_severity_but_blocking_change_no_category() -> None:
+    flags = [QualityFlag("contrast_enhanced", Severity.CAUTION), QualityFlag("metal_in_view", Severity.INFO)]
+    vertebrae = [_vertebra(level, 100) for level in AVERAGED_LEVELS]
+    assert decide(vertebrae, flags) == decide(vertebrae, [])
+
+
+def test_corrections_are_applied_in_order() -> None:
+    corrected = CorrectedAttenuation(0.0, {"kvp_140_to_120": 1.073, "contrast_portal_venous_hu": -11.2})
+    assert corrected.apply(100.0) == pytest.approx(96.1)
+    vertebrae = [_vertebra(level, 120.0, attenuation_hu_corrected=corrected) for level in AVERAGED_LEVELS]
+    decision = decide(vertebrae, [])
+    assert decision.index_hu == pytest.approx(120 * 1.073 - 11.2)
+    assert decision.category is Category.REDUCED
 
 
 def test_only_unblocked_l1_to_l4_count() -> None:

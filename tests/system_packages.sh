@@ -8,11 +8,13 @@ declare -A provided_by=(
   [dciodvfy]=dicom3tools
   [strace]=strace
   [javac]=default-jdk-headless
+  [pdfinfo]=poppler-utils
 )
 missing=()
 for command in "${!provided_by[@]}"; do
   command -v "$command" >/dev/null || [ -x "/usr/sbin/$command" ] || missing+=("${provided_by[$command]}")
 done
+[ -e /usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc ] || missing+=(fonts-noto-cjk)
 [ -e /usr/share/java/pixelmed.jar ] || missing+=(libpixelmed-java)
 compgen -G "/usr/lib/postgresql/*/bin/initdb" >/dev/null || missing+=(postgresql)
 [ ${#missing[@]} -eq 0 ] && exit 0

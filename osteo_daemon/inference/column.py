@@ -12,7 +12,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from osteo_daemon.inference.centreline import SMALLEST_S1_MM3, Profile, sample_profile, trace_from_below, trace_from_s1
-from osteo_daemon.inference.counting import agreement_of, count_discs, disc_evidence_of
+from osteo_daemon.inference.counting import agreement_of, count_discs
 from osteo_daemon.inference.tiling import SpineMaps
 from osteo_daemon.network.localizer import SpineClass
 
@@ -42,14 +42,12 @@ class Column:
         discs: planes from the lowest upwards (L5-S1 where the column stands on S1); vertebra k lies between planes k
             and k + 1.
         agreement: (n vertebrae,) how far phase, discs and body each bear the count out; the least of them, at most 1.
-        disc_evidence: (n planes,) how much disc there is at each plane, 0 to 1.
         gaps_mm: (n vertebrae,) distance between the planes along the centre line.
     """
 
     profile: Profile
     discs: tuple[DiscPlane, ...]
     agreement: Floats
-    disc_evidence: Floats
     gaps_mm: Floats
 
 
@@ -101,6 +99,5 @@ def count_column(maps: SpineMaps, s1: npt.NDArray[np.bool_] | None, spacing_mm: 
         profile=profile,
         discs=tuple(_disc_plane(maps, profile.points[s], profile.tangents[s], spacing_mm) for s in stations),
         agreement=agreement_of(profile, stations),
-        disc_evidence=disc_evidence_of(profile, stations),
         gaps_mm=np.diff(np.array(stations, dtype=np.float64)),
     )

@@ -39,20 +39,6 @@ def _segment_scores(profile: Profile) -> Floats:
     return evidence
 
 
-def _disc_share(profile: Profile) -> Floats:
-    return np.asarray(ndimage.uniform_filter1d(profile.disc / np.maximum(profile.disc + profile.body, 0.2), 3))
-
-
-def disc_evidence_of(profile: Profile, stations: list[int]) -> Floats:
-    """(n planes,) how much disc there is within 5 mm of each plane, 0 to 1; 1 at the end of the scan."""
-    share = _disc_share(profile)
-    last = len(share) - 1
-    at_disc = [float(share[max(0, s - 5) : min(last, s + 5) + 1].max()) for s in stations]
-    if stations[-1] >= last - _OPEN_END_MM:
-        at_disc[-1] = 1.0
-    return np.array(at_disc)
-
-
 def agreement_of(profile: Profile, stations: list[int]) -> Floats:
     """(n vertebrae,) the least of: phase against the count, disc at both ends, body in the middle; each at most 1.
 
@@ -60,9 +46,12 @@ def agreement_of(profile: Profile, stations: list[int]) -> Floats:
     Above the uppermost vertebra no disc is asked for when the column ends there, as it does at the edge of the scan,
     and its phase may stop short of a full turn: it may be as long as the vertebra below.
     """
-    share = _disc_share(profile)
-    at_disc = disc_evidence_of(profile, stations)
-    open_end = stations[-1] >= len(share) - 1 - _OPEN_END_MM
+    share = ndimage.uniform_filter1d(profile.disc / np.maximum(profile.disc + profile.body, 0.2), 3)
+    last = len(share) - 1
+    at_disc = [float(share[max(0, s - 5) : min(last, s + 5) + 1].max()) for s in stations]
+    open_end = stations[-1] >= last - _OPEN_END_MM
+    if open_end:
+        at_disc[-1] = 1.0
     result = []
     for k, (low, high) in enumerate(pairwise(stations)):
         seen = profile.phase[low : high + 1]

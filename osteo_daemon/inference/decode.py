@@ -13,6 +13,7 @@ from osteo_daemon.errors import NotEligible
 from osteo_daemon.inference.body import describe_body
 from osteo_daemon.inference.canonical import CanonicalVolume
 from osteo_daemon.inference.column import Column, count_column, find_s1
+from osteo_daemon.inference.discs import disc_contrast
 from osteo_daemon.inference.morphometry import compression_flags, compression_grades
 from osteo_daemon.inference.naming import LEVELS_FROM_SACRUM, N_MEASURED, Naming, last_rib, name_column
 from osteo_daemon.inference.ribs import rib_evidence
@@ -48,7 +49,8 @@ def decode(maps: SpineMaps, canonical: CanonicalVolume) -> Localization:
         evidence = rib_evidence(maps, canonical, column) if column is not None else ()
     if column is None:
         raise NotEligible(ExclusionCode.INSUFFICIENT_COVERAGE, "no whole lumbar vertebra in view")
-    naming = name_column(column.gaps_mm, column.agreement, column.disc_evidence, evidence, on_s1=s1 is not None)
+    contrast = disc_contrast(canonical, column)
+    naming = name_column(column.gaps_mm, column.agreement, contrast, evidence, on_s1=s1 is not None)
     vertebrae = _vertebrae(maps, canonical, column, s1, naming)
     if sum(v.level.startswith("L") for v in vertebrae) < 2:
         raise NotEligible(ExclusionCode.INSUFFICIENT_COVERAGE, "fewer than two lumbar vertebrae in view")

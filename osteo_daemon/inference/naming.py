@@ -33,7 +33,8 @@ _FAIR_AGREEMENT = 0.55  # `Column.agreement`, mean of the measured vertebrae
 _POOR_AGREEMENT = 0.40  # of any one vertebra
 _UNEVEN_GAP = 0.30  # logarithm of a gap over the mean of its neighbours
 _DOUBLE_GAP = 0.47  # the same, for two vertebrae counted as one (1.6 times)
-_NO_DISC = 0.25  # `Column.disc_evidence` of an inner plane
+_NO_DISC = 0.22  # `disc_contrast` over its median along the column
+_VISIBLE_DISC_HU = 40.0  # median `disc_contrast` of a scan that shows discs at all: less in slices of 10 mm
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +84,16 @@ def doubts(gaps_mm: Floats, agreement: Floats) -> list[bool]:
     return doubtful
 
 
-def fused_vertebrae(gaps_mm: Floats, disc_evidence: Floats) -> Mapping[int, Severity]:
+def fused_vertebrae(gaps_mm: Floats, contrast_hu: Floats) -> Mapping[int, Severity]:
     """Vertebrae twice as tall as their neighbours, and pairs with no disc between them.
 
     Args:
         gaps_mm: (n,) distance between the planes of each vertebra.
-        disc_evidence: (n + 1,) how much disc there is at each plane.
+        contrast_hu: (n + 1,) `disc_contrast` of each plane.
     """
-    bare = [k for k in range(1, len(gaps_mm)) if disc_evidence[k] < _NO_DISC]
+    inner = contrast_hu[np.isfinite(contrast_hu)]
+    usual = float(np.median(inner)) if len(inner) else 0.0
+    bare = [k for k in range(1, len(gaps_mm)) if usual >= _VISIBLE_DISC_HU and contrast_hu[k] < _NO_DISC * usual]
     found = dict.fromkeys([number for k in bare for number in (k - 1, k)], Severity.CAUTION)
     for k in range(len(gaps_mm)):
         if _against_neighbours(gaps_mm, k) > _DOUBLE_GAP:
@@ -99,13 +102,13 @@ def fused_vertebrae(gaps_mm: Floats, disc_evidence: Floats) -> Mapping[int, Seve
 
 
 def name_column(
-    gaps_mm: Floats, agreement: Floats, disc_evidence: Floats, evidence: Sequence[RibEvidence], on_s1: bool
+    gaps_mm: Floats, agreement: Floats, contrast_hu: Floats, evidence: Sequence[RibEvidence], on_s1: bool
 ) -> Naming:
     """Apply the rules.
 
     Args:
         gaps_mm, agreement: (n,) of `Column`.
-        disc_evidence: (n + 1,) of `Column`.
+        contrast_hu: (n + 1,) `disc_contrast`.
         evidence: (n,) ribs of each vertebra.
         on_s1: whether vertebra 0 stands on S1.
 
@@ -113,7 +116,7 @@ def name_column(
         NotEligible: ``insufficient_coverage`` where there is no anchor and fewer than two vertebrae without ribs.
     """
     doubtful = doubts(gaps_mm, agreement)
-    fused = fused_vertebrae(gaps_mm, disc_evidence)
+    fused = fused_vertebrae(gaps_mm, contrast_hu)
     place = last_rib(evidence)
     first, last = place if place is not None else (0, None)
     if on_s1:

@@ -73,6 +73,7 @@ def build(
     u = np.interp(along, phase_planes, np.arange(len(phase_planes)))
     phase = np.stack([np.cos(2 * np.pi * u), np.sin(2 * np.pi * u)]).astype(np.float32) * inside
     hu = np.where(column, 150.0, 0.0).astype(np.float32)
+    hu[disc] = 70.0
     canonical = CanonicalVolume(hu, np.ones(SHAPE, bool), SPACING_MM, np.array([-100.0, -80.0, 400.0]))
     middles = (planes[:-1] + planes[1:]) / 2
     centres = [np.array([m, *(float(v) for v in line(np.array(m)))]) for m in middles]

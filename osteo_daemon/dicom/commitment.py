@@ -15,8 +15,10 @@ from typing import Any, Final
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import build_context, evt
+from pynetdicom.association import Association
 from pynetdicom.presentation import PresentationContext
 
+from osteo_daemon.dicom.contexts import VERIFICATION
 from osteo_daemon.dicom.peer import association
 from osteo_daemon.dicom.storage_scu import SpooledObject
 from osteo_daemon.domain.study import RemoteAE
@@ -96,27 +98,25 @@ def request_commitment(
         finally:
             heard.set()
 
+    refusal = None
     with association(
         peer,
         calling_ae_title,
-        [build_context(STORAGE_COMMITMENT_CLASS_UID, [ExplicitVRLittleEndian, ImplicitVRLittleEndian])],
+        [
+            build_context(STORAGE_COMMITMENT_CLASS_UID, [ExplicitVRLittleEndian, ImplicitVRLittleEndian]),
+            # a peer without storage commitment accepts this one: the association ends with a release, not an abort
+            build_context(VERIFICATION),
+        ],
         connect_timeout_seconds=connect_timeout_seconds,
         dimse_timeout_seconds=dimse_timeout_seconds,
         handlers=[(evt.EVT_N_EVENT_REPORT, on_report), (evt.EVT_CONN_CLOSE, lambda _event: heard.set())],
     ) as link:
-        answer, _reply = link.send_n_action(
-            _request(transaction_uid, objects),
-            _REQUEST_COMMITMENT,
-            STORAGE_COMMITMENT_CLASS_UID,
-            STORAGE_COMMITMENT_INSTANCE_UID,
-        )
-        status = answer.get("Status")
-        if status is None:
-            raise Refused(f"{peer.ae_title} gave no answer to a storage commitment request")
-        if status != _SUCCESS:
-            raise Refused(f"{peer.ae_title} answered a storage commitment request with status 0x{status:04X}")
-        accepted()
-        heard.wait(linger_seconds)
+        refusal = _ask(link, transaction_uid, objects)
+        if refusal is None:
+            accepted()
+            heard.wait(linger_seconds)
+    if refusal is not None:
+        raise Refused(f"{peer.ae_title} {refusal}")
 
 
 def answer_report(event: Any, reported: Callable[[CommitmentReport], None]) -> int:
@@ -147,6 +147,22 @@ def answer_report(event: Any, reported: Callable[[CommitmentReport], None]) -> i
         get_logger().error("commitment_failed", error=type(error).__name__, detail=where(error.__traceback__))
         return _PROCESSING_FAILURE
     return _SUCCESS
+
+
+def _ask(link: Association, transaction_uid: str, objects: Sequence[SpooledObject]) -> str | None:
+    """Send the request; gives why it was not taken, None when it was."""
+    if not any(context.abstract_syntax == STORAGE_COMMITMENT_CLASS_UID for context in link.accepted_contexts):
+        return "accepts no presentation context for storage commitment"
+    answer, _reply = link.send_n_action(
+        _request(transaction_uid, objects),
+        _REQUEST_COMMITMENT,
+        STORAGE_COMMITMENT_CLASS_UID,
+        STORAGE_COMMITMENT_INSTANCE_UID,
+    )
+    status = answer.get("Status")
+    if status is None:
+        return "gave no answer to a storage commitment request"
+    return None if status == _SUCCESS else f"answered a storage commitment request with status 0x{status:04X}"
 
 
 def _request(transaction_uid: str, objects: Sequence[SpooledObject]) -> Dataset:

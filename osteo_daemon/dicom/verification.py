@@ -6,11 +6,11 @@ import time
 
 from pynetdicom import build_context
 
+from osteo_daemon.dicom.contexts import VERIFICATION
 from osteo_daemon.dicom.peer import association
 from osteo_daemon.domain.study import RemoteAE
 from osteo_daemon.errors import PeerUnavailable, Refused
 
-_VERIFICATION = "1.2.840.10008.1.1"
 _SUCCESS = 0x0000
 
 
@@ -25,7 +25,7 @@ def echo(peer: RemoteAE, calling_ae_title: str, *, timeout_seconds: float = 10) 
     with association(
         peer,
         calling_ae_title,
-        [build_context(_VERIFICATION)],
+        [build_context(VERIFICATION)],
         connect_timeout_seconds=timeout_seconds,
         dimse_timeout_seconds=timeout_seconds,
     ) as link:

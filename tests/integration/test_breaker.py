@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -28,25 +27,26 @@ def built() -> BuiltReport:
 
 
 @contextmanager
-def silent_listener() -> Iterator[int]:
-    """A port that accepts every connection and never says a word."""
-    with ExitStack() as held:
-        listener = held.enter_context(socket.create_server((LOOPBACK, 0)))
-        listener.settimeout(0.1)
-        stop = threading.Event()
+def silent_listener() -> Iterator[tuple[int, threading.Event]]:
+    """A port that accepts every connection and says no word; with the event set it hangs up on all."""
+    hang_up, stop = threading.Event(), threading.Event()
+    with socket.create_server((LOOPBACK, 0)) as listener:
+        listener.settimeout(0.05)
 
         def accept() -> None:
+            held: list[socket.socket] = []
             while not stop.is_set():
-                try:
-                    held.enter_context(listener.accept()[0])
-                except TimeoutError:
-                    continue
+                with suppress(TimeoutError):
+                    held.append(listener.accept()[0])
+                while held and hang_up.is_set():
+                    held.pop().close()
 
         thread = threading.Thread(target=accept)
         thread.start()
         try:
-            yield listener.getsockname()[1]
+            yield listener.getsockname()[1], hang_up
         finally:
+            hang_up.set()
             stop.set()
             thread.join()
 
@@ -142,17 +142,25 @@ def test_an_open_breaker_consumes_no_attempts_and_outlives_the_process(tmp_path:
 
 
 def test_a_hanging_peer_holds_up_no_other_lane(tmp_path: Path, built: BuiltReport) -> None:
-    with silent_listener() as silent, CountingScp() as pacs:
-        settings = settings_for(tmp_path, silent, pacs.port, connect_timeout_seconds=1.0, breaker_failures=2)
+    with silent_listener() as (silent, hang_up), CountingScp() as pacs:
+        settings = settings_for(tmp_path, silent, pacs.port, breaker_failures=1)
         store = commit(settings, built)
         with lanes(settings, store):
-            start = time.monotonic()
             assert until(lambda: ended(store, "pacs1"), PATIENCE_S).outcome == "stored"
-            found = until(lambda: opened(store), PATIENCE_S)
-            assert found.failures == 2
-            # two attempts of a second each were spent meanwhile: the other lane did not wait for them
-            assert time.monotonic() - start > 1.5
-            assert store.deliveries(destination="pacs1")[0].attempts == 1
+            hanging = store.deliveries(destination="pacs0")[0]
+            assert (hanging.state, hanging.attempts) == (DeliveryState.SENDING, 1)
+            hang_up.set()
+            assert until(lambda: opened(store), PATIENCE_S).failures >= 1
+    store.close()
+
+
+def test_a_peer_that_never_answers_is_given_up_after_its_time(tmp_path: Path, built: BuiltReport) -> None:
+    with silent_listener() as (silent, _hang_up):
+        settings = settings_for(tmp_path, silent, connect_timeout_seconds=0.3, breaker_failures=2)
+        store = commit(settings, built)
+        with lanes(settings, store):
+            assert until(lambda: opened(store), PATIENCE_S).failures >= 2
+        assert store.deliveries()[0].attempts == 2
     store.close()
 
 

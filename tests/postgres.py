@@ -66,11 +66,16 @@ class Cluster:
 
 
 @contextmanager
-def cluster(port: int) -> Iterator[Cluster]:
-    """Start a server on a loopback port; the caller has made sure that `programs` finds one."""
+def cluster(port: int, parent: Path | None = None) -> Iterator[Cluster]:
+    """Start a server on a loopback port; the caller has made sure that `programs` finds one.
+
+    Its files lie in memory, or below ``parent``.
+    """
     binaries = programs()
     assert binaries is not None
-    folder = Path(tempfile.mkdtemp(prefix="osteo-pg-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None))
+    folder = Path(
+        tempfile.mkdtemp(prefix="osteo-pg-", dir=parent or (SHARED_MEMORY if SHARED_MEMORY.is_dir() else None))
+    )
     # initdb refuses root; Debian's package has made a user for it
     account = pwd.getpwnam("postgres") if os.getuid() == 0 else pwd.getpwuid(os.getuid())
     os.chown(folder, account.pw_uid, account.pw_gid)

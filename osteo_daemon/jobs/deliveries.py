@@ -14,6 +14,7 @@ from osteo_daemon.jobs.commitments import Commitments
 from osteo_daemon.jobs.delivery_rows import (
     claimed,
     end_delivered,
+    load_all,
     loaded,
     move,
     note,
@@ -327,7 +328,7 @@ class Deliveries(Commitments, Breakers):
                 JobRow.study_instance_uid == study_instance_uid
             )
         with self._reading() as connection:
-            return [loaded(connection, delivery_id) for delivery_id in connection.execute(query).scalars()]
+            return load_all(connection, connection.execute(query).scalars().all())
 
 
 def _next_delivery(now: datetime, destination: str | None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -81,36 +82,32 @@ def note(connection: Connection, delivery: Delivery, who: str, event: str, detai
 
 def load(connection: Connection, delivery_id: int) -> Delivery | None:
     """A delivery with its objects in the order of sending, None when there is none."""
-    row = connection.execute(
+    return next(iter(load_all(connection, [delivery_id])), None)
+
+
+def load_all(connection: Connection, delivery_ids: Sequence[int]) -> list[Delivery]:
+    """Those deliveries that there are, in this order: two queries, however many."""
+    rows = connection.execute(
         select(DeliveryRow.__table__, JobRow.study_instance_uid)
         .join(JobRow, JobRow.job_id == DeliveryRow.job_id)
-        .where(DeliveryRow.delivery_id == delivery_id)
-    ).one_or_none()
-    if row is None:
-        return None
-    objects = connection.execute(
-        select(ReportObjectRow.__table__, DeliveryObjectRow.status, DeliveryObjectRow.proof)
-        .join(DeliveryObjectRow, DeliveryObjectRow.sop_instance_uid == ReportObjectRow.sop_instance_uid)
-        .where(DeliveryObjectRow.delivery_id == delivery_id)
-        .order_by(DeliveryObjectRow.position)
+        .where(DeliveryRow.delivery_id.in_(delivery_ids))
     ).all()
-    return Delivery(
-        delivery_id=row.delivery_id,
-        job_id=row.job_id,
-        study_instance_uid=row.study_instance_uid,
-        revision=row.revision,
-        destination=row.destination,
-        state=row.state,
-        attempts=row.attempts,
-        fencing_token=row.fencing_token,
-        created_at=row.created_at,
-        not_before=row.not_before,
-        objects=tuple(DeliveryObject(to_report_object(entry), entry.status, entry.proof) for entry in objects),
-        outcome=row.outcome,
-        detail=row.detail,
-        proof_rounds=row.proof_rounds,
-        proof_questions=row.proof_questions,
+    objects: dict[int, list[DeliveryObject]] = {row.delivery_id: [] for row in rows}
+    entries = connection.execute(
+        select(
+            ReportObjectRow.__table__,
+            DeliveryObjectRow.delivery_id,
+            DeliveryObjectRow.status,
+            DeliveryObjectRow.proof,
+        )
+        .join(DeliveryObjectRow, DeliveryObjectRow.sop_instance_uid == ReportObjectRow.sop_instance_uid)
+        .where(DeliveryObjectRow.delivery_id.in_(delivery_ids))
+        .order_by(DeliveryObjectRow.delivery_id, DeliveryObjectRow.position)
     )
+    for entry in entries:
+        objects[entry.delivery_id].append(DeliveryObject(to_report_object(entry), entry.status, entry.proof))
+    found = {row.delivery_id: _to_delivery(row, objects[row.delivery_id]) for row in rows}
+    return [found[delivery_id] for delivery_id in delivery_ids if delivery_id in found]
 
 
 def loaded(connection: Connection, delivery_id: int) -> Delivery:
@@ -123,6 +120,26 @@ def loaded(connection: Connection, delivery_id: int) -> Delivery:
     if delivery is None:
         raise KeyError(delivery_id)
     return delivery
+
+
+def _to_delivery(row: Row[Any], objects: Sequence[DeliveryObject]) -> Delivery:
+    return Delivery(
+        delivery_id=row.delivery_id,
+        job_id=row.job_id,
+        study_instance_uid=row.study_instance_uid,
+        revision=row.revision,
+        destination=row.destination,
+        state=row.state,
+        attempts=row.attempts,
+        fencing_token=row.fencing_token,
+        created_at=row.created_at,
+        not_before=row.not_before,
+        objects=tuple(objects),
+        outcome=row.outcome,
+        detail=row.detail,
+        proof_rounds=row.proof_rounds,
+        proof_questions=row.proof_questions,
+    )
 
 
 def to_report_object(row: Row[Any]) -> ReportObject:

@@ -113,13 +113,11 @@ class Inventory(Database):
     def wrong_counts(self) -> dict[JobState, tuple[int, int]]:
         """States whose counter differs from the jobs in it: counted, true."""
         with self._reading() as connection:
-            true = dict(connection.execute(select(JobRow.state, func.count()).group_by(JobRow.state)).tuples().all())
-            counted = dict(
-                connection.execute(select(JobCountRow.state, func.sum(JobCountRow.jobs)).group_by(JobCountRow.state))
-                .tuples()
-                .all()
+            true = _sums(connection, select(JobRow.state, func.count()).group_by(JobRow.state))
+            counted = _sums(
+                connection, select(JobCountRow.state, func.sum(JobCountRow.jobs)).group_by(JobCountRow.state)
             )
-        pairs = {state: (int(counted.get(state, 0)), true.get(state, 0)) for state in JobState}
+        pairs = {state: (counted.get(state, 0), true.get(state, 0)) for state in JobState}
         return {state: pair for state, pair in pairs.items() if pair[0] != pair[1]}
 
     def recount(self) -> None:
@@ -128,9 +126,8 @@ class Inventory(Database):
             if not self._sqlite:
                 connection.exec_driver_sql("LOCK TABLE jobs, instances, studies IN SHARE MODE")
             connection.execute(delete(JobCountRow))
-            true = connection.execute(select(JobRow.state, func.count()).group_by(JobRow.state)).tuples().all()
-            if true:
-                count_jobs(connection, dict(true))
+            if true := _sums(connection, select(JobRow.state, func.count()).group_by(JobRow.state)):
+                count_jobs(connection, true)
             count = (
                 select(func.count())
                 .where(InstanceRow.study_instance_uid == StudyRow.study_instance_uid)
@@ -179,6 +176,10 @@ class Inventory(Database):
             studies = list(unfinished.scalars())
         for study_instance_uid in studies:
             self.lift_revision(study_instance_uid, "store", "the store was restored from a backup", now=now)
+
+
+def _sums(connection: Any, query: Any) -> dict[JobState, int]:
+    return {state: int(jobs) for state, jobs in connection.execute(query)}
 
 
 def _of_study(connection: Any, row: Any) -> StudyInventory:

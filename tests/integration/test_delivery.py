@@ -364,6 +364,38 @@ def test_a_silent_peer_is_transient(tmp_path: Path, built: BuiltReport) -> None:
     assert [type(verdict.error) for verdict in verdicts] == [PeerUnavailable]
 
 
+@pytest.mark.parametrize(
+    ("result", "source", "reason", "kind"),
+    [
+        (1, 1, 1, Refused),  # no reason given
+        (1, 1, 2, Refused),  # application context name not supported
+        (1, 1, 3, Refused),  # calling AE title not recognised
+        (1, 1, 7, Refused),  # called AE title not recognised
+        (1, 2, 2, Refused),  # protocol version not supported
+        (2, 1, 1, PeerUnavailable),
+        (2, 3, 1, PeerUnavailable),  # temporary congestion
+        (2, 3, 2, PeerUnavailable),  # local limit exceeded
+        (1, 3, 1, PeerUnavailable),  # a full house that the peer calls permanent
+        (1, 3, 2, PeerUnavailable),
+    ],
+)
+def test_which_rejections_are_for_good(result: int, source: int, reason: int, kind: type[Exception]) -> None:
+    def reject(event: Any) -> None:
+        event.assoc.acse.send_reject(result, source, reason)
+        event.assoc.kill()
+
+    entity = AE(ae_title="PACS")
+    entity.supported_contexts = [build_context("1.2.840.10008.1.1")]
+    server = entity.start_server((LOOPBACK, 0), block=False, evt_handlers=[(evt.EVT_REQUESTED, reject)])
+    assert server is not None
+    try:
+        with pytest.raises(kind) as caught:
+            echo(RemoteAE("PACS", LOOPBACK, server.server_address[1]), "OSTEO", timeout_seconds=60)
+    finally:
+        server.shutdown()
+    assert type(caught.value) is kind
+
+
 def test_echo(free_port: Callable[[], int]) -> None:
     with CountingScp() as pacs:
         assert 0 < echo(RemoteAE("PACS", LOOPBACK, pacs.port), "OSTEO", timeout_seconds=5) < 5

@@ -98,12 +98,13 @@ class RoleProcess:
     arguments: Sequence[str]
     log: Path
     process: subprocess.Popen[bytes] | None = None
+    module: str = "osteo_daemon.cli"
 
     def start(self, prefix: Sequence[str] = ()) -> RoleProcess:
         """Start it, under ``prefix`` (for instance strace) when given."""
         with self.log.open("ab") as sink:
             self.process = subprocess.Popen(
-                [*prefix, sys.executable, "-m", "osteo_daemon.cli", *self.arguments],
+                [*prefix, sys.executable, "-m", self.module, *self.arguments],
                 stdout=sink,
                 stderr=sink,
                 stdin=subprocess.DEVNULL,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,6 +47,17 @@ class Bench:
         """The worker, once models were loaded for the n-th time."""
         until(lambda: self.log.count("screener_ready") >= times, 60)
         return self.worker()
+
+    def wait_until_computed(self) -> None:
+        """Until the worker works no more: its answer lies in the socket, whether or not the role reads it."""
+        worker = self.worker()
+
+        def quiet() -> bool:
+            before = worker.cpu_times()
+            time.sleep(1)
+            return worker.cpu_times() == before
+
+        until(quiet, 60)
 
     def study(self, name: str, **attributes: Any) -> str:
         """An empty CT, complete; it ends EXCLUDED (no_lumbar_vertebra) when it is screened."""
@@ -95,7 +107,13 @@ class Bench:
 
 @contextmanager
 def running_screener(
-    folder: Path, *, prefix: Sequence[str] = (), models: str = "", status: int = 0, **settings: Any
+    folder: Path,
+    *,
+    prefix: Sequence[str] = (),
+    models: str = "",
+    status: int = 0,
+    module: str = "osteo_daemon.cli",
+    **settings: Any,
 ) -> Iterator[Bench]:
     """`osteo run screener` with short times, which must end with ``status``; ``settings`` are keys of its section."""
     values = {"lease_seconds": 3, "poll_seconds": 0.1, "retry_base_seconds": 0.1, "threads": 1, **settings}
@@ -103,7 +121,8 @@ def running_screener(
     config = folder / "osteo.toml"
     config.write_text(models + settings_text(folder / "state", 1, extra=f"[screener]\n{section}\n"))
     loaded = load_settings(config, {})
-    role = RoleProcess(["run", "screener", "--config", str(config)], folder / "screener.log").start(prefix)
+    role = RoleProcess(["run", "screener", "--config", str(config)], folder / "screener.log", module=module)
+    role.start(prefix)
     bench = Bench(folder, config, Spool(loaded.spool_dir), JobStore(loaded.database_url), role)
     try:
         yield bench

@@ -132,6 +132,7 @@ def test_a_stale_commit_is_refused(tmp_path: Path) -> None:
         until(lambda: bench.store.take_back_expired() == 1)
         other = bench.store.claim("another-screener", 60)
         assert other is not None
+        bench.wait_until_computed()  # so that the commit, not the heartbeat, meets the new token
         role.resume()
         until(lambda: "outcome=lease_lost" in bench.log, 20)
         assert bench.job(study).fencing_token == other.fencing_token

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,9 @@ from tests.fakes import CALLED, CALLING, LOOPBACK, a_free_port, until
 
 ROLES = ("receiver", "scheduler", "screener", "worker", "deliverer", "supervisor")
 """What is killed; ``worker`` is the screener's computing process."""
+
+KINDS = (REPORTED, REPORTED, *EXCLUSIONS)
+"""The studies of one batch."""
 
 MOMENTS = ("any", "any", "receiving", "screening", "sending")
 _MOMENT_SECONDS = 8.0
@@ -86,6 +90,31 @@ class Archive:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+
+class SmallDisk:
+    """A tmpfs of its own for the node, which can be filled; a plain folder where none can be mounted."""
+
+    def __init__(self, folder: Path, megabytes: int = 256) -> None:
+        self.folder = folder
+        self._ballast = folder / "ballast"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=700", "tmpfs", str(folder)]
+        self.mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    def fill(self, leave_bytes: int = 400_000) -> None:
+        """Leave room for some objects, and no more."""
+        if self.mounted:
+            with self._ballast.open("wb") as ballast:
+                os.posix_fallocate(ballast.fileno(), 0, shutil.disk_usage(self.folder).free - leave_bytes)
+
+    def relieve(self) -> None:
+        """Somebody made room."""
+        self._ballast.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        if self.mounted:
+            subprocess.run(["umount", "--lazy", str(self.folder)], check=False)
 
 
 class Node:
@@ -223,9 +252,8 @@ class Plan:
     rounds: tuple[tuple[str, str, float], ...]  # role, moment, further seconds
 
     @classmethod
-    def draw(cls, rng: random.Random, rounds: int, disturbance: str) -> Plan:
-        kinds = [REPORTED, REPORTED, *EXCLUSIONS]
-        rng.shuffle(kinds)
+    def draw(cls, rng: random.Random, rounds: int, disturbance: str, kinds: Sequence[str]) -> Plan:
+        kinds = rng.sample(kinds, len(kinds))
         return cls(
             disturbance,
             tuple(kinds),
@@ -234,7 +262,7 @@ class Plan:
         )
 
 
-DISTURBANCES = ("none", "pacs-down", "pacs-hangs", "pacs-refuses", "store-locked", "clock-jumps")
+DISTURBANCES = ("none", "pacs-down", "pacs-hangs", "pacs-refuses", "store-locked", "clock-jumps", "disk-full")
 
 
 class Storm:
@@ -246,15 +274,20 @@ class Storm:
         self.corpus = Corpus(folder / "corpus", seed)
         self.archive = Archive(folder)
         self._clock = ShiftedClock(folder)
-        self.node = Node(folder, self.archive.port, environment=self._clock.environment)
+        self.disk = SmallDisk(folder / "disk")
+        if not self.disk.mounted:
+            say("no tmpfs can be mounted here (it needs root): the disk will not be full in this run")
+        self.node = Node(
+            folder, self.archive.port, state=self.disk.folder / "state", environment=self._clock.environment
+        )
         self.modality = Modality(folder, self.node.port)
         self.kills: Counter[str] = Counter()
         self.rounds = 0
         self._studies: list[SmallStudy] = []
 
-    def batch(self, rounds: int, disturbance: str) -> Verdict:
+    def batch(self, rounds: int, disturbance: str, *, kinds: Sequence[str] = KINDS) -> Verdict:
         """Send a stream, kill ``rounds`` times, let everything settle, judge."""
-        plan = Plan.draw(self._rng, rounds, disturbance)
+        plan = Plan.draw(self._rng, rounds, disturbance, kinds)
         new = [self.corpus.study(len(self._studies) + number, kind) for number, kind in enumerate(plan.kinds)]
         self._studies += new
         start = time.monotonic()
@@ -312,6 +345,7 @@ class Storm:
             self.node.close()
         finally:
             self.archive.kill()
+            self.disk.close()
 
     def _await(self, moment: str) -> None:
         """Wait for the moment, not for ever."""
@@ -332,6 +366,8 @@ class Storm:
             self.archive.kill()
         elif disturbance in ("pacs-hangs", "pacs-refuses"):
             self.archive.mood(disturbance.removeprefix("pacs-").removesuffix("s"))
+        elif disturbance == "disk-full":
+            self.disk.fill()
         elif disturbance == "store-locked":
             timer = threading.Thread(target=self._lock_store, args=[self._rng.uniform(3, 8)])
             timer.start()
@@ -344,6 +380,7 @@ class Storm:
             if timer is not None:
                 timer.join()
             self.archive.mood("ok")
+            self.disk.relieve()
             if disturbance == "pacs-down":
                 self.archive.start()
 

@@ -14,13 +14,15 @@ from pathlib import Path
 import psutil
 import pytest
 
+from osteo_daemon.domain.job import JobState
 from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.settings import load_settings
 from tests.conftest import ROOT, require_command
-from tests.e2e.chaos.judge import connect, lost_objects, read_ledger
+from tests.e2e.chaos.judge import connect, history_faults, lost_objects, read_ledger
 from tests.e2e.chaos.power import STRACE, Disk, acknowledged, cuts, read_calls
 from tests.e2e.chaos.storm import Modality
 from tests.fakes import a_free_port, settings_text, storescu, until, write_ct
+from tests.integration.screening import running_screener
 from tests.integration.test_durability_trace import MUTANTS, RUN
 
 pytestmark = [pytest.mark.slow]
@@ -150,3 +152,34 @@ def test_a_power_cut_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None
 def test_what_is_not_synced_is_lost_by_a_power_cut(tmp_path: Path, mutant: str, caught: str) -> None:
     _, faults = _losses_by_power_cut(tmp_path, MUTANTS[mutant])
     assert any(caught in fault or "cannot be read" in fault for fault in faults)
+
+
+def _stopped_while_screening(folder: Path, module: str) -> list[str]:
+    """Faults in the history of a study whose screener slept beyond its lease and woke up under another's claim."""
+    with running_screener(folder, lease_seconds=1, module=module) as bench:
+        bench.ready()
+        assert bench.role.process is not None
+        role = psutil.Process(bench.role.process.pid)
+        study = bench.study("taken")
+        until(lambda: bench.job(study).state is JobState.SCREENING)
+        role.suspend()
+        until(lambda: bench.store.take_back_expired() == 1)
+        other = bench.store.claim("another-screener", 60)
+        assert other is not None
+        bench.wait_until_computed()  # so that the commit, not the heartbeat, meets the new token
+        role.resume()
+        until(lambda: "screening_ended" in bench.log, 20)
+        with connect(folder / "state" / "jobs.sqlite") as store:
+            (state,) = store.execute("SELECT state FROM jobs WHERE job_id = ?", (other.job_id,)).fetchone()
+            faults = history_faults(other.job_id, store)
+        # the other one is this test, and it has written nothing
+        return faults if state == "SCREENING" else [*faults, f"the study is {state} while another-screener holds it"]
+
+
+def test_only_the_holder_of_the_claim_commits(tmp_path: Path) -> None:
+    assert _stopped_while_screening(tmp_path, "osteo_daemon.cli") == []
+
+
+def test_committing_without_the_fencing_token_is_caught(tmp_path: Path) -> None:
+    (fault,) = _stopped_while_screening(tmp_path, "tests.e2e.chaos.unfenced")
+    assert "while another-screener holds it" in fault

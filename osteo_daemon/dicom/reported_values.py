@@ -63,6 +63,8 @@ def _vertebra(finding: VertebraFinding) -> VertebraFinding:
             mean=_round(corrected.mean, ATTENUATION_DECIMALS), factors=_mapping(corrected.factors, FACTOR_DECIMALS)
         ),
         network=None if finding.network is None else _network(finding.network),
+        heights_mm=None,  # the report holds neither heights nor grade
+        compression_grade=None,
     )
 
 

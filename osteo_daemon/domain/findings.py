@@ -143,7 +143,11 @@ class NetworkFinding:
 
 @dataclass(frozen=True, slots=True)
 class VertebraFinding:
-    """One vertebra of the report; ``centre_lps_mm`` in the patient coordinate system of PS3.3 C.7.6.2.1.1."""
+    """One vertebra of the report; ``centre_lps_mm`` in the patient coordinate system of PS3.3 C.7.6.2.1.1.
+
+    ``heights_mm`` are the body's anterior, middle and posterior height, ``compression_grade`` 0 to 3 follows from them
+    and the neighbours' (docs/localizer.md); None where they could not be measured.
+    """
 
     level: Level
     centre_lps_mm: tuple[float, float, float]
@@ -152,6 +156,8 @@ class VertebraFinding:
     attenuation_hu_corrected: CorrectedAttenuation | None = None
     network: NetworkFinding | None = None
     quality_flags: tuple[QualityFlag, ...] = ()
+    heights_mm: tuple[float, float, float] | None = None
+    compression_grade: int | None = None
 
     @property
     def blocked(self) -> bool:
@@ -257,11 +263,14 @@ def _vertebra_to_json(vertebra: VertebraFinding) -> dict[str, Any]:
             "withheld": dict(network.withheld),
         },
         "quality_flags": [_flag_to_json(flag) for flag in vertebra.quality_flags],
+        "heights_mm": None if vertebra.heights_mm is None else list(vertebra.heights_mm),
+        "compression_grade": vertebra.compression_grade,
     }
 
 
 def _vertebra_from_json(entry: Mapping[str, Any]) -> VertebraFinding:
     corrected, network = entry["attenuation_hu_corrected"], entry["network"]
+    heights = entry.get("heights_mm")  # absent from documents of before they were added
     return VertebraFinding(
         level=Level(entry["level"]),
         centre_lps_mm=(entry["centre_lps_mm"][0], entry["centre_lps_mm"][1], entry["centre_lps_mm"][2]),
@@ -270,6 +279,8 @@ def _vertebra_from_json(entry: Mapping[str, Any]) -> VertebraFinding:
         attenuation_hu_corrected=None if corrected is None else CorrectedAttenuation(**corrected),
         network=None if network is None else _network_from_json(network),
         quality_flags=tuple(_flag_from_json(flag) for flag in entry["quality_flags"]),
+        heights_mm=None if heights is None else (heights[0], heights[1], heights[2]),
+        compression_grade=entry.get("compression_grade"),
     )
 
 

@@ -56,6 +56,7 @@ def finding_of(
             and prediction.level_probabilities[likeliest] >= LEVEL_DISAGREEMENT_PROBABILITY
         ):
             flags.append(QualityFlag("level_disagreement", Severity.INFO))
+    heights = vertebra.heights
     x, y, z = (round(float(value), 1) for value in np.asarray(vertebra.centre_lps_mm))
     finding = VertebraFinding(
         level=Level(vertebra.level),
@@ -65,6 +66,10 @@ def finding_of(
         attenuation_hu_corrected=corrected,
         network=network,
         quality_flags=tuple(flags),
+        heights_mm=None
+        if heights is None
+        else (round(heights.anterior_mm, 1), round(heights.middle_mm, 1), round(heights.posterior_mm, 1)),
+        compression_grade=vertebra.compression_grade,
     )
     return finding, correction_flags
 

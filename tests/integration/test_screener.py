@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -122,14 +123,15 @@ def test_the_next_study_is_read_ahead_and_a_death_meanwhile_is_charged_to_neithe
 
 
 def test_a_stale_commit_is_refused(tmp_path: Path) -> None:
-    with running_screener(tmp_path, lease_seconds=2) as bench:
+    with running_screener(tmp_path, lease_seconds=60) as bench:
         bench.ready()
         assert bench.role.process is not None
         role = psutil.Process(bench.role.process.pid)
         study = bench.study("taken")
         until(lambda: bench.job(study).state is JobState.SCREENING)
         role.suspend()  # the worker goes on and answers; the role is the one that commits
-        until(lambda: bench.store.take_back_expired() == 1)
+        # a long lease, so that no heartbeat notices before the commit does; for the store it is over
+        assert bench.store.take_back_expired(now=datetime.now(UTC) + timedelta(minutes=2)) == 1
         other = bench.store.claim("another-screener", 60)
         assert other is not None
         bench.wait_until_computed()  # so that the commit, not the heartbeat, meets the new token

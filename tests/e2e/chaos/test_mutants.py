@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psutil
@@ -156,14 +157,15 @@ def test_what_is_not_synced_is_lost_by_a_power_cut(tmp_path: Path, mutant: str, 
 
 def _stopped_while_screening(folder: Path, module: str) -> list[str]:
     """Faults in the history of a study whose screener slept beyond its lease and woke up under another's claim."""
-    with running_screener(folder, lease_seconds=1, module=module) as bench:
+    with running_screener(folder, lease_seconds=60, module=module) as bench:
         bench.ready()
         assert bench.role.process is not None
         role = psutil.Process(bench.role.process.pid)
         study = bench.study("taken")
         until(lambda: bench.job(study).state is JobState.SCREENING)
         role.suspend()
-        until(lambda: bench.store.take_back_expired() == 1)
+        # a long lease, so that no heartbeat notices before the commit does; for the store it is over
+        assert bench.store.take_back_expired(now=datetime.now(UTC) + timedelta(minutes=2)) == 1
         other = bench.store.claim("another-screener", 60)
         assert other is not None
         bench.wait_until_computed()  # so that the commit, not the heartbeat, meets the new token

@@ -146,6 +146,8 @@ def _finding(level: Level, number: int, volume: CtVolume, centre: Sequence[float
             t_score_reference="NHANES 2005-14, women 21-30 y, sBMD",
         ),
         quality_flags=(QualityFlag("level_disagreement", Severity.INFO),) if number == 2 else (),
+        heights_mm=(26.04, 25.5, 27.0),
+        compression_grade=number % 2,
     )
 
 
@@ -275,6 +277,28 @@ def excluded_case() -> ReportRequest:
         models=MODELS[:1],
     )
     return dataclasses.replace(request, result=result, regions={}, volume=None)
+
+
+def excluded_source_case(header: Dataset, code: str = "unsuitable_kernel") -> ReportRequest:
+    """A study that was not screened, with any one object of it as its source."""
+    result = ScreeningResult(
+        study_instance_uid=str(header.StudyInstanceUID),
+        series_instance_uid=None,
+        outcome=Outcome.EXCLUDED,
+        exclusion=Exclusion(code, "for a reason"),
+        category=None,
+        models=MODELS[:1],
+    )
+    return dataclasses.replace(excluded_case(), result=result, source=ReportSource([header]))
+
+
+def enhanced_header() -> Dataset:
+    """The header of an Enhanced CT image: many frames, geometry in functional groups alone (PS3.3 A.38.1)."""
+    header = slice_header(0, np.diag([5.0, 2.0, 2.0, 1.0]), (46, 96, 96), SOPClassUID="1.2.840.10008.5.1.4.1.1.2.1")
+    for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness"):
+        del header[keyword]
+    header.NumberOfFrames = 46
+    return header
 
 
 def encoded_name_case(character_set: str | list[str], name: str) -> ReportRequest:

@@ -77,6 +77,16 @@ def measured_groups(path: Path, folder: Path) -> list[dict[str, object]]:
     return groups
 
 
+def pdf_pages(path: Path, folder: Path) -> int:
+    """DCMTK takes the document out, poppler reads it: the number of its pages."""
+    out = folder / "document.pdf"
+    done = _run([require_command("dcm2pdf"), str(path), str(out)])
+    assert done.returncode == 0, done.stderr
+    done = _run([require_command("pdfinfo"), str(out)])
+    assert done.returncode == 0, done.stderr
+    return int(next(line.split()[1] for line in done.stdout.splitlines() if line.startswith("Pages:")))
+
+
 @functools.cache
 def _class_path() -> str:
     if not _PIXELMED.exists():

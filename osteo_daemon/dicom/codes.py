@@ -100,6 +100,12 @@ BMD_INTERVAL_90: tuple[Code, Code] = (
 )
 VOXEL_COUNT = private("VOXEL_COUNT", "Voxels in the measured region")
 STANDARD_ERROR = private("ATT_STD_ERROR", "Standard error of the mean attenuation")
+HEIGHTS: tuple[Code, Code, Code] = (
+    private("HEIGHT_ANTERIOR", "Anterior height of the vertebral body"),
+    private("HEIGHT_MIDDLE", "Middle height of the vertebral body"),
+    private("HEIGHT_POST", "Posterior height of the vertebral body"),
+)
+COMPRESSION_GRADE = private("COMPRESSION_GRD", "Grade of vertebral compression by loss of height, 0 to 3")
 T_SCORE = private("CT_TSCORE", "T-score, estimated from CT")
 CLASS_PROBABILITIES: Mapping[str, Code] = MappingProxyType(
     {

@@ -53,4 +53,8 @@ def key_objects_dataset(
         series_description=series_description("key slices"),
         contributing_equipment=contributing_equipment,
     )
+    for item in dataset.ContentSequence:
+        if item.ValueType == "IMAGE":
+            # TID 2010 has no purpose of reference; highdicom gives one and needs it while it builds
+            item.pop("ConceptNameCodeSequence", None)
     return dataset

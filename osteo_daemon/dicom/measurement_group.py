@@ -102,6 +102,11 @@ class MeasurementGroups:
         measurements += _number(codes.CERTAINTY, round(100 * finding.confidence, 1), codes.PERCENT)
         for code, coordinate in zip(codes.CENTRE_LPS, finding.centre_lps_mm, strict=True):
             measurements += _number(code, coordinate, codes.MILLIMETRE)
+        if finding.heights_mm is not None:
+            for code, height in zip(codes.HEIGHTS, finding.heights_mm, strict=True):
+                measurements += _number(code, height, codes.MILLIMETRE)
+        if finding.compression_grade is not None:
+            measurements += _number(codes.COMPRESSION_GRADE, finding.compression_grade, codes.UNITY)
         return sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
             tracking_identifier=sr.TrackingIdentifier(
                 uid=tracking_uid(self.result.study_instance_uid, finding.level, "attenuation"),

@@ -138,6 +138,7 @@ def _finding(level: Level, items: ContentItems) -> VertebraFinding:
     volume = items.number(codes.VOLUME)
     corrected = next(iter(items.numbers(codes.CORRECTED_ATTENUATION)), None)
     x, y, z = (_needed(items.number(code)) for code in codes.CENTRE_LPS)
+    heights = [items.number(code) for code in codes.HEIGHTS]
     return VertebraFinding(
         level=level,
         centre_lps_mm=(x, y, z),
@@ -156,6 +157,8 @@ def _finding(level: Level, items: ContentItems) -> VertebraFinding:
         if corrected is None
         else CorrectedAttenuation(mean=corrected[0], factors=_parameters(ContentItems(corrected[1]), "")),
         quality_flags=_flags(items),
+        heights_mm=None if None in heights else (_needed(heights[0]), _needed(heights[1]), _needed(heights[2])),
+        compression_grade=None if (grade := items.number(codes.COMPRESSION_GRADE)) is None else int(grade),
     )
 
 

@@ -115,6 +115,11 @@ def _identity(header: Dataset) -> Dataset:
     _empty_unless(public, ("StudyTime", "SeriesTime", "AcquisitionTime"), _TIME)
     if public.PatientSex not in ("M", "F", "O"):
         public.PatientSex = ""
+    if not public.get("DeidentificationMethod"):
+        public.pop("DeidentificationMethod", None)
+        if public.get("PatientIdentityRemoved") == "YES" and not public.get("DeidentificationMethodCodeSequence"):
+            # type 1C beside the flag (PS3.3 C.7.1.1): the flag stays, and a method isn't invented
+            public.DeidentificationMethod = "not recorded in the source"
     for keyword in ("PatientName", "ReferringPhysicianName"):
         setattr(public, keyword, _with_delimiter(str(public[keyword].value or "")))
     return public

@@ -18,6 +18,7 @@ from osteo_daemon.domain.findings import (
 ATTENUATION_DECIMALS = 1  # HU; the noise of a mean over a region is about 1 HU
 VOLUME_DECIMALS = 0  # mm3
 CENTRE_DECIMALS = 1  # mm
+HEIGHT_DECIMALS = 1  # mm
 BMD_DECIMALS = 3  # g/cm2, as densitometers print it
 T_SCORE_DECIMALS = 1  # as densitometers print it
 PROBABILITY_DECIMALS = 3
@@ -63,8 +64,13 @@ def _vertebra(finding: VertebraFinding) -> VertebraFinding:
             mean=_round(corrected.mean, ATTENUATION_DECIMALS), factors=_mapping(corrected.factors, FACTOR_DECIMALS)
         ),
         network=None if finding.network is None else _network(finding.network),
-        heights_mm=None,  # the report holds neither heights nor grade
-        compression_grade=None,
+        heights_mm=None
+        if finding.heights_mm is None
+        else (
+            _round(finding.heights_mm[0], HEIGHT_DECIMALS),
+            _round(finding.heights_mm[1], HEIGHT_DECIMALS),
+            _round(finding.heights_mm[2], HEIGHT_DECIMALS),
+        ),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator, Mapping
 
 import pytest
@@ -67,6 +68,7 @@ def test_what_does_not_fit_is_refused() -> None:
         codes.private("A", "m" * 65)
 
 
+@functools.cache
 def flags_in_the_source() -> set[str]:
     """First arguments of every QualityFlag(...) call of the product."""
     found = set()

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import and_, exists, func, insert, or_, select, update
+from sqlalchemy import Connection, Row, exists, func, insert, or_, select, update
 from sqlalchemy.orm import aliased
 
 from osteo_daemon.jobs.breakers import Breakers
@@ -47,12 +47,11 @@ class Deliveries(Commitments, Breakers):
             The delivery in state SENDING under a new fencing token, or None when nothing waits.
         """
         now = now or utc_now()
-        query = _next_delivery(now, destination)
         with self._reading() as connection:
-            if connection.execute(query).first() is None:
+            if _next_delivery(connection, now, destination, lock=False) is None:
                 return None
         with self._writing() as connection:
-            row = connection.execute(query.with_for_update(skip_locked=True)).first()
+            row = _next_delivery(connection, now, destination, lock=True)
             if row is None:
                 return None
             connection.execute(
@@ -331,34 +330,42 @@ class Deliveries(Commitments, Breakers):
             return load_all(connection, connection.execute(query).scalars().all())
 
 
-def _next_delivery(now: datetime, destination: str | None) -> Any:
+def _next_delivery(connection: Connection, now: datetime, destination: str | None, *, lock: bool) -> Row[Any] | None:
+    """The oldest delivery that may be claimed."""
+    # a query for each state, none with an OR over states: each walks an index to its first row, however many have ended
+    due = or_(
+        DeliveryRow.not_before.is_(None),
+        DeliveryRow.not_before <= now,
+        DeliveryRow.not_before > now + timedelta(seconds=LONGEST_WAIT_SECONDS),
+    )
+    found = []
+    for state, claimable in (
+        (DeliveryState.SENDING, DeliveryRow.lease_until < now),
+        (DeliveryState.PENDING, due),
+        (DeliveryState.AWAITING, due),
+    ):
+        query = (
+            select(DeliveryRow.__table__)
+            .where(DeliveryRow.state == state, claimable, ~_blocked())
+            .order_by(DeliveryRow.delivery_id)
+            .limit(1)
+        )
+        if destination is not None:
+            query = query.where(DeliveryRow.destination == destination)
+        row = connection.execute(query.with_for_update(skip_locked=True) if lock else query).first()
+        if row is not None:
+            found.append(row)
+    return min(found, key=lambda row: row.delivery_id, default=None)
+
+
+def _blocked() -> Any:
     earlier = aliased(DeliveryRow)
-    blocked = exists().where(
+    return exists().where(
         earlier.job_id == DeliveryRow.job_id,
         earlier.destination == DeliveryRow.destination,
         earlier.revision < DeliveryRow.revision,
         earlier.state.in_((DeliveryState.PENDING, DeliveryState.SENDING)),
     )
-    query = (
-        select(DeliveryRow.__table__)
-        .where(
-            or_(
-                and_(
-                    DeliveryRow.state.in_((DeliveryState.PENDING, DeliveryState.AWAITING)),
-                    or_(
-                        DeliveryRow.not_before.is_(None),
-                        DeliveryRow.not_before <= now,
-                        DeliveryRow.not_before > now + timedelta(seconds=LONGEST_WAIT_SECONDS),
-                    ),
-                ),
-                and_(DeliveryRow.state == DeliveryState.SENDING, DeliveryRow.lease_until < now),
-            ),
-            ~blocked,
-        )
-        .order_by(DeliveryRow.delivery_id)
-        .limit(1)
-    )
-    return query if destination is None else query.where(DeliveryRow.destination == destination)
 
 
 def _ended_badly(delivery: Delivery) -> Delivery:

@@ -258,7 +258,7 @@ class DeliveryRow(Base):
         UniqueConstraint("job_id", "revision", "destination"),
         Index(None, "state", "not_before"),
         Index(None, "state", "delivery_id"),
-        Index(None, "destination", "state"),
+        Index(None, "destination", "state", "delivery_id"),
     )
 
     delivery_id: Mapped[int] = mapped_column(primary_key=True)

@@ -17,7 +17,9 @@ def upgrade() -> None:
     op.add_column("deliveries", sa.Column("proof_questions", sa.Integer(), nullable=False, server_default="0"))
     op.add_column("delivery_objects", sa.Column("proof", sa.String(length=64), nullable=True))
     op.add_column("delivery_objects", sa.Column("proved_at", sa.DateTime(timezone=True), nullable=True))
-    op.create_index("ix_deliveries_destination_state", "deliveries", ["destination", "state"])
+    op.create_index(
+        "ix_deliveries_destination_state_delivery_id", "deliveries", ["destination", "state", "delivery_id"]
+    )
     op.create_table(
         "commitments",
         sa.Column("transaction_uid", sa.String(length=64), nullable=False),

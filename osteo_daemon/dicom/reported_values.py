@@ -30,7 +30,10 @@ def as_reported(result: ScreeningResult) -> ScreeningResult:
 
     `osteo_daemon.dicom.report_reader.parse_report` gives exactly this back.
     """
-    return dataclasses.replace(result, vertebrae=tuple(_vertebra(entry) for entry in result.vertebrae), durations_s={})
+    # the index follows from the vertebrae
+    return dataclasses.replace(
+        result, vertebrae=tuple(_vertebra(entry) for entry in result.vertebrae), durations_s={}, index=None
+    )
 
 
 def result_digest(result: ScreeningResult, effective_settings: str) -> str:

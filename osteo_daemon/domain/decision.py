@@ -9,7 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from osteo_daemon.domain.eligibility import AgeBand, ExclusionCode
-from osteo_daemon.domain.findings import AVERAGED_LEVELS, Category, Level, QualityFlag, Severity, VertebraFinding
+from osteo_daemon.domain.findings import (
+    AVERAGED_LEVELS,
+    AttenuationIndex,
+    Category,
+    Level,
+    QualityFlag,
+    Severity,
+    VertebraFinding,
+)
 from osteo_daemon.domain.references import LOW_ATTENUATION, REDUCED_ATTENUATION
 
 MINIMUM_LEVELS = 2
@@ -24,6 +32,7 @@ class Decision:
     index_hu: float | None
     levels: tuple[Level, ...]
     quality_flags: tuple[QualityFlag, ...]
+    index: AttenuationIndex | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +117,15 @@ def decide(vertebrae: Sequence[VertebraFinding], study_flags: Sequence[QualityFl
     flags: tuple[QualityFlag, ...] = ()
     if not blocked and categorise(measured) is not outcome:
         flags = (QualityFlag("category_depends_on_correction", Severity.CAUTION),)
-    return Decision(outcome, corrected, levels, flags)
+    l1 = next((vertebra for vertebra in usable if vertebra.level is Level.L1), None)
+    index = AttenuationIndex(
+        levels=levels,
+        measured=round(measured, 1),
+        corrected=round(corrected, 1),
+        l1_measured=None if l1 is None or l1.attenuation_hu is None else l1.attenuation_hu.median,
+        l1_corrected=None if l1 is None else round(_corrected_median(l1), 1),
+    )
+    return Decision(outcome, corrected, levels, flags, index)
 
 
 def _corrected_median(vertebra: VertebraFinding) -> float:

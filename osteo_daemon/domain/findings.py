@@ -115,6 +115,23 @@ class CorrectedAttenuation:
 
 
 @dataclass(frozen=True, slots=True)
+class AttenuationIndex:
+    """What the category was decided by, and L1 by itself; medians in HU.
+
+    Attributes:
+        levels: levels of L1-L4 that count.
+        measured, corrected: mean of their medians as measured, and after corrections (the deciding one).
+        l1_measured, l1_corrected: L1's median, None when L1 doesn't count.
+    """
+
+    levels: tuple[Level, ...]
+    measured: float
+    corrected: float
+    l1_measured: float | None
+    l1_corrected: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class NetworkFinding:
     """Calibrated output of the network channel for one vertebra.
 
@@ -187,6 +204,7 @@ class ScreeningResult:
     quality_flags: tuple[QualityFlag, ...] = ()
     models: tuple[ModelReference, ...] = ()
     durations_s: Mapping[str, float] = field(default_factory=dict)
+    index: AttenuationIndex | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON values in the order of the schema ``osteo-result/1``."""
@@ -201,6 +219,9 @@ class ScreeningResult:
             "quality_flags": [_flag_to_json(flag) for flag in self.quality_flags],
             "models": [dataclasses.asdict(model) for model in self.models],
             "durations_s": dict(self.durations_s),
+            "index_hu": None
+            if self.index is None
+            else {**dataclasses.asdict(self.index), "levels": [level.value for level in self.index.levels]},
         }
 
     @classmethod
@@ -223,9 +244,17 @@ class ScreeningResult:
                 quality_flags=tuple(_flag_from_json(entry) for entry in document["quality_flags"]),
                 models=tuple(ModelReference(**entry) for entry in document["models"]),
                 durations_s=dict(document["durations_s"]),
+                index=_index_from_json(document.get("index_hu")),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a complete {SCHEMA} document: {error}") from error
+
+
+def _index_from_json(entry: Mapping[str, Any] | None) -> AttenuationIndex | None:
+    # results written before 0.2.0 have none
+    if entry is None:
+        return None
+    return AttenuationIndex(**{**entry, "levels": tuple(Level(level) for level in entry["levels"])})
 
 
 def _flag_to_json(flag: QualityFlag) -> dict[str, str]:

@@ -26,6 +26,10 @@ _SHARP_NAMES = frozenset({"LUNG", "BONE", "BONEPLUS", "BONE PLUS", "EDGE", "ULTR
 _PHILIPS_SOFT = frozenset({"A", "B", "C", "SA", "SB", "SC", "UA", "UB", "UC", "IMR1", "IMR2"})
 _PHILIPS_SHARP = frozenset({"D", "E", "L", "YA", "YB", "YC", "YD", "YE", "F", "SD"})
 
+# in compound names such as United Imaging's B_SOFT_B or Canon's AiCE Body Sharp
+_SHARP_WORDS = frozenset({"SHARP", "VSHARP", "LUNG", "BONE", "EDGE", "INNEREAR"})
+_SOFT_WORDS = frozenset({"SOFT", "VSOFT", "SMOOTH", "STANDARD", "BODY", "ABDOMEN"})
+
 # Siemens: a region letter or two, then the sharpness: B30f, I31f, Br40d, Bl57, Hr38, Qr40. 50 and above enhance edges.
 _SIEMENS = re.compile(r"^(?:B|H|U|D|I|J|T|V|C|BR|BL|BV|BF|HR|HC|HV|HP|QR|UB|SA|UR|TH)(\d{2})[A-Z]?\b", re.IGNORECASE)
 _SIEMENS_SHARPEST_SOFT = 49
@@ -55,4 +59,7 @@ def _classify(value: str) -> KernelClass:
     for pattern, limit in ((_SIEMENS, _SIEMENS_SHARPEST_SOFT), (_CANON, _CANON_SHARPEST_SOFT)):
         if match := pattern.match(value):
             return KernelClass.SOFT if int(match.group(1)) <= limit else KernelClass.SHARP
-    return KernelClass.UNKNOWN
+    words = set(re.split(r"[\s_,-]+", name))
+    if words & _SHARP_WORDS:
+        return KernelClass.SHARP
+    return KernelClass.SOFT if words & _SOFT_WORDS else KernelClass.UNKNOWN

@@ -304,6 +304,7 @@ class StudyScreener:
             quality_flags=(*study_flags, *decision.quality_flags),
             models=(located.model, *self._network_models),
             durations_s=clock.seconds,
+            index=decision.index,
         )
         slices = tuple(item.header for item in stack.slices)
         manifest = self._manifest(result, (), quality) | {"vertebrae": located.to_manifest()}

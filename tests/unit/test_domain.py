@@ -13,6 +13,7 @@ from osteo_daemon.domain.eligibility import AgeBand, age_band, age_years
 from osteo_daemon.domain.findings import (
     AVERAGED_LEVELS,
     Attenuation,
+    AttenuationIndex,
     Category,
     CorrectedAttenuation,
     Exclusion,
@@ -152,6 +153,20 @@ def test_corrections_are_applied_in_order() -> None:
     assert decision.category is Category.REDUCED
 
 
+def test_the_index_says_what_decided_and_l1_by_itself() -> None:
+    corrected = CorrectedAttenuation(107.3, {"kvp_140_to_120": 1.073})
+    vertebrae = [
+        _vertebra(Level.L1, 100, attenuation_hu_corrected=corrected),
+        _vertebra(Level.L2, 140, attenuation_hu_corrected=corrected),
+    ]
+    index = decide(vertebrae, []).index
+    assert index == AttenuationIndex((Level.L1, Level.L2), 120.0, 128.8, 100, 107.3)
+    assert decide(vertebrae[1:], []).index is None
+    without_l1 = decide([vertebrae[1], dataclasses.replace(vertebrae[1], level=Level.L3)], []).index
+    assert without_l1 is not None
+    assert (without_l1.l1_measured, without_l1.l1_corrected) == (None, None)
+
+
 def test_only_unblocked_l1_to_l4_count() -> None:
     blocking = (QualityFlag("implant", Severity.BLOCKING),)
     vertebrae = [
@@ -241,6 +256,7 @@ _vertebrae = st.builds(
         _flags,
         st.lists(st.builds(ModelReference, st.text(), st.text(), st.text()), max_size=2).map(tuple),
         st.dictionaries(st.text(max_size=9), st.floats(0, 100), max_size=3),
+        st.none() | st.builds(AttenuationIndex, st.lists(st.sampled_from(Level)).map(tuple), _hu, _hu, _hu, _hu),
     )
 )
 def test_result_round_trip(result: ScreeningResult) -> None:

@@ -392,6 +392,13 @@ def test_studies_are_not_mixed(tmp_path: Path) -> None:
         (["YC"], KernelClass.SHARP),
         (["B"], KernelClass.SOFT),
         (["STD+"], KernelClass.UNKNOWN),
+        (["B_SOFT_B"], KernelClass.SOFT),
+        (["B_VSHARP_C"], KernelClass.SHARP),
+        (["Body Standard", "AIDR 3D"], KernelClass.SOFT),
+        (["BODY SHARP"], KernelClass.SHARP),
+        (["Bf37", "2"], KernelClass.SOFT),
+        (["Qr40d", "3"], KernelClass.SOFT),
+        (["Hr59u"], KernelClass.SHARP),
         ([], KernelClass.UNKNOWN),
     ],
 )

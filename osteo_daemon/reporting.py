@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -21,6 +21,7 @@ from osteo_daemon.dicom.report_objects import (
     needed_variants,
 )
 from osteo_daemon.dicom.report_source import ReportSource
+from osteo_daemon.domain.trend import EarlierValue
 from osteo_daemon.domain.wording import load_wording
 from osteo_daemon.inference.screening import Screening
 from osteo_daemon.messages import build_messages
@@ -59,6 +60,7 @@ def build_report(
     revision: int = 1,
     predecessors: Mapping[str, PreviousReport] | None = None,
     variants: Iterable[str] | None = None,
+    earlier: Sequence[EarlierValue] = (),
 ) -> BuiltReport:
     """Build every object that the settings' destinations need.
 
@@ -67,6 +69,7 @@ def build_report(
         revision: of the study's job; a higher one gives new UIDs.
         predecessors: reports of the revision before, by SR variant.
         variants: forms of the structured report; by default those of the settings' destinations.
+        earlier: the patient's earlier studies, oldest first.
 
     Raises:
         ConfigurationError: a text of the site is missing or unusable.
@@ -87,6 +90,7 @@ def build_report(
         effective_settings=json.dumps(settings.site.model_dump(mode="json"), sort_keys=True),
         predecessors=predecessors or {},
         wording=load_wording(settings.site.language, settings.site.templates_dir),
+        earlier=earlier,
     )
     if variants is not None:
         return build_report_objects(request, variants, DEFAULT_KINDS)

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from os import getpid
 from pathlib import Path
 from types import FrameType
@@ -22,6 +22,7 @@ from typing import Any
 
 from osteo_daemon.control import Mode, StatusFile, read_wish
 from osteo_daemon.domain.job import Job
+from osteo_daemon.domain.trend import EarlierValue, TrendPoint
 from osteo_daemon.errors import LeaseLost, Transient, WorkerDied
 from osteo_daemon.jobs.claims import WALL_CLOCK_LIMIT
 from osteo_daemon.jobs.records import NewDelivery, ReportKind, ReportObject
@@ -296,12 +297,23 @@ class Screener:
                     self._store.exclude(job, answer["code"], answer["reason"], answer["result"], *told)
                     return str(answer["code"])
                 self._store.commit_report(job, answer["result"], _objects(answer), _deliveries(answer))
+                self._remember(job, answer.get("trend"))
                 return str(answer["summary"])
             except Transient:
                 if watch.over() or self._stopping.wait(_COMMIT_PAUSE_SECONDS):
                     raise
             with suppress(Transient):
                 self._store.heartbeat(job, self._settings.screener.lease_seconds)
+
+    def _remember(self, job: Job, trend: Mapping[str, Any] | None) -> None:
+        """Keep the value for the patient's next study; the report is committed and needs nothing of it."""
+        if trend is None:
+            return
+        value = EarlierValue(date.fromisoformat(trend["study_date"]), float(trend["index_hu"]))
+        try:
+            self._store.remember_value(job.study_instance_uid, TrendPoint(str(trend["patient_key"]), value))
+        except Transient as error:
+            self._log.warning("trend_not_written", error=type(error).__name__)
 
     def _retry(self, job: Job, code: str, detail: str) -> str:
         screener = self._settings.screener

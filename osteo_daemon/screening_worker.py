@@ -27,13 +27,16 @@ from typing import Any
 
 from osteo_daemon.dicom.report_objects import BuiltObject, BuiltReport
 from osteo_daemon.domain.findings import Outcome
+from osteo_daemon.domain.trend import EarlierValue
 from osteo_daemon.errors import BundleError, ConfigurationError, Damaged, OsteoError, Transient
 from osteo_daemon.imaging.study_files import StudyFiles
 from osteo_daemon.inference.resident import ResidentModels
 from osteo_daemon.inference.screening import Screening
 from osteo_daemon.jobs.spool import Spool
+from osteo_daemon.jobs.trend import Trend
 from osteo_daemon.link import Link
 from osteo_daemon.log import configure_logging, get_logger, where
+from osteo_daemon.patient_link import header_key, link_secret, study_date, trend_point
 from osteo_daemon.reporting import PreviousReport, build_report, picture_language
 from osteo_daemon.settings import DestinationSettings, Settings
 
@@ -93,6 +96,9 @@ def _key(message: Mapping[str, Any]) -> tuple[Any, ...]:
     return (message["study"], message["revision"], *message["paths"])
 
 
+_TREND_PATIENCE_SECONDS = 3.0
+
+
 class ScreeningWorker:
     """Answers the screener's messages until it goes away."""
 
@@ -107,6 +113,8 @@ class ScreeningWorker:
         if (drawn := picture_language(settings)) != settings.site.language:
             detail = f"no installed font holds the characters of {settings.site.language}: pictures are in {drawn}"
             self._log.warning("picture_font_missing", detail=detail)
+        self._trend = Trend(settings.database_url, busy_timeout_seconds=_TREND_PATIENCE_SECONDS)
+        self._link_secret = link_secret(settings.state_dir) if settings.site.trend else None
         self._models = ResidentModels(settings)
 
     def work(self) -> None:
@@ -172,7 +180,7 @@ class ScreeningWorker:
         }
         if exclusion is not None:
             return {"type": "excluded", "code": exclusion.code, "reason": exclusion.reason, **answer}
-        return {"type": "reported", "summary": _summary(screening), **answer}
+        return {"type": "reported", "summary": _summary(screening), "trend": self._trend_point(screening), **answer}
 
     def _report(
         self, screening: Screening, message: Mapping[str, Any], destinations: Sequence[DestinationSettings]
@@ -185,7 +193,12 @@ class ScreeningWorker:
         predecessors = {variant: PreviousReport.read(Path(path)) for variant, path in message["predecessors"].items()}
         try:
             return build_report(
-                screening, settings, datetime.now(UTC), revision=message["revision"], predecessors=predecessors
+                screening,
+                settings,
+                datetime.now(UTC),
+                revision=message["revision"],
+                predecessors=predecessors,
+                earlier=self._earlier(screening),
             )
         except Damaged as error:
             if not excluded:
@@ -193,6 +206,31 @@ class ScreeningWorker:
             # what can't even be referred to stays excluded, not held
             self._log.warning("exclusion_not_reported", error=type(error).__name__)
             return BuiltReport((), None)
+
+    def _earlier(self, screening: Screening) -> tuple[EarlierValue, ...]:
+        """Earlier values of the patient; none when the store doesn't answer: a trend is no reason to wait."""
+        header = screening.headers[0]
+        when = study_date(header)
+        if self._link_secret is None or when is None or (key := header_key(header, self._link_secret)) is None:
+            return ()
+        try:
+            return self._trend.earlier_values(key, when)
+        except Transient as error:
+            self._log.warning("trend_unavailable", error=type(error).__name__)
+            return ()
+
+    def _trend_point(self, screening: Screening) -> dict[str, Any] | None:
+        if self._link_secret is None:
+            return None
+        point = trend_point(screening.result, screening.headers[0], self._link_secret)
+        if point is None:
+            return None
+        value = point.value
+        return {
+            "patient_key": point.patient_key,
+            "study_date": value.study_date.isoformat(),
+            "index_hu": value.index_hu,
+        }
 
     def _keep(self, study: str, entry: BuiltObject) -> dict[str, Any]:
         stored = self._spool.store_report(study, entry.sop_instance_uid, [entry.data])

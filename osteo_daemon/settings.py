@@ -192,6 +192,7 @@ class SiteSettings(_Section):
     timezone_offset: Annotated[str, Field(pattern=r"^[+-]\d{4}$")] = "+0000"
     language: Literal["en", "de", "fr", "es", "zh-Hans", "ja"] = "en"
     templates_dir: Path | None = None
+    trend: bool = True
 
 
 class LogSettings(_Section):

@@ -29,6 +29,7 @@ from osteo_daemon.dicom.picture_text import (
 from osteo_daemon.dicom.sagittal_view import region_on_view, sagittal_view
 from osteo_daemon.domain.findings import Category, Level, ScreeningResult
 from osteo_daemon.domain.references import AgeReference
+from osteo_daemon.domain.trend import EarlierValue
 from osteo_daemon.domain.wording import Wording, load_wording
 from osteo_daemon.imaging.volume import CtVolume
 
@@ -41,14 +42,6 @@ _CATEGORY_LOOK = {
     Category.NOT_FLAGGED: ("#56B4E9", "●"),
     Category.INDETERMINATE: ("#CC79A7", "?"),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class EarlierValue:
-    """The deciding attenuation in HU of an earlier study of the same patient."""
-
-    study_date: date
-    index_hu: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)

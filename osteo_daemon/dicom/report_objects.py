@@ -21,7 +21,7 @@ from osteo_daemon.dicom.basic_text import as_basic_text
 from osteo_daemon.dicom.key_objects import KEY_OBJECTS_CLASS_UID, key_objects_dataset
 from osteo_daemon.dicom.measurement_group import ReportAnatomy, SegmentReference
 from osteo_daemon.dicom.outline import NativeMask, on_native_grid
-from osteo_daemon.dicom.picture import EarlierValue, PictureContent, draw_pdf, draw_picture, encode_png
+from osteo_daemon.dicom.picture import PictureContent, draw_pdf, draw_picture, encode_png
 from osteo_daemon.dicom.report import (
     BASIC_TEXT,
     SR_CLASSES,
@@ -45,6 +45,7 @@ from osteo_daemon.dicom.uids import (
 from osteo_daemon.domain.eligibility import age_years
 from osteo_daemon.domain.findings import Level, ModelReference, Outcome, ScreeningResult
 from osteo_daemon.domain.references import l1_age_reference
+from osteo_daemon.domain.trend import EarlierValue
 from osteo_daemon.domain.wording import Wording, load_wording
 from osteo_daemon.imaging.volume import CtVolume
 from osteo_daemon.settings import DestinationSettings, SiteSettings
@@ -252,7 +253,9 @@ class _Builder:
         self.request = request
         self.headers = headers
         self.result = as_reported(request.result)
-        self.digest = result_digest(request.result, f"{request.effective_settings}{request.wording.digest}")
+        self.digest = result_digest(
+            request.result, f"{request.effective_settings}{request.wording.digest}{[*request.earlier]}"
+        )
         bodies: dict[Level, NativeMask] = {}
         trabecular: dict[Level, NativeMask] = {}
         if volume is not None:

@@ -1,7 +1,8 @@
 """Tables of the job store, typed; the migrations under ``migrations/`` create the same (a test compares both).
 
 Times are UTC. Strings that come from a peer (AE titles, UIDs) are stored as received, paths relative to nothing:
-absolute paths inside the spool. No table holds patient identity.
+absolute paths inside the spool. No table holds patient identity; `TrendRow` holds a digest of it that means
+nothing without the node's secret.
 """
 
 from __future__ import annotations
@@ -346,3 +347,15 @@ class SchedulerRunRow(Base):
     runs: Mapped[int]
     failures: Mapped[int]
     missed: Mapped[int]
+
+
+class TrendRow(Base):
+    """The value that decided a study's category, under a keyed digest of its patient."""
+
+    __tablename__ = "trend"
+    __table_args__ = (Index(None, "patient_key", "study_date"),)
+
+    study_instance_uid: Mapped[str] = mapped_column(ForeignKey("studies.study_instance_uid"), primary_key=True)
+    patient_key: Mapped[str] = mapped_column(_DIGEST)
+    study_date: Mapped[str] = mapped_column(String(10))
+    index_hu: Mapped[float] = mapped_column(Float)

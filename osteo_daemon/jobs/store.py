@@ -11,8 +11,9 @@ from osteo_daemon.jobs.inventory import Inventory
 from osteo_daemon.jobs.lists import Lists
 from osteo_daemon.jobs.quarantine import Quarantine
 from osteo_daemon.jobs.retention import Retention
+from osteo_daemon.jobs.trend import Trend
 from osteo_daemon.jobs.upkeep import Upkeep
 
 
-class JobStore(Intake, Quarantine, Completeness, Claims, Deliveries, Lists, ByHand, Retention, Inventory, Upkeep):
+class JobStore(Intake, Quarantine, Completeness, Claims, Deliveries, Lists, ByHand, Retention, Inventory, Trend, Upkeep):
     """Studies, jobs, reports and deliveries of one node; every process and thread may use it at once."""

@@ -36,7 +36,7 @@ class Sample:
     level_coordinate: Tensor
 
 
-def _gather(torso: Torso, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def gather(torso: Torso, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """HU, level coordinate, depth in bone and tissue at the source points, each (D, H, W)."""
     size = torch.tensor(torso.channels.shape[2:], dtype=torch.float32).view(3, 1, 1, 1)
     index = q / SPACING_MM
@@ -229,7 +229,7 @@ def synthesise(torso: Torso, shape: tuple[int, int, int], seed: int) -> Sample:
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
     q, gained = sample_source_points(torso, shape, rng, generator)
-    hu, level_coordinate, depth, tissue = _gather(torso, q)
+    hu, level_coordinate, depth, tissue = gather(torso, q)
     level_coordinate = level_coordinate + gained
     synthetic = rng.random() < 0.35
     gain, mean = _tissue_table(torso, rng, synthetic)

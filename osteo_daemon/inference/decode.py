@@ -15,7 +15,17 @@ from osteo_daemon.inference.canonical import CanonicalVolume
 from osteo_daemon.inference.column import Column, count_column, find_s1
 from osteo_daemon.inference.discs import disc_contrast
 from osteo_daemon.inference.morphometry import compression_flags, compression_grades
-from osteo_daemon.inference.naming import LEVELS_FROM_SACRUM, N_MEASURED, Naming, last_rib, name_column
+from osteo_daemon.inference.naming import (
+    LEVELS_FROM_SACRUM,
+    N_MEASURED,
+    NO_ANCHOR,
+    RIB_ONLY,
+    S1_AND_RIB,
+    S1_ONLY,
+    Naming,
+    last_rib,
+    name_column,
+)
 from osteo_daemon.inference.ribs import rib_evidence
 from osteo_daemon.inference.tiling import SpineMaps
 from osteo_daemon.inference.vertebra import Localization, Vertebra
@@ -26,6 +36,9 @@ _VERTEBRA_MM3 = 8000.0  # one small vertebral body: less than this of body voxel
 _FEWEST_ABOVE_S1 = 3
 """Fewer vertebrae than this between S1 and a pair of ribs don't exist: then it is no sacrum."""
 
+_SHARE_OF_CONFIDENCE = {S1_AND_RIB: 1.0, S1_ONLY: 0.9, RIB_ONLY: 0.9, NO_ANCHOR: 0.6}
+"""One anchor is wrong in about one person of ten, who has another number of vertebrae (Konin and Walz, AJNR Am J
+Neuroradiol 2010;31:1778: 4-30 % have a transitional lumbosacral vertebra)."""
 _UNCERTAIN_CONFIDENCE = 0.5
 _SCOLIOSIS_DEGREES = 10.0  # Cobb angle that defines scoliosis
 
@@ -81,7 +94,9 @@ def _vertebrae(
             break
         lower, upper = column.discs[k], column.discs[k + 1]
         up = lower.normal + upper.normal
-        confidence = float(np.clip(column.agreement[k], 0.0, 1.0)) * (1.0 if certain else _UNCERTAIN_CONFIDENCE)
+        confidence = float(np.clip(column.agreement[k], 0.0, 1.0)) * _SHARE_OF_CONFIDENCE[naming.anchor]
+        if not certain:
+            confidence *= _UNCERTAIN_CONFIDENCE
         body = describe_body(
             level,
             maps,

@@ -7,7 +7,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +45,11 @@ class Orthanc:
 
 @contextmanager
 def running_orthanc(
-    folder: Path, dicom_port: int, http_port: int, modalities: dict[str, Any] | None = None
+    folder: Path,
+    dicom_port: int,
+    http_port: int,
+    modalities: dict[str, Any] | None = None,
+    plugins: Sequence[str] = (),
 ) -> Iterator[Orthanc]:
     """Start Orthanc with an empty store below ``folder``; end it afterwards.
 
@@ -73,7 +77,7 @@ def running_orthanc(
                 "RemoteAccessAllowed": False,
                 "AuthenticationEnabled": False,
                 "StableAge": 1,
-                "Plugins": [],
+                "Plugins": list(plugins),
             }
         )
     )

@@ -8,6 +8,8 @@ declare -A provided_by=(
   [dciodvfy]=dicom3tools
   [strace]=strace
   [javac]=default-jdk-headless
+  [chromium]=chromium
+  [npm]=npm
   [pdfinfo]=poppler-utils
 )
 missing=()
@@ -16,6 +18,8 @@ for command in "${!provided_by[@]}"; do
 done
 [ -e /usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc ] || missing+=(fonts-noto-cjk)
 [ -e /usr/share/java/pixelmed.jar ] || missing+=(libpixelmed-java)
+[ -e /usr/share/orthanc/plugins/libOrthancDicomWeb.so ] || missing+=(orthanc-dicomweb)
+[ -e /usr/share/orthanc/plugins/libOrthancWebViewer.so ] || missing+=(orthanc-webviewer)
 compgen -G "/usr/lib/postgresql/*/bin/initdb" >/dev/null || missing+=(postgresql)
 [ ${#missing[@]} -eq 0 ] && exit 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import threading
+import time
 from datetime import UTC, datetime, timedelta
 from os import getpid
 from types import FrameType
@@ -13,6 +14,7 @@ from osteo_daemon.delivery.attempt import Attempt
 from osteo_daemon.delivery.back_off import back_off_seconds
 from osteo_daemon.delivery.proof import Proof
 from osteo_daemon.delivery.transport import TRANSPORTS
+from osteo_daemon.dicom.peer import hang_up_all
 from osteo_daemon.domain.breaker import Breaker, BreakerState
 from osteo_daemon.errors import Damaged, LeaseLost, OsteoError, PeerBusy, PeerUnavailable, Refused, Transient
 from osteo_daemon.jobs.records import Delivery, DeliveryState
@@ -23,6 +25,8 @@ from osteo_daemon.log import configure_logging, get_logger, where
 from osteo_daemon.settings import DestinationSettings, Settings
 
 REFUSED = "refused"
+GRACE_SECONDS = 10.0
+"""How long the object in hand may take after SIGTERM."""
 
 _WAITING = (DeliveryState.PENDING, DeliveryState.SENDING, DeliveryState.AWAITING)
 _LONGEST_PROBE_JITTER = 1.25
@@ -51,6 +55,11 @@ def run(settings: Settings) -> int:
     # short waits: a signal handler of Python runs only between them
     while not stopping.wait(0.5):
         pass
+    # a peer that hangs holds no object worth a SIGKILL: what is under way may end, then the line is cut
+    deadline = time.monotonic() + GRACE_SECONDS
+    for lane in lanes:
+        lane.join(max(deadline - time.monotonic(), 0.0))
+    hang_up_all()
     for lane in lanes:
         lane.join()
     store.close()
@@ -149,12 +158,8 @@ class Lane(threading.Thread):
         except LeaseLost:
             log.warning("delivery_ended", outcome="lease_lost")
             return
-        except PeerBusy as error:
-            self._reached()
-            outcome = self._later(delivery, error)
         except PeerUnavailable as error:
-            self._unreachable(error)
-            outcome = self._later(delivery, error)
+            outcome = self._failed(delivery, error)
         except Refused as error:
             self._reached()
             self._store.delivery_refused(delivery, error.detail or str(error))
@@ -177,6 +182,17 @@ class Lane(threading.Thread):
         outcome = Proof(self._settings, self._destination, self._store, answered).obtain()
         self._reached()
         return outcome
+
+    def _failed(self, delivery: Delivery, error: PeerUnavailable) -> str:
+        if self._stopping.is_set():
+            # perhaps we hung up ourselves
+            self._store.delivery_release(delivery)
+            return "released"
+        if isinstance(error, PeerBusy):
+            self._reached()
+        else:
+            self._unreachable(error)
+        return self._later(delivery, error)
 
     def _later(self, delivery: Delivery, error: OsteoError) -> str:
         now = datetime.now(UTC)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from pynetdicom import AE, evt
@@ -21,6 +22,9 @@ _ACCEPTED = 0
 _REJECTED_PERMANENT = 1  # PS3.8 9.3.4, table 9-21: Result
 _REJECT_SOURCE_PRESENTATION = 3
 _TRANSIENT_PRESENTATION_REASONS = frozenset({1, 2})  # temporary congestion, local limit exceeded
+
+_open: set[Association] = set()
+_lock = threading.Lock()
 
 
 @contextmanager
@@ -58,12 +62,29 @@ def association(
     )
     if not link.is_established:
         raise _failure(link, peer)
+    with _lock:
+        _open.add(link)
     try:
         yield link
     except BaseException:  # whatever ends the body, a signal too: the peer must not wait for us
         link.abort()
         raise
-    link.release()
+    else:
+        link.release()
+    finally:
+        with _lock:
+            _open.discard(link)
+
+
+def hang_up_all() -> None:
+    """End every association that this process has open: who waits in one for an answer is told that none comes."""
+    with _lock:
+        links = list(_open)
+    for link in links:
+        connection = link.dul.socket
+        if connection is not None and connection.socket is not None:
+            with suppress(OSError):  # it went first
+                connection.socket.shutdown(socket.SHUT_RDWR)
 
 
 def _no_delay(event: Event) -> None:

@@ -247,7 +247,7 @@ class Deliveries(Commitments, Breakers):
         if row is None:
             return None
         report = to_report_object(row)
-        return HeldReport(report.sop_class_uid, report.sop_instance_uid, report.path)
+        return HeldReport(report.sop_instance_uid, report.path)
 
     def replace_unsent(self, delivery: Delivery, sop_instance_uid: str, report: ReportObject) -> None:
         """This destination gets ``report``, already durable in the spool, in the place of an object not yet sent.

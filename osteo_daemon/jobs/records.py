@@ -150,7 +150,6 @@ class Commitment:
 class HeldReport:
     """The structured report that a destination accepted last."""
 
-    sop_class_uid: str
     sop_instance_uid: str
     path: Path
 

@@ -332,6 +332,39 @@ def test_sigterm_ends_the_role_after_the_object_in_hand(tmp_path: Path, built: B
     store.close()
 
 
+def test_sigterm_does_not_wait_for_a_peer_that_hangs(tmp_path: Path, built: BuiltReport) -> None:
+    begun, over = threading.Event(), threading.Event()
+
+    def hang(_uid: str, _count: int) -> int:
+        begun.set()
+        over.wait(120)
+        return 0x0000
+
+    with CountingScp(answer=hang) as pacs:
+        settings = settings_for(tmp_path, pacs.port)
+        store = commit(settings, built)
+        config = tmp_path / "osteo.toml"
+        config.write_text(
+            f'state_dir = "{settings.state_dir}"\n[deliverer]\ndimse_timeout_seconds = 600\n'
+            f'[[destinations]]\nname = "pacs0"\nae_title = "PACS"\nhost = "{LOOPBACK}"\nport = {pacs.port}\n'
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-m", "osteo_daemon.cli", "run", "deliverer", "--config", str(config)],
+            cwd=Path(__file__).resolve().parents[2],
+        )
+        try:
+            assert begun.wait(PATIENCE_S)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE_S) == 0
+        finally:
+            process.kill()
+            over.set()
+        delivery = store.deliveries()[0]
+        assert (delivery.state, delivery.attempts) == (DeliveryState.PENDING, 0)
+        assert len(delivery.unsent) == len(delivery.objects)
+    store.close()
+
+
 @pytest.mark.parametrize(
     ("status", "kind"),
     [

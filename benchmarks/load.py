@@ -1,0 +1,491 @@
+"""A week of clinical load at speed: ``python -m benchmarks.load [--days 7] [--minutes 20] [--quick]``.
+
+400 abdominal CT a day with the shape of a hospital's day, bursts, late slices and duplicates go over C-STORE into the
+real receiver; the real scheduler completes the studies, the real store hands them out under leases and the real
+deliverer sends a structured report of each to a counting archive. Time is compressed. What is NOT real is the
+computing: a stand-in claims and commits through the store as the screener does and waits the stated service time
+instead. The computing process is measured by itself: the real screener screens small virtual studies one after another.
+
+Once a simulated day one process is ended by SIGKILL and started again. Memory is the resident set of each process.
+``--quick`` is a quarter of a day; its figures show that the benchmark runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import random
+import signal
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import psutil
+import pydicom
+from pydicom.uid import generate_uid
+from pynetdicom import AE, _config
+from pynetdicom.sop_class import CTImageStorage  # type: ignore[attr-defined]
+
+from benchmarks.results import RESULTS, ROOT, write_result
+from osteo_daemon.errors import LeaseLost, Transient
+from osteo_daemon.jobs.records import NewDelivery, ReportKind, ReportObject
+from osteo_daemon.jobs.spool import Spool
+from osteo_daemon.jobs.store import JobStore
+from osteo_daemon.settings import load_settings
+from tests.ct_series import column, write_slices
+from tests.e2e.chaos.judge import read_ledger
+from tests.e2e.chaos.storm import Archive
+from tests.e2e.chaos.studies import REPORTED, Corpus
+from tests.fakes import CALLED, CALLING, LOOPBACK, a_free_port, until
+
+STUDIES_A_DAY = 400
+SERVICE_SECONDS = 60.0
+"""Simulated computing time of one study: a CPU slot's."""
+
+QUIET_SECONDS = 60.0
+SLICES = 3
+LATE_SHARE, DUPLICATE_SHARE = 0.05, 0.05
+BURSTS_A_DAY, BURST_STUDIES = 3, 12
+HOURS = (1, 1, 1, 1, 1, 2, 4, 8, 11, 12, 12, 11, 9, 11, 12, 11, 9, 7, 5, 4, 3, 3, 2, 1)
+"""Weight of each hour of a working day."""
+
+WEEKEND_SHARE = 0.4
+_DAY = 86400.0
+_SETTINGS = f"""\
+state_dir = "{{state}}"
+[receiver]
+ae_title = "{CALLED}"
+port = {{port}}
+minimum_free_bytes = 0
+[[sources]]
+ae_title = "{CALLING}"
+addresses = ["{LOOPBACK}"]
+[completeness]
+quiet_seconds = {{quiet}}
+sweep_seconds = 0.2
+[screener]
+lease_seconds = 5
+poll_seconds = 0.05
+threads = 1
+[deliverer]
+lease_seconds = 10
+poll_seconds = 0.05
+retry_base_seconds = 0.2
+[[destinations]]
+name = "pacs"
+ae_title = "PACS"
+host = "{LOOPBACK}"
+port = {{pacs_port}}
+commitment = "none"
+accept_unproven = true
+"""
+
+
+@dataclass(frozen=True, order=True)
+class Arrival:
+    """Something that comes over the network; ``at`` in simulated seconds, ``what``: study, late or duplicate."""
+
+    at: float
+    study: int
+    what: str
+
+
+def arrivals(days: float, seed: int) -> list[Arrival]:
+    """The stream of one seed, in order of time."""
+    rng = random.Random(seed)
+    moments: list[float] = []
+    total = sum(HOURS)
+    for hour in range(math.ceil(days * 24)):
+        weekday = (hour // 24) % 7 < 5
+        scale = 7 / (5 + 2 * WEEKEND_SHARE) * (1.0 if weekday else WEEKEND_SHARE)
+        burst_share = BURSTS_A_DAY * BURST_STUDIES / STUDIES_A_DAY
+        expected = STUDIES_A_DAY * (1 - burst_share) * scale * HOURS[hour % 24] / total
+        moments += [(hour + rng.random()) * 3600 for _ in range(_poisson(rng, expected))]
+    for _ in range(max(1, round(days * BURSTS_A_DAY))):
+        start = rng.random() * days * _DAY
+        moments += [start + 20 * position for position in range(BURST_STUDIES)]  # an archive that routes its backlog
+    stream: list[Arrival] = []
+    for study, at in enumerate(sorted(moment for moment in moments if moment < days * _DAY)):
+        stream.append(Arrival(at, study, "study"))
+        if rng.random() < LATE_SHARE:
+            stream.append(Arrival(at + rng.uniform(300, 1800), study, "late"))
+        if rng.random() < DUPLICATE_SHARE:
+            stream.append(Arrival(at + rng.uniform(60, 7200), study, "duplicate"))
+    return sorted(stream)
+
+
+def _poisson(rng: random.Random, expected: float) -> int:
+    limit, count, product = math.exp(-expected), 0, rng.random()
+    while product > limit:
+        count, product = count + 1, product * rng.random()
+    return count
+
+
+class Sender(threading.Thread):
+    """Sends each arrival at its compressed time; an association each, sent again until it is acknowledged."""
+
+    def __init__(self, stream: Sequence[Arrival], port: int, compression: float, template: Sequence[Path]) -> None:
+        super().__init__(name="sender", daemon=True)
+        self._stream, self._port, self._compression = stream, port, compression
+        self._slices = [pydicom.dcmread(path) for path in template]
+        self.acknowledged = 0
+        self.behind_s = 0.0
+        self._late = {arrival.study for arrival in stream if arrival.what == "late"}
+        self._entity = AE(ae_title=CALLING)
+        self._entity.add_requested_context(CTImageStorage)
+
+    def run(self) -> None:
+        start = time.monotonic()
+        for arrival in self._stream:
+            due = start + arrival.at / self._compression
+            time.sleep(max(due - time.monotonic(), 0.0))
+            self.behind_s = max(self.behind_s, time.monotonic() - due)
+            positions = list(range(SLICES))
+            if arrival.study in self._late:
+                positions = positions[-1:] if arrival.what == "late" else positions[:-1]
+            while positions:
+                self._send(arrival.study, positions)
+
+    def _send(self, study: int, positions: list[int]) -> None:
+        association = self._entity.associate(LOOPBACK, self._port, ae_title=CALLED)
+        if not association.is_established:
+            time.sleep(0.1)
+            return
+        for position in list(positions):
+            dataset = self._slices[position]
+            dataset.StudyInstanceUID, dataset.SeriesInstanceUID = f"2.25.{10**20 + study}", f"2.25.{10**21 + study}"
+            uid = f"2.25.{10**22 + study * SLICES + position}"
+            dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = uid
+            try:
+                answer = association.send_c_store(dataset)
+            except RuntimeError:
+                break
+            if "Status" not in answer or answer.Status != 0x0000:
+                break
+            self.acknowledged += 1
+            positions.remove(position)
+        if association.is_established:
+            association.release()
+
+
+def stand_in(config: Path, report: Path, service_s: float) -> None:
+    """Claim, wait the service time, commit a report: the screener's side of the store without the computing."""
+    settings = load_settings(config, {})
+    store, spool = JobStore(settings.database_url), Spool(settings.spool_dir)
+    template = pydicom.dcmread(report)
+    stopping = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    while not stopping.is_set():
+        job = store.claim("stand-in", settings.screener.lease_seconds)
+        if job is None:
+            stopping.wait(settings.screener.poll_seconds)
+            continue
+        start = time.monotonic()
+        uid = generate_uid(entropy_srcs=[job.study_instance_uid, str(job.revision)])
+        template.StudyInstanceUID = job.study_instance_uid
+        template.SOPInstanceUID = template.file_meta.MediaStorageSOPInstanceUID = uid
+        written = io.BytesIO()
+        template.save_as(written, enforce_file_format=True)
+        stored = spool.store_report(job.study_instance_uid, uid, [written.getvalue()])
+        entry = ReportObject(
+            ReportKind.SR, str(template.SOPClassUID), uid, stored.path, stored.size_bytes, stored.sha256
+        )
+        time.sleep(max(start + service_s - time.monotonic(), 0.0))
+        # late slices may have taken the study away meanwhile: that is what LeaseLost is for, and it comes again
+        try:
+            store.commit_report(job, {"stand_in": True}, [entry], [NewDelivery("pacs", (uid,))])
+        except (LeaseLost, Transient) as error:
+            print(type(error).__name__, file=sys.stderr, flush=True)
+
+
+@dataclass
+class Roles:
+    """The processes, started again when they end."""
+
+    commands: Mapping[str, Sequence[str]]
+    log: Path
+    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    restarts: list[tuple[float, str]] = field(default_factory=list)
+    start: float = field(default_factory=time.monotonic)
+
+    def tend(self) -> None:
+        """Start what is not running."""
+        for role, command in self.commands.items():
+            process = self.running.get(role)
+            if process is not None and process.poll() is None:
+                continue
+            if process is not None:
+                self.restarts.append((time.monotonic() - self.start, role))
+            with self.log.open("ab") as sink:
+                self.running[role] = subprocess.Popen(command, cwd=ROOT, stdout=sink, stderr=sink)
+
+    def memory_mb(self) -> dict[str, float]:
+        """Resident set of each role with its children."""
+        found: dict[str, float] = {}
+        for role, process in self.running.items():
+            try:
+                family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+                found[role] = sum(member.memory_info().rss for member in family) / 1e6
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+    def stop(self) -> None:
+        """SIGTERM, then SIGKILL."""
+        for process in self.running.values():
+            process.terminate()
+        for process in self.running.values():
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was seen at one moment, in simulated hours; ages in simulated minutes."""
+
+    hour: float
+    waiting: int
+    oldest_min: float
+    memory_mb: Mapping[str, float]
+
+
+def simulate(folder: Path, days: float, minutes: float, report: Path) -> tuple[dict[str, Any], list[Sample], Roles]:
+    """Run the compressed days; returns figures, samples and the roles' restarts."""
+    compression = days * 24 * 60 / minutes
+    stream = arrivals(days, seed=1)
+    archive, port = Archive(folder), a_free_port()
+    config = folder / "osteo.toml"
+    quiet = max(QUIET_SECONDS / compression, 0.3)
+    config.write_text(_SETTINGS.format(state=folder / "state", port=port, pacs_port=archive.port, quiet=quiet))
+    load = [sys.executable, "-m", "benchmarks.load", "--stand-in", str(config), str(report)]
+    roles = Roles(
+        {
+            **{
+                role: [sys.executable, "-m", "osteo_daemon.cli", "run", role, "--config", str(config)]
+                for role in ("receiver", "scheduler", "deliverer")
+            },
+            "stand-in": [*load, str(SERVICE_SECONDS / compression)],
+        },
+        folder / "roles.log",
+    )
+    roles.tend()
+    database = folder / "state" / "jobs.sqlite"
+    until(lambda: "receiver_listening" in roles.log.read_text(errors="replace"), 60)
+    sender = Sender(stream, port, compression, write_slices(folder / "ct", _voxels(), column(SLICES, 3.0)))
+    roles.start = start = time.monotonic()
+    sender.start()
+    samples: list[Sample] = []
+    rng, next_kill = random.Random(2), 0.5
+    studies = len({arrival.study for arrival in stream})
+    try:
+        while True:
+            elapsed_days = (time.monotonic() - start) * compression / _DAY
+            if elapsed_days > next_kill and sender.is_alive():
+                next_kill += 1
+                roles.running[rng.choice(list(roles.running))].kill()
+            roles.tend()
+            counts, oldest_s = _queue(database)
+            samples.append(Sample(elapsed_days * 24, counts["READY"], oldest_s * compression / 60, roles.memory_mb()))
+            if not sender.is_alive() and counts["DELIVERED"] == studies:
+                break
+            if time.monotonic() - start > 60 * minutes * 2 + 60:
+                break
+            time.sleep(0.5)
+    finally:
+        roles.stop()
+        archive.kill()
+    received = [entry for entry in read_ledger(archive.ledger) if entry["status"] == 0]
+    ages = sorted(sample.oldest_min for sample in samples)
+    revisions = _revisions(database)
+    figures = {
+        "simulated_days": days,
+        "compression": round(compression),
+        "service_seconds_simulated": SERVICE_SECONDS,
+        "studies": studies,
+        "late_slices": sum(arrival.what == "late" for arrival in stream),
+        "duplicates": sum(arrival.what == "duplicate" for arrival in stream),
+        "objects_acknowledged": sender.acknowledged,
+        "studies_delivered": counts["DELIVERED"],
+        "studies_with_another_revision": revisions,
+        "reports_at_the_archive": len({entry["uid"] for entry in received}),
+        "contents_under_one_uid_at_most": max(
+            Counter(uid for uid, _ in {(entry["uid"], entry["digest"]) for entry in received}).values(), default=0
+        ),
+        "kills": len(roles.restarts),
+        "queue_age_simulated_min_median": round(statistics.median(ages), 1),
+        "queue_age_simulated_min_95": round(ages[int(0.95 * (len(ages) - 1))], 1),
+        "queue_age_simulated_min_most": round(ages[-1], 1),
+        "waiting_most": max(sample.waiting for sample in samples),
+        "sender_behind_s_most": round(sender.behind_s, 2),
+        "memory": [
+            {"role": role, **_memory([sample.memory_mb[role] for sample in samples if role in sample.memory_mb])}
+            for role in roles.commands
+        ],
+    }
+    return figures, samples, roles
+
+
+def _memory(values: Sequence[float]) -> dict[str, float]:
+    """Median of the first and of the last tenth, past the start-up, in MB."""
+    settled = values[len(values) // 20 :]
+    tenth = max(len(settled) // 10, 1)
+    return {
+        "early_mb": round(statistics.median(settled[:tenth])),
+        "late_mb": round(statistics.median(settled[-tenth:])),
+        "most_mb": round(max(values)),
+    }
+
+
+def _voxels() -> Any:
+    import numpy as np
+
+    return np.random.default_rng(1).integers(-1000, 1000, (SLICES, 16, 16))
+
+
+def _queue(database: Path) -> tuple[Counter[str], float]:
+    """Jobs by state, and how many seconds the oldest READY one has waited."""
+    with sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=30) as store:
+        counts: Counter[str] = Counter(
+            dict(store.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall())
+        )
+        (oldest,) = store.execute("SELECT min(changed_at) FROM jobs WHERE state = 'READY'").fetchone()
+    if oldest is None:
+        return counts, 0.0
+    since = datetime.fromisoformat(oldest).replace(tzinfo=UTC)
+    return counts, max((datetime.now(UTC) - since).total_seconds(), 0.0)
+
+
+def _revisions(database: Path) -> int:
+    with sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=30) as store:
+        return int(store.execute("SELECT count(*) FROM jobs WHERE revision > 1").fetchone()[0])
+
+
+def compute(folder: Path, corpus: Corpus, studies: int) -> tuple[dict[str, Any], list[float]]:
+    """Small studies through the real screener, one after another: its memory behind each, in MB."""
+    port, archive = a_free_port(), Archive(folder)
+    config = folder / "osteo.toml"
+    config.write_text(_SETTINGS.format(state=folder / "state", port=port, pacs_port=archive.port, quiet=0.5))
+    osteo = [sys.executable, "-m", "osteo_daemon.cli", "run"]
+    roles = Roles(
+        {role: [*osteo, role, "--config", str(config)] for role in ("receiver", "scheduler", "screener", "deliverer")},
+        folder / "roles.log",
+    )
+    roles.tend()
+    until(lambda: "screener_ready" in roles.log.read_text(errors="replace"), 120)
+    entity = AE(ae_title=CALLING)
+    entity.add_requested_context(CTImageStorage)
+    memory: list[float] = []
+    try:
+        for number in range(studies):
+            association = entity.associate(LOOPBACK, port, ae_title=CALLED)
+            for path in corpus.study(number, REPORTED).files:
+                assert association.send_c_store(pydicom.dcmread(path)).Status == 0x0000
+            association.release()
+            until(
+                lambda number=number: _queue(folder / "state" / "jobs.sqlite")[0]["DELIVERED"] == number + 1, 300, 0.1
+            )
+            memory.append(roles.memory_mb()["screener"])
+    finally:
+        roles.stop()
+        archive.kill()
+    settled = memory[len(memory) // 5 :]
+    slope = statistics.linear_regression(range(len(settled)), settled).slope if len(settled) > 2 else 0.0
+    figures = {
+        "studies": studies,
+        "restarts": len(roles.restarts),
+        "memory_after_first_mb": round(memory[0]),
+        "memory_after_last_mb": round(memory[-1]),
+        "growth_mb_per_study": round(slope, 2),
+    }
+    return figures, memory
+
+
+def plot(
+    path: Path,
+    stream: Sequence[Arrival],
+    samples: Sequence[Sample],
+    roles: Roles,
+    compression: float,
+    memory: Sequence[float],
+) -> None:
+    """Arrivals and queue, queue age, memory by role, memory of the real screener; dotted lines are restarts."""
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(4, 1, figsize=(10, 11), layout="constrained")
+    hours = [sample.hour for sample in samples]
+    axes[0].hist([arrival.at / 3600 for arrival in stream], bins=max(int(hours[-1]), 6), color="#b8c4d6")
+    axes[0].set_ylabel("arrivals per hour")
+    waiting = axes[0].twinx()
+    waiting.plot(hours, [sample.waiting for sample in samples], color="#c0392b", linewidth=0.8)
+    waiting.set_ylabel("studies that wait", color="#c0392b")
+    axes[1].plot(hours, [sample.oldest_min for sample in samples], color="#2c3e50", linewidth=0.8)
+    axes[1].set_ylabel("age of the oldest\nwaiting study, min")
+    for time_s, _ in roles.restarts:
+        for axis in axes[:3]:
+            axis.axvline(time_s * compression / 3600, color="#7f8c8d", linewidth=0.6, linestyle=":")
+    for role in roles.commands:
+        points = [(sample.hour, sample.memory_mb[role]) for sample in samples if role in sample.memory_mb]
+        axes[2].plot(*zip(*points, strict=True), label=role, linewidth=1)
+    axes[2].set_ylabel("memory, MB")
+    axes[2].set_ylim(bottom=0)
+    axes[2].legend(loc="lower right", ncols=4)
+    axes[3].plot(range(1, len(memory) + 1), memory, marker=".", color="#16a085")
+    axes[3].set_ylabel("memory of the real\nscreener, MB")
+    axes[3].set_xlabel("real screenings, one after another")
+    axes[3].set_ylim(bottom=0)
+    for axis in axes[:3]:
+        axis.set_xlim(0, hours[-1])
+        axis.set_xlabel("simulated hours")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--days", type=float, default=7.0)
+    parser.add_argument("--minutes", type=float, default=20.0, help="how long the simulated days take")
+    parser.add_argument("--screenings", type=int, default=100, help="studies through the real screener")
+    parser.add_argument("--quick", action="store_true", help="a quarter of a day in half a minute")
+    parser.add_argument("--picture", type=Path, help="another place for the plot")
+    parser.add_argument("--stand-in", nargs=3, help=argparse.SUPPRESS, metavar=("CONFIG", "REPORT", "SECONDS"))
+    arguments = parser.parse_args()
+    _config.LOG_HANDLER_LEVEL = "none"
+    if arguments.stand_in:
+        config, report, seconds = arguments.stand_in
+        stand_in(Path(config), Path(report), float(seconds))
+        return
+    days, minutes, screenings = arguments.days, arguments.minutes, arguments.screenings
+    if arguments.quick:
+        days, minutes, screenings = 0.25, 0.75, 2
+    with tempfile.TemporaryDirectory(prefix="osteo-load-") as name:
+        folder = Path(name)
+        corpus = Corpus(folder / "corpus", 1)
+        for part in ("week", "computing"):
+            (folder / part).mkdir()
+        week, samples, roles = simulate(folder / "week", days, minutes, folder / "corpus" / "at-rest" / "report.dcm")
+        computing, memory = compute(folder / "computing", corpus, screenings)
+    restarts = [{"role": role, "restarts": sum(name == role for _, name in roles.restarts)} for role in roles.commands]
+    print(write_result("load", {**week, "restarts": restarts, "real_screenings": computing}, quick=arguments.quick))
+    picture = arguments.picture or RESULTS / "load.png"
+    if arguments.picture or not arguments.quick:
+        plot(picture, arrivals(days, seed=1), samples, roles, week["compression"], memory)
+        print(picture)
+
+
+if __name__ == "__main__":
+    main()

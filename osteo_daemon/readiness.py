@@ -16,6 +16,7 @@ from osteo_daemon.domain.study import RemoteAE
 from osteo_daemon.errors import ConfigurationError, OsteoError
 from osteo_daemon.inference.bundle import find_bundle
 from osteo_daemon.inference.screening import choose_device
+from osteo_daemon.inference.totalsegmentator import TotalSegmentator
 from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.reporting import picture_language
 from osteo_daemon.settings import DestinationSettings, Settings
@@ -43,6 +44,8 @@ def check_node(settings: Settings) -> list[Finding]:
         ("texts", lambda: _texts(settings)),
         ("localizer bundle", lambda: _bundle(settings, settings.screener.localizer_bundle)),
     ]
+    if settings.screener.vertebrae == "totalsegmentator":
+        checks.append(("totalsegmentator", lambda: _totalsegmentator(settings)))
     if settings.screener.network_enabled:
         checks.append(("network bundle", lambda: _bundle(settings, settings.screener.network_bundle)))
     checks.append(("device", lambda: str(choose_device(settings.screener.device))))
@@ -120,6 +123,12 @@ def _probe(settings: Settings, destination: DestinationSettings) -> str:
     TRANSPORTS[destination.kind](settings, destination).probe()
     where = destination.url or f"{destination.host}:{destination.port}"
     return f"{destination.kind} at {where} answered in {(time.perf_counter() - start) * 1000:.0f} ms"
+
+
+def _totalsegmentator(settings: Settings) -> str:
+    device = choose_device(settings.screener.device).type
+    model = TotalSegmentator.find(settings.totalsegmentator, device).model
+    return f"TotalSegmentator {model.version}, weights sha256 {model.sha256[:12]}"
 
 
 def _echo(settings: Settings, destination: DestinationSettings) -> str:

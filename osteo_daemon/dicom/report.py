@@ -15,7 +15,7 @@ from osteo_daemon.dicom import codes
 from osteo_daemon.dicom.measurement_group import MANUFACTURER, MeasurementGroups, ReportAnatomy, SegmentReference
 from osteo_daemon.dicom.series_description import series_description
 from osteo_daemon.dicom.uids import device_uid
-from osteo_daemon.domain.findings import Level, ModelReference, Outcome, ScreeningResult
+from osteo_daemon.domain.findings import SEGMENTATION_SOURCE, Level, ModelReference, Outcome, ScreeningResult
 from osteo_daemon.domain.wording import Wording
 
 MODEL_NAME = "osteo_daemon"
@@ -101,7 +101,11 @@ def observer(result: ScreeningResult, software_version: str, device_serial_numbe
     return sr.ObserverContext(
         observer_type=Code("121007", "DCM", "Device"),
         observer_identifying_attributes=sr.DeviceObserverIdentifyingAttributes(
-            uid=device_uid(software_version, tuple(model.sha256 for model in result.models)),
+            # a segmentation belongs to its study: it makes no other device of this node
+            uid=device_uid(
+                software_version,
+                tuple(model.sha256 for model in result.models if model.bundle != SEGMENTATION_SOURCE),
+            ),
             name=MODEL_NAME,
             manufacturer_name=MANUFACTURER,
             model_name=f"{MODEL_NAME} {software_version}",

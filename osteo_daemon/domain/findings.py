@@ -182,6 +182,11 @@ class VertebraFinding:
         return any(flag.severity is Severity.BLOCKING for flag in self.quality_flags)
 
 
+SEGMENTATION_SOURCE = "dicom-segmentation"
+"""`ModelReference.bundle` of vertebrae out of a study's segmentation: its version is the SOP Instance UID, its sha256
+that of the file."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelReference:
     """Which bundle made a number: its name, version and the sha256 of its manifest."""

@@ -16,7 +16,7 @@ import torch
 from pydicom.dataset import Dataset
 
 from osteo_daemon.domain.eligibility import ExclusionCode
-from osteo_daemon.domain.findings import ModelReference, QualityFlag, Severity
+from osteo_daemon.domain.findings import SEGMENTATION_SOURCE, ModelReference, QualityFlag, Severity
 from osteo_daemon.errors import NotEligible, VertebraeUnusable
 from osteo_daemon.imaging.volume import CtVolume
 from osteo_daemon.inference.bundle import find_bundle
@@ -28,9 +28,6 @@ from osteo_daemon.inference.vertebra import Localization
 from osteo_daemon.settings import Settings
 
 NETWORK, SEGMENTATION, TOTALSEGMENTATOR = "network", "segmentation", "totalsegmentator"
-
-SEGMENTATION_MODEL = "dicom-segmentation"
-"""Stands in `ScreeningResult.models` for a segmentation; its version is the object's SOP Instance UID."""
 
 OUR_MANUFACTURER = "osteo_daemon"
 """Segmentations of our own are passed over: they would return the network's names without its doubts."""
@@ -130,7 +127,7 @@ class SegmentationSource:
             except VertebraeUnusable as error:
                 passed_over.append((uid, error.detail))
                 continue
-            model = ModelReference(SEGMENTATION_MODEL, read.sop_instance_uid, read.sha256)
+            model = ModelReference(SEGMENTATION_SOURCE, read.sop_instance_uid, read.sha256)
             flag = QualityFlag("vertebrae_from_segmentation", Severity.INFO)
             return Located(_with_flag(localization, flag), SEGMENTATION, model, tuple(passed_over))
         located = self.otherwise(scan)

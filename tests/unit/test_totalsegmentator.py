@@ -25,6 +25,7 @@ from osteo_daemon.imaging.volume import CtVolume
 from osteo_daemon.inference.density import measure
 from osteo_daemon.inference.totalsegmentator import LABELS, REQUIRED_DATASETS, TotalSegmentator
 from osteo_daemon.inference.vertebra_source import Scan, TotalSegmentatorSource, choose_source
+from osteo_daemon.readiness import check_node
 from osteo_daemon.settings import ScreenerSettings, Settings, TotalSegmentatorSettings
 
 PROGRAM = """#!{python}
@@ -201,3 +202,18 @@ def test_what_is_missing_stops_the_start_with_one_line(
         choose_source(node, torch.device("cpu"))
     assert text in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_osteo_check_looks_for_it(settings: TotalSegmentatorSettings, tmp_path: Path) -> None:
+    node = Settings(
+        state_dir=tmp_path / "state",
+        screener=ScreenerSettings(vertebrae="totalsegmentator", network_enabled=False),
+        totalsegmentator=settings,
+    )
+    (missing,) = [finding for finding in check_node(node) if finding.name == "totalsegmentator"]
+    assert not missing.ok
+    assert "TotalSegmentator is not installed" in missing.detail
+    install(tmp_path, "pass")
+    (found,) = [finding for finding in check_node(node) if finding.name == "totalsegmentator"]
+    assert found.ok
+    assert found.detail.startswith("TotalSegmentator 2.18.0, weights sha256 ")

@@ -8,7 +8,7 @@ TORCH_PIP_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup system-packages serve demo test lint bench docs-results clean
+.PHONY: help setup system-packages serve demo test chaos load lint bench docs-results clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -36,6 +36,12 @@ demo: $(STAMP) ## a virtual patient through the whole node; shows the report
 # One test process a core, a module's tests in one of them. Threads of torch beside them would only spin.
 test: $(STAMP) system-packages lint ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadscope
+
+chaos: $(STAMP) system-packages ## 200 rounds of SIGKILL against a node under load (ROUNDS, SEED); prints the losses
+	$(BIN)/python -m tests.e2e.chaos --rounds $(or $(ROUNDS),200) --seed $(or $(SEED),1)
+
+load: $(STAMP) ## a week of clinical load at speed; figures and plot go to docs/results
+	$(BIN)/python -m benchmarks.load
 
 lint: $(STAMP) ## style, types, import contracts
 	$(BIN)/ruff check .

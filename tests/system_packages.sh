@@ -7,6 +7,7 @@ declare -A provided_by=(
   [Orthanc]=orthanc
   [dciodvfy]=dicom3tools
   [strace]=strace
+  [gcc]=gcc
   [javac]=default-jdk-headless
   [chromium]=chromium
   [npm]=npm
@@ -17,6 +18,7 @@ for command in "${!provided_by[@]}"; do
   command -v "$command" >/dev/null || [ -x "/usr/sbin/$command" ] || missing+=("${provided_by[$command]}")
 done
 [ -e /usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc ] || missing+=(fonts-noto-cjk)
+[ -e /usr/include/dlfcn.h ] || missing+=(libc6-dev)
 [ -e /usr/share/java/pixelmed.jar ] || missing+=(libpixelmed-java)
 [ -e /usr/share/orthanc/plugins/libOrthancDicomWeb.so ] || missing+=(orthanc-dicomweb)
 [ -e /usr/share/orthanc/plugins/libOrthancWebViewer.so ] || missing+=(orthanc-webviewer)

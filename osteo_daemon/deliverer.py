@@ -136,7 +136,12 @@ class Lane(threading.Thread):
             self._unreachable(error)
             patience = timedelta(seconds=self._deliverer.give_up_after_seconds)
             detail = f"gave up after {self._deliverer.give_up_after_seconds:.0f} seconds: {error.detail}"
-            expired = self._store.expire_deliveries(self._destination.name, datetime.now(UTC) - patience, detail)
+            expired = self._store.expire_deliveries(
+                self._destination.name,
+                datetime.now(UTC) - patience,
+                detail,
+                accept_unproven=self._destination.accept_unproven,
+            )
             if expired:
                 self._log.warning("deliveries_expired", count=expired)
             return False

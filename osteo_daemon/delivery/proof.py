@@ -14,7 +14,7 @@ from osteo_daemon.delivery.transport import remote_ae
 from osteo_daemon.dicom.commitment import CommitmentReport, new_transaction_uid, request_commitment
 from osteo_daemon.dicom.query import find_instances
 from osteo_daemon.errors import Refused
-from osteo_daemon.jobs.commitments import proven_outcome, with_omissions
+from osteo_daemon.jobs.commitments import STORED_UNPROVEN, proven_outcome, with_omissions
 from osteo_daemon.jobs.records import Commitment, CommitmentState, Delivery, DeliveryState
 from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.settings import DestinationSettings, Settings
@@ -141,7 +141,7 @@ class Proof:
         if not self._destination.accept_unproven:
             self._store.delivery_unproven(self._delivery, detail)
             return "unproven"
-        outcome = with_omissions(self._delivery, "stored, unproven")
+        outcome = with_omissions(self._delivery, STORED_UNPROVEN)
         self._store.delivery_done(self._delivery, outcome)
         return outcome
 

@@ -19,6 +19,9 @@ PROOF_ROUNDS_MAXIMUM = 3
 COMMITTED = "committed"
 """Proof and outcome: the destination reported that it keeps the objects."""
 
+STORED_UNPROVEN = "stored, unproven"
+"""Outcome where the site accepts that a destination gives no proof."""
+
 _CLASS_NOT_COMMITTED = 0x0122
 """Failure Reason (0008,1197) of a destination that keeps the object and does not promise for its class."""
 

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Row, exists, func, insert, or_, select, updat
 from sqlalchemy.orm import aliased
 
 from osteo_daemon.jobs.breakers import Breakers
-from osteo_daemon.jobs.commitments import Commitments
+from osteo_daemon.jobs.commitments import STORED_UNPROVEN, Commitments, with_omissions
 from osteo_daemon.jobs.delivery_rows import (
     claimed,
     end_delivered,
@@ -159,11 +159,18 @@ class Deliveries(Commitments, Breakers):
             move(connection, delivery.delivery_id, DeliveryState.PENDING, now, attempts=attempts, detail=row.detail)
 
     def expire_deliveries(
-        self, destination: str, created_before: datetime, detail: str, *, now: datetime | None = None
+        self,
+        destination: str,
+        created_before: datetime,
+        detail: str,
+        *,
+        accept_unproven: bool = False,
+        now: datetime | None = None,
     ) -> int:
         """Patience ends for what has waited since before ``created_before``; returns how many deliveries that were.
 
-        What was never accepted becomes a dead letter; what was accepted and not proven becomes UNPROVEN.
+        What was never accepted becomes a dead letter; what was accepted and not proven becomes UNPROVEN, or DELIVERED
+        where the site accepts that.
         """
         now = now or utc_now()
         query = (
@@ -182,6 +189,9 @@ class Deliveries(Commitments, Breakers):
             identifiers = connection.execute(query.with_for_update(skip_locked=True)).scalars().all()
             for delivery_id in identifiers:
                 delivery = loaded(connection, delivery_id)
+                if accept_unproven and not delivery.unsent:
+                    end_delivered(connection, delivery, "deliverer", with_omissions(delivery, STORED_UNPROVEN), now)
+                    continue
                 state, outcome, event = DeliveryState.UNPROVEN, "unproven", "delivery_unproven"
                 if delivery.unsent:
                     state, outcome, event = DeliveryState.REFUSED, "refused", "delivery_refused"

@@ -178,13 +178,17 @@ class ProofMachine(RuleBasedStateMachine):
                 act()
         assert self.present == before
 
-    @rule()
-    def patience_ends(self) -> None:
-        before = self.present
-        count = self.store.expire_deliveries("pacs", self.now - timedelta(seconds=500), "gave up", now=self.now)
-        if count:
-            assert before.state in (DeliveryState.PENDING, DeliveryState.AWAITING)
-            assert self.present.state is (DeliveryState.REFUSED if before.unsent else DeliveryState.UNPROVEN)
+    @rule(trusting=st.sampled_from([False, False, False, True]))
+    def patience_ends(self, trusting: bool) -> None:
+        before, limit = self.present, self.now - timedelta(seconds=500)
+        if not self.store.expire_deliveries("pacs", limit, "gave up", accept_unproven=trusting, now=self.now):
+            return
+        assert before.state in (DeliveryState.PENDING, DeliveryState.AWAITING)
+        if before.unsent:
+            assert self.present.state is DeliveryState.REFUSED
+        else:
+            assert self.present.state is (DeliveryState.DELIVERED if trusting else DeliveryState.UNPROVEN)
+            self.by_hand |= trusting  # the site's word, as good as a person's
 
     @precondition(lambda self: self.present.state in (DeliveryState.REFUSED, DeliveryState.UNPROVEN))
     @rule(accept=st.sampled_from([False, False, False, True]))

@@ -4,12 +4,16 @@ Three kinds of cases: the labelled torso with a vertebra left out, put in or gro
 network output is worst; virtual patients that no training saw, with four to six lumbar vertebrae, lumbar ribs and
 curves. A vertebra is right when it has its true name (the true ones are counted down from the last thoracic rib) and
 its centre lies within 8 mm.
+
+The network's output is kept under ``runs/naming`` by weights and case, so that figures of a changed decoding cost
+seconds; ``--fresh`` runs the network again.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,9 +28,10 @@ from benchmarks.torso import NAMED_MM, TORSO, torso_cases
 from osteo_daemon.errors import NotEligible
 from osteo_daemon.imaging.volume import CtVolume
 from osteo_daemon.inference.bundle import find_bundle
-from osteo_daemon.inference.decode import coronal_angle
-from osteo_daemon.inference.localize import SpineLocalizer
+from osteo_daemon.inference.decode import coronal_angle, decode
+from osteo_daemon.inference.localize import Localization, SpineLocalizer
 from osteo_daemon.inference.naming import LEVELS_FROM_SACRUM, N_MEASURED, T12
+from osteo_daemon.inference.tiling import SpineMaps
 from osteo_daemon.phantom.patient import VirtualPatient
 from osteo_daemon.phantom.scanner import coarse_scanner
 from osteo_daemon.phantom.spine import build_spine
@@ -139,11 +144,35 @@ def patients(count: int) -> Iterator[Case]:
         )
 
 
-def judge(case: Case, localizer: SpineLocalizer) -> Found:
+class KeptOutput:
+    """Localises with the network's output of an earlier run where there is one (as float16)."""
+
+    def __init__(self, localizer: SpineLocalizer, folder: Path, *, fresh: bool) -> None:
+        self._localizer, self._folder, self._fresh = localizer, folder, fresh
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, case: Case) -> Localization:
+        """As `SpineLocalizer`.
+
+        Raises:
+            NotEligible: as there.
+        """
+        canonical = self._localizer.canonical(case.volume)
+        path = self._folder / (re.sub(r"[^a-z0-9.]+", "-", f"{case.kind} {case.name}".lower()) + ".npz")
+        if self._fresh or not path.exists():
+            maps = self._localizer.label(canonical)
+            half = np.float16
+            np.savez(path, probabilities=maps.probabilities.astype(half), phase=maps.phase.astype(half))
+        with np.load(path, allow_pickle=False) as kept:
+            maps = SpineMaps(kept["probabilities"].astype(np.float32), kept["phase"].astype(np.float32))
+        return decode(maps, canonical)
+
+
+def judge(case: Case, locate: KeptOutput) -> Found:
     """Names, places, flags and angle of one case against its truth."""
     row: dict[str, Any] = {"kind": case.kind, "case": case.name, "unusual": case.unusual, "refused": None}
     try:
-        found = localizer(case.volume)
+        found = locate(case)
     except NotEligible as refusal:
         return Found({**row, "refused": refusal.code})
     flags = {flag.code for flag in found.flags}
@@ -173,8 +202,8 @@ def judge(case: Case, localizer: SpineLocalizer) -> Found:
     return result
 
 
-def confidence_figures(vertebrae: list[tuple[float, bool]]) -> dict[str, Any]:
-    """How confidence and being right go together."""
+def confidence_figures(vertebrae: list[tuple[float, bool]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """How confidence and being right go together: figures, and shares by interval of confidence."""
     right = [confidence for confidence, good in vertebrae if good]
     wrong = [confidence for confidence, good in vertebrae if not good]
     bins = []
@@ -184,15 +213,15 @@ def confidence_figures(vertebrae: list[tuple[float, bool]]) -> dict[str, Any]:
         bins.append({"from": low, "to": min(high, 1.0), "vertebrae": len(inside), "right_percent": share})
     pairs = len(right) * len(wrong)
     above = sum(r > w for r in right for w in wrong) + 0.5 * sum(r == w for r in right for w in wrong)
-    return {
+    figures = {
         "vertebrae": len(vertebrae),
         "not_right": len(wrong),
         "highest_confidence_of_one_that_is_not_right": round(max(wrong), 3) if wrong else None,
         f"not_right_above_{CONFIDENT}": sum(confidence >= CONFIDENT for confidence in wrong),
         f"right_below_{CONFIDENT}": sum(confidence < CONFIDENT for confidence in right),
         "area_under_curve": round(above / pairs, 3) if pairs else None,
-        "bins": bins,
     }
+    return figures, bins
 
 
 def summary(results: list[Found]) -> dict[str, Any]:
@@ -200,6 +229,7 @@ def summary(results: list[Found]) -> dict[str, Any]:
     rows = [result.row for result in results if result.row["refused"] is None]
     unusual, usual = [r for r in rows if r["unusual"]], [r for r in rows if not r["unusual"]]
     curved = [r for r in rows if r["cobb_degrees"] is not None]
+    confidence, bins = confidence_figures([v for result in results for v in result.vertebrae])
     errors = np.array([r["measured_cobb_degrees"] - r["cobb_degrees"] for r in curved])
     return {
         "cases": len(results),
@@ -218,7 +248,8 @@ def summary(results: list[Found]) -> dict[str, Any]:
             "both": sum(r["cobb_degrees"] > 10 and r["measured_cobb_degrees"] > 10 for r in curved),
             "measured_only": sum(r["cobb_degrees"] <= 10 < r["measured_cobb_degrees"] for r in curved),
         },
-        "confidence": confidence_figures([v for result in results for v in result.vertebrae]),
+        "confidence": confidence,
+        "confidence_bins": bins,
     }
 
 
@@ -226,12 +257,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one edit of the torso and one virtual patient")
     parser.add_argument("--patients", type=int, help="another number of virtual patients")
+    parser.add_argument("--fresh", action="store_true", help="run the network even where its output was kept")
     arguments = parser.parse_args()
     data = Path(os.environ.get("OSTEO_TEST_DATA") or ROOT.parent / "shared" / "data") / TORSO
     if not data.is_dir():
         sys.exit(f"skipped: no {TORSO} (set OSTEO_TEST_DATA)" if not arguments.quick else 0)
     bundle = find_bundle("spine-localizer", None)
-    localizer = SpineLocalizer.from_bundle(bundle)
+    weights = bundle.files["models/model.safetensors"]
+    folder = ROOT / "runs" / "naming" / weights[:12]
+    locate = KeptOutput(SpineLocalizer.from_bundle(bundle), folder, fresh=arguments.fresh or arguments.quick)
 
     def cases() -> Iterator[Case]:
         if arguments.quick:
@@ -246,10 +280,11 @@ def main() -> None:
 
     results = []
     for case in cases():
-        results.append(judge(case, localizer))
+        results.append(judge(case, locate))
         print(results[-1].row, [(round(c, 2), good) for c, good in results[-1].vertebrae], flush=True)
     figures = {
         "bundle": f"{bundle.name} {bundle.version} {bundle.sha256[:12]}",
+        "weights_sha256": weights,
         **summary(results),
         "rows": [result.row for result in results],
     }

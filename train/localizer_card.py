@@ -28,7 +28,8 @@ _HEAD: Final = """\
 
 Labels each 3 mm voxel of a CT as vertebral body, disc, body of S1, rest of the sacrum, posterior elements, rib,
 pelvis, spinal canal or background, and gives the phase between two disc planes. Names of vertebrae do not come from
-the network: `osteo_daemon.inference` counts bodies upwards from S1.
+the network: `osteo_daemon.inference` counts bodies upwards from S1 and downwards from the last pair of ribs
+(docs/localizer.md).
 
 Status: {status}. Not a medical device; see `docs/intended-use.md`. The file of weights has {megabytes:.1f} MB.
 
@@ -56,7 +57,9 @@ _LIMITS: Final = """
 - One real anatomy. Spines unlike it (severe scoliosis, transitional vertebrae, tumour, long fusions) are known to it
   from simulation only.
 - Virtual patients are simpler than people: figures on them show what breaks, not how often it does in patients.
-- Without the body of S1 in view nothing is named by it alone.
+- A transitional vertebra is told where sacrum and last rib are both in view and disagree; with one of them alone every
+  name may be one off, and the report says so. Without both, names are guesses and block the category.
+- The rib class is the poorest (docs/localizer.md says what it costs).
 - Masks come from 3 mm voxels: centres are good to a few millimetres, surfaces to about one voxel.
 """
 

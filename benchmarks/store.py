@@ -106,17 +106,21 @@ def fill(url: str, count: int) -> None:
         "digest": "0" * 64,
         "document": '{"schema": "osteo-result/1", "filler": "' + "x" * 1000 + '"}',
     }
-    with engine.begin() as connection:
+    with engine.connect() as connection:
+        if kind == "sqlite":
+            # no log while it is filled; opening the store sets everything back
+            for pragma in ("journal_mode=OFF", "synchronous=OFF", "cache_size=-2000000", "temp_store=MEMORY"):
+                connection.exec_driver_sql(f"PRAGMA {pragma}")
+            connection.commit()
         for statement in _STATEMENTS:
             connection.exec_driver_sql(statement.format(**words))
         if kind == "postgresql":
             for table, column in (("jobs", "job_id"), ("deliveries", "delivery_id")):
                 connection.exec_driver_sql(f"SELECT setval(pg_get_serial_sequence('{table}', '{column}'), {count})")
+        connection.commit()
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         if kind == "postgresql":
             connection.exec_driver_sql("VACUUM ANALYZE")  # as the server's own daemon does in time
-        else:
-            connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
     engine.dispose()
     store = JobStore(url)
     store.recount()

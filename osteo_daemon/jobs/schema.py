@@ -161,6 +161,7 @@ class JobRow(Base):
         Index(None, "created_at", "job_id"),
         Index(None, "state", "created_at", "job_id"),
         Index(None, "source_ae", "created_at", "job_id"),
+        Index(None, "state", "source_ae", "created_at", "job_id"),
         Index(None, "code", "created_at", "job_id"),
         # retention
         Index(None, "images_purged_at", "state", "changed_at"),

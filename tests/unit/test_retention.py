@@ -17,6 +17,7 @@ from osteo_daemon.jobs.records import DeliveryState, NewDelivery, RecordOutcome,
 from osteo_daemon.jobs.spool import Spool, StoredFile
 from osteo_daemon.jobs.store import JobStore
 from tests.postgres import SHARED_MEMORY, Cluster
+from tests.stores import new_sqlite
 from tests.unit.test_jobs_store import RESULT, at
 
 STUDY = "1.2.3"
@@ -31,11 +32,11 @@ def spool() -> Iterator[Spool]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def store(request: pytest.FixtureRequest, spool: Spool) -> Iterator[JobStore]:
-    url = f"sqlite:///{spool.root.parent / 'jobs.sqlite'}"
-    if request.param == "postgresql":
+    if request.param == "sqlite":
+        store = new_sqlite(spool.root.parent)
+    else:
         server: Cluster = request.getfixturevalue("postgres")
-        url = server.new()
-    store = JobStore(url)
+        store = JobStore(server.new())
     yield store
     store.close()
 

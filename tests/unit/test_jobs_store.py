@@ -20,6 +20,7 @@ from osteo_daemon.jobs.records import DeliveryState, NewDelivery, RecordOutcome,
 from osteo_daemon.jobs.schema import Base
 from osteo_daemon.jobs.store import JobStore
 from tests.postgres import Cluster
+from tests.stores import new_sqlite
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 STUDY = "1.2.3"
@@ -54,7 +55,7 @@ THREE = [report(ReportKind.SC, "9.3"), report(ReportKind.SR, "9.2"), report(Repo
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[JobStore]:
     """A store of each kind: what holds on one must hold on the other."""
     if request.param == "sqlite":
-        store = JobStore(f"sqlite:///{tmp_path / 'deeper' / 'jobs.sqlite'}")
+        store = new_sqlite(tmp_path)
         yield store
         store.close()
         return

@@ -9,7 +9,7 @@ stored into the study, and a file that was written before its removal and record
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,10 @@ class Retention(Database):
 
     def being_purged(self) -> list[str]:
         """Studies whose removal was begun and not finished."""
+        # not IS NOT NULL: for that SQLite would read every study
+        marked = select(StudyRow.study_instance_uid).where(StudyRow.purging_at > datetime(2000, 1, 1, tzinfo=UTC))
         with self._reading() as connection:
-            return list(
-                connection.execute(
-                    select(StudyRow.study_instance_uid).where(StudyRow.purging_at.is_not(None))
-                ).scalars()
-            )
+            return list(connection.execute(marked).scalars())
 
     def purge_finished(
         self,

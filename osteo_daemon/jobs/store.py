@@ -15,5 +15,7 @@ from osteo_daemon.jobs.trend import Trend
 from osteo_daemon.jobs.upkeep import Upkeep
 
 
-class JobStore(Intake, Quarantine, Completeness, Claims, Deliveries, Lists, ByHand, Retention, Inventory, Trend, Upkeep):
+class JobStore(
+    Intake, Quarantine, Completeness, Claims, Deliveries, Lists, ByHand, Retention, Inventory, Trend, Upkeep
+):
     """Studies, jobs, reports and deliveries of one node; every process and thread may use it at once."""

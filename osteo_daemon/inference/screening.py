@@ -27,7 +27,7 @@ from osteo_daemon.domain.findings import (
     ScreeningResult,
     Severity,
 )
-from osteo_daemon.errors import ConfigurationError, Damaged, NotEligible
+from osteo_daemon.errors import ConfigurationError, Damaged, NotEligible, PixelDataUnreadable
 from osteo_daemon.imaging.selection import Candidate, Rejection, not_preferred, other_series, refusal, select_series
 from osteo_daemon.imaging.series import ct_slices, one_study
 from osteo_daemon.imaging.study_files import StudyFiles
@@ -49,6 +49,9 @@ Progress = Callable[[str], None]
 
 MAXIMUM_SCREENED_SERIES = 3
 """Series of one study that are screened in full, until one gives a category without contrast agent."""
+
+MAXIMUM_PROBED_SERIES = 4
+"""Series that are looked at for contrast agent when the first holds some; reading one costs a second or more."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -203,16 +206,24 @@ class StudyScreener:
         """The first candidate that gives a category without contrast agent, else the best of the first few."""
         refused: NotEligible | None = None
         kept: tuple[Candidate, _Attempt] | None = None
-        screened = 0
+        screened = probed = 0
         for candidate in candidates:
-            if kept is not None and (kept[1].rank == _BEST_RANK or screened >= MAXIMUM_SCREENED_SERIES):
+            enough = screened >= MAXIMUM_SCREENED_SERIES or probed >= MAXIMUM_PROBED_SERIES
+            if kept is not None and (kept[1].rank == _BEST_RANK or enough):
                 rejections.append(not_preferred(candidate, kept[0]))
                 continue
-            if kept is not None and kept[1].decided and not self._may_be_native(candidate, kept, files, clock):
-                rejections.append(not_preferred(candidate, kept[0], "it holds contrast agent, too"))
-                continue
             try:
+                if kept is not None and kept[1].decided:
+                    probed += 1
+                    if not self._may_be_native(candidate, kept, files, clock):
+                        rejections.append(not_preferred(candidate, kept[0], "it holds contrast agent, too"))
+                        continue
                 attempt = self._screen_stack(study_uid, candidate, patient, files, clock, progress)
+            except PixelDataUnreadable:
+                if kept is None:
+                    raise
+                rejections.append(not_preferred(candidate, kept[0], "its pixels cannot be read"))
+                continue
             except NotEligible as error:
                 uid = candidate.stack.series_instance_uid
                 rejections.append(Rejection(uid, ExclusionCode(error.code), error.reason))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from osteo_daemon.phantom.labels import body_mask, posterior_mask
 from osteo_daemon.phantom.patient import VirtualPatient
 from osteo_daemon.phantom.scanner import coarse_scanner
 from osteo_daemon.phantom.study import PhantomStudy, TrueVertebra, render_study
+from osteo_daemon.reporting import build_report
 from osteo_daemon.settings import ScreenerSettings, Settings
 from tests.segmentations import BONE, TISSUE, write_segmentation
 
@@ -269,8 +271,30 @@ def _convex(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     return box
 
 
-def test_without_a_segmentation_the_network_finds_them(files, screener) -> None:
-    screening = screener.screen(files)
-    assert screening.manifest["vertebrae"]["source"] == "network"
-    assert {model.bundle for model in screening.result.models} == {"spine-localizer"}
-    assert not flags(screening) & {"vertebrae_from_segmentation", "segmentation_not_used"}
+def test_our_own_segmentation_fed_back(files, screener, tmp_path: Path) -> None:
+    """As it is it's passed over; under another maker's name it gives the vertebrae that the network found."""
+    found = screener.screen(files)
+    assert found.manifest["vertebrae"]["source"] == "network"
+    assert {model.bundle for model in found.result.models} == {"spine-localizer"}
+    assert not flags(found) & {"vertebrae_from_segmentation", "segmentation_not_used"}
+
+    settings = Settings(screener=ScreenerSettings(network_enabled=False))
+    report = build_report(found, settings, datetime(2026, 11, 22, tzinfo=UTC))
+    own = tmp_path / "own.dcm"
+    own.write_bytes(next(built.data for built in report.objects if built.kind == "seg"))
+    again = screener.screen([*files, own])
+    assert again.manifest["vertebrae"]["source"] == "network"
+    assert [entry["reason"] for entry in again.manifest["vertebrae"]["passed_over"]] == ["made by this product"]
+
+    edited = pydicom.dcmread(own)
+    edited.Manufacturer = "Another maker"
+    edited.save_as(tmp_path / "edited.dcm")
+    fed_back = screener.screen([*files, own, tmp_path / "edited.dcm"])
+    assert fed_back.manifest["vertebrae"]["source"] == "segmentation"
+    before = {finding.level: finding for finding in found.result.vertebrae}
+    after = {finding.level: finding for finding in fed_back.result.vertebrae}
+    assert before.keys() == after.keys()
+    for level, finding in after.items():
+        assert np.linalg.norm(np.subtract(finding.centre_lps_mm, before[level].centre_lps_mm)) < 2.0, level
+        assert finding.attenuation_hu is not None
+        assert finding.attenuation_hu.median == pytest.approx(before[level].attenuation_hu.median, abs=8.0), level

@@ -61,7 +61,7 @@ def report_content(
     root = sr.ContainerContentItem(name=codes.MEASUREMENT_REPORT, template_id="1500")
     root.ContentSequence = sr.ContentSequence()
     root.ContentSequence.extend(
-        sr.LanguageOfContentItemAndDescendants(Code(wording.language, "RFC5646", wording.meaning))
+        sr.LanguageOfContentItemAndDescendants(Code(wording.language_in_dicom, "RFC5646", wording.meaning))
     )
     root.ContentSequence.extend(_observation_context(result, software_version, device_serial_number))
     root.ContentSequence.append(

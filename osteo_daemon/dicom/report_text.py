@@ -61,8 +61,9 @@ def report_language(dataset: Dataset) -> str:
     """Language of a report, English when it is one that this version has no texts for."""
     for item in ContentItems(dataset).named(codes.LANGUAGE):
         code = str(item.ConceptCodeSequence[0].CodeValue)
-        if code in LANGUAGES:
-            return code
+        for language in LANGUAGES:
+            if load_wording(language).language_in_dicom == code:
+                return language
     return ENGLISH
 
 

@@ -17,9 +17,12 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE, evt
 from pynetdicom.events import Event
 from pynetdicom.sop_class import (
+    BasicTextSRStorage,
     Comprehensive3DSRStorage,
     ComprehensiveSRStorage,
+    EncapsulatedPDFStorage,
     EnhancedSRStorage,
+    KeyObjectSelectionDocumentStorage,
     SecondaryCaptureImageStorage,
     SegmentationStorage,
     StudyRootQueryRetrieveInformationModelFind,
@@ -34,6 +37,9 @@ _FILE_NAMES: Final = {
     Comprehensive3DSRStorage: "report",
     ComprehensiveSRStorage: "report",
     EnhancedSRStorage: "report",
+    BasicTextSRStorage: "report",
+    KeyObjectSelectionDocumentStorage: "key-objects",
+    EncapsulatedPDFStorage: "document",
     SecondaryCaptureImageStorage: "picture",
     SegmentationStorage: "segmentation",
 }

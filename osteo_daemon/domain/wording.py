@@ -66,6 +66,11 @@ class Wording:
         return hashlib.sha256(json.dumps(self.tables, sort_keys=True).encode()).hexdigest()
 
     @property
+    def language_in_dicom(self) -> str:
+        """The language as PS3.16 CID 5000 has it: that knows no scripts."""
+        return self.tables["language"]["in_dicom"]
+
+    @property
     def meaning(self) -> str:
         """The language's English name."""
         return self.tables["language"]["meaning"]

@@ -52,6 +52,8 @@ CASES: dict[str, Callable[[], ReportRequest]] = {
     "enhanced multi-frame, excluded": lambda: excluded_source_case(enhanced_header(), "no_ct_series"),
     "report in Japanese": lambda: dataclasses.replace(withheld_case(), wording=load_wording("ja")),
     "report in Chinese": lambda: dataclasses.replace(excluded_case(), wording=load_wording("zh-Hans")),
+    "report in French": lambda: dataclasses.replace(excluded_case(), wording=load_wording("fr")),
+    "report in Spanish": lambda: dataclasses.replace(excluded_case(), wording=load_wording("es")),
     "report in German": lambda: dataclasses.replace(indeterminate_case(), wording=load_wording("de")),
 }  # fmt: skip
 

@@ -102,7 +102,7 @@ def test_every_language_reads_back_and_is_shown(language: str) -> None:
             dataset = dataset_of(build_report_objects(request, [variant]))
             assert dataset.SpecificCharacterSet == "ISO_IR 192"
             assert parse_report(dataset) == as_reported(request.result)
-            assert child(dataset, "121049").ConceptCodeSequence[0].CodeValue == language
+            assert child(dataset, "121049").ConceptCodeSequence[0].CodeValue == wording.language_in_dicom
             text = format_report(dataset)
             for expected in (wording.conclusion(request.result), wording.next_step(request.result)):
                 assert expected in text

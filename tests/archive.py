@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections import Counter
@@ -32,6 +33,9 @@ class Archive:
         silent_on: called with a SOP Instance UID; True leaves it out of reports.
         lists: called with a SOP Instance UID and how often it was asked for; whether a query finds it.
         action_status: answer to N-ACTION.
+        before_store: called with the SOP Instance UID before a C-STORE is answered.
+        before_action: called with the transaction's number before an N-ACTION is answered.
+        digests: SOP Instance UID to the SHA-256 of every data set that came under it.
         transactions: requests in order: Transaction UID and SOP Instance UIDs.
         answers: statuses of our answers to its reports.
     """
@@ -45,6 +49,9 @@ class Archive:
     silent_on: Callable[[str], bool] = lambda _uid: False
     lists: Callable[[str, int], bool] = lambda _uid, _count: True
     action_status: int = 0x0000
+    before_store: Callable[[str], None] = lambda _uid: None
+    before_action: Callable[[int], None] = lambda _number: None
+    digests: dict[str, set[str]] = field(default_factory=dict)
     port: int = 0
     received: list[str] = field(default_factory=list)
     classes: dict[str, str] = field(default_factory=dict)
@@ -113,7 +120,10 @@ class Archive:
     def _store(self, event: Any) -> int:
         uid = str(event.request.AffectedSOPInstanceUID)
         self.classes[uid] = str(event.request.AffectedSOPClassUID)
+        digest = hashlib.sha256(event.encoded_dataset(include_meta=False)).hexdigest()
+        self.digests.setdefault(uid, set()).add(digest)
         self.received.append(uid)
+        self.before_store(uid)
         return 0x0000
 
     def _find(self, event: Any) -> Iterator[tuple[int, Dataset | None]]:
@@ -133,6 +143,7 @@ class Archive:
         uids = tuple(str(item.ReferencedSOPInstanceUID) for item in information.ReferencedSOPSequence)
         self.transactions.append((str(information.TransactionUID), uids))
         number = len(self.transactions) - 1
+        self.before_action(number)
         if self.action_status == 0x0000 and self.where != "never":
             association = event.assoc if self.where == "same" else None
             thread = threading.Thread(target=self._report_later, args=(number, association))
@@ -142,7 +153,8 @@ class Archive:
 
     def _report_later(self, number: int, association: Any) -> None:
         time.sleep(0.1)  # the answer to the request goes first
-        self.report(number, association)
+        if association is None or association.is_established:  # else who asked has gone
+            self.report(number, association)
 
     def _reference(self, uid: str, reason: int | None = None) -> Dataset:
         item = Dataset()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +34,7 @@ from tests.deliveries import (
     reached,
     settings_for,
 )
-from tests.fakes import LOOPBACK, a_free_port, dcmtk, until
+from tests.fakes import LOOPBACK, RoleProcess, a_free_port, dcmtk, until
 from tests.orthanc import running_orthanc
 from tests.report_cases import STUDY_UID
 
@@ -309,6 +311,48 @@ def test_a_request_cut_off_by_the_end_of_the_process_is_made_again(tmp_path: Pat
     assert len(states) == 2
     assert states.pop("2.25.1") is CommitmentState.ASKED
     assert set(states.values()) == {CommitmentState.COMMITTED}
+    store.close()
+
+
+def test_a_deliverer_killed_amid_an_object_and_amid_a_request_goes_on(tmp_path: Path, built: BuiltReport) -> None:
+    moments = {"object": threading.Event(), "request": threading.Event()}
+    killed = threading.Event()
+    picture = uid_of(built, "sc")
+
+    def hold(moment: str) -> None:
+        if not moments[moment].is_set():
+            moments[moment].set()
+            killed.wait(PATIENCE_S)
+
+    archive = Archive(
+        before_store=lambda uid: hold("object") if uid == picture else None,
+        before_action=lambda _number: hold("request"),
+    )
+    with archive:
+        settings = proving(tmp_path, archive.port)
+        store = commit(settings, built)
+        config = tmp_path / "osteo.toml"
+        config.write_text(
+            f'state_dir = "{settings.state_dir}"\n[deliverer]\nlease_seconds = 1\npoll_seconds = 0.1\n'
+            "commitment_linger_seconds = 60\n"
+            f'[[destinations]]\nname = "pacs0"\nae_title = "PACS"\nhost = "{LOOPBACK}"\nport = {archive.port}\n'
+        )
+        for moment in ("object", "request", None):
+            killed.clear()
+            role = RoleProcess(["run", "deliverer", "--config", str(config)], tmp_path / "deliverer.log").start()
+            if moment is None:
+                delivery = until(lambda: ended(store), PATIENCE_S)
+                assert role.stop() == 0
+                continue
+            assert moments[moment].wait(PATIENCE_S)
+            role.stop(signal.SIGKILL)
+            killed.set()
+        assert (delivery.outcome, delivery.proof_rounds) == ("committed", 0)
+        # at least once, and always the same bytes: the archive sees one object
+        assert Counter(archive.received) == {uid: 2 if uid == picture else 1 for uid in set(archive.received)}
+        assert len(archive.digests) == 3
+        assert all(len(digests) == 1 for digests in archive.digests.values())
+        assert [set(uids) for _transaction, uids in archive.transactions] == [set(archive.digests)] * 2
     store.close()
 
 

@@ -6,7 +6,7 @@ import ctypes
 import os
 import signal
 import subprocess
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from osteo_daemon.errors import ConfigurationError
 
@@ -26,22 +26,30 @@ def start_child(
     Raises:
         ConfigurationError: the system is not Linux.
     """
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        preexec_fn=die_with_parent(death_signal),
+        start_new_session=True,
+        pass_fds=pass_fds,
+    )
+
+
+def die_with_parent(death_signal: signal.Signals) -> Callable[[], None]:
+    """What a child calls between fork and exec, so that the kernel ends it with the thread that started it.
+
+    Raises:
+        ConfigurationError: the system is not Linux.
+    """
     parent = os.getpid()
     try:
         libc = ctypes.CDLL(None, use_errno=True)
     except OSError as error:
         raise ConfigurationError("child processes need Linux; run each role by itself") from error
 
-    def die_with_parent() -> None:
-        # between fork and exec; the parent may have gone before the request was made
+    def ask() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, int(death_signal), 0, 0, 0)
-        if os.getppid() != parent:
+        if os.getppid() != parent:  # the parent may have gone before the request was made
             os._exit(0)
 
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        preexec_fn=die_with_parent,
-        start_new_session=True,
-        pass_fds=pass_fds,
-    )
+    return ask

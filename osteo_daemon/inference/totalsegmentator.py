@@ -23,6 +23,7 @@ import numpy as np
 import SimpleITK
 import torch
 
+from osteo_daemon.child import die_with_parent
 from osteo_daemon.domain.findings import Level, ModelReference
 from osteo_daemon.errors import ConfigurationError, Transient
 from osteo_daemon.imaging.region import Region
@@ -201,6 +202,8 @@ def _run_group(
             stdout=sink,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # a worker that is killed at the wall clock cannot end it
+            preexec_fn=die_with_parent(signal.SIGKILL),
         )
         status: int | None = None
         try:

@@ -43,12 +43,11 @@ Truth = dict[str, npt.NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class Case:
-    """A volume, the true centres (LPS mm) of the bodies wholly in it, and whether it must be refused."""
+    """A volume and the true centres (LPS mm) of the bodies wholly in it."""
 
     name: str
     volume: CtVolume
     truth: Truth
-    refuse: bool = False
 
 
 def _read(folder: Path, name: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
@@ -65,11 +64,16 @@ def torso_cases(folder: Path) -> Iterator[Case]:
     index = {name: np.argwhere((labels == label) & (bodies == 1)).mean(axis=0) for name, label in LEVEL_LABELS.items()}
     sacral = np.argwhere((labels == 26) & (bodies == 1)).mean(axis=0)
 
-    def case(name: str, voxels: npt.NDArray[Any], to_lps: npt.NDArray[np.float64], **options: Any) -> Case:
-        keep = options.pop("levels", tuple(index))
+    def case(
+        name: str,
+        voxels: npt.NDArray[Any],
+        to_lps: npt.NDArray[np.float64],
+        *,
+        levels: tuple[str, ...] = tuple(LEVEL_LABELS),
+        index: Truth = index,
+    ) -> Case:
         volume = CtVolume(np.ascontiguousarray(voxels), to_lps)
-        points = options.pop("index", index)
-        return Case(name, volume, {level: volume.to_lps(points[level]) for level in keep}, **options)
+        return Case(name, volume, {level: volume.to_lps(index[level]) for level in levels})
 
     yield case("as it is", hu, affine)
     flipped = {k: np.array([v[0], v[1], hu.shape[2] - 1 - v[2]]) for k, v in index.items()}
@@ -118,10 +122,13 @@ def torso_cases(folder: Path) -> Iterator[Case]:
             yield case(f"trabecular bone {target} HU, noise 40", darker + 40 * noise, affine)
     top = int(index["L1"][2] - 8)
     yield case("cut above L2", hu[:, :, :top], affine, levels=("L2", "L3", "L4", "L5"))
-    for name, z in (("no sacrum (cut in L5)", index["L5"][2]), ("no sacrum (cut in L4)", index["L4"][2])):
+    above = {"L5": ("L4", "L3", "L2", "L1", "T12"), "L4": ("L3", "L2", "L1", "T12")}
+    for level, levels in above.items():
+        first_slice = int(index[level][2])
         lifted = affine.copy()
-        lifted[:3, 3] = (affine @ [0, 0, int(z), 1])[:3]
-        yield case(name, hu[:, :, int(z) :], lifted, levels=(), refuse=True)
+        lifted[:3, 3] = (affine @ [0, 0, first_slice, 1])[:3]
+        kept = {k: v - [0, 0, first_slice] for k, v in index.items()}
+        yield case(f"no sacrum (cut in {level})", hu[:, :, first_slice:], lifted, index=kept, levels=levels)
     cut = int(sacral[2])
     lifted = affine.copy()
     lifted[:3, 3] = (affine @ [0, 0, cut, 1])[:3]
@@ -184,8 +191,8 @@ def judge(case: Case, localizer: SpineLocalizer) -> dict[str, Any]:
             errors.append(distances[nearest])
         else:
             row["wrong"] += 1
-    uncertain = any(flag.code == "level_uncertain" for flag in found.flags)
-    silent = not uncertain and (row["wrong"] > 0 or case.refuse)
+    uncertain = any(flag.code in ("level_uncertain", "possible_transitional_anatomy") for flag in found.flags)
+    silent = not uncertain and row["wrong"] > 0
     worst = round(max(errors), 1) if errors else None
     return {**row, "uncertain": uncertain, "silent_error": silent, "worst_mm": worst, "seconds": _since(began)}
 

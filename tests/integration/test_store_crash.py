@@ -9,13 +9,18 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from osteo_daemon.domain.job import TRANSITIONS, JobState
+from osteo_daemon.domain.study import SopInstance
+from osteo_daemon.integrity import check_integrity
 from osteo_daemon.jobs.records import DeliveryState
+from osteo_daemon.jobs.spool import Spool
 from osteo_daemon.jobs.store import JobStore
+from tests.stores import new_sqlite
 
 WRITER = """
 import itertools, sys
@@ -104,3 +109,55 @@ def test_what_was_said_survives_sigkill(tmp_path: Path, seed: int) -> None:
         assert bool(sent) == bool(store.report_objects(summary.study_instance_uid))
     store.close()
     assert len(said) >= 2 * enough
+
+
+PURGER = """
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from osteo_daemon.jobs.spool import Spool
+from osteo_daemon.jobs.store import JobStore
+
+store, spool = JobStore(sys.argv[1]), Spool(Path(sys.argv[2]))
+later = datetime.now(UTC) + timedelta(days=1)
+print("begun", flush=True)
+for study in store.purgeable_images(later):
+    store.purge_finished(study, spool, before=later, images=True, reports=True)
+    print(study, flush=True)
+"""
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_removal_that_was_killed_is_finished_and_nothing_contradicts(tmp_path: Path, seed: int) -> None:
+    store, spool = new_sqlite(tmp_path), Spool(tmp_path / "spool")
+    for number in range(12):
+        study = f"1.{number}"
+        for k in range(60 if number < 6 else 1):
+            stored = spool.store_instance(study, f"{study}.1", f"{study}.1.{k}", [b"%d" % k])
+            instance = SopInstance(
+                study, f"{study}.1", "1.2", f"{study}.1.{k}", "1.2", stored.path, stored.size_bytes, stored.sha256
+            )
+            store.record_instance(instance, "CT")
+        if number < 6:
+            store.mark_complete(study, who="test", reason="test")
+            job = store.claim("w", 60)
+            assert job is not None
+            store.exclude(job, "no_ct_series", "none", {})
+    url = f"sqlite:///{tmp_path / 'jobs.sqlite'}"
+    purger = subprocess.Popen([sys.executable, "-c", PURGER, url, str(spool.root)], stdout=subprocess.PIPE, text=True)
+    assert purger.stdout is not None
+    for _ in range(2 + seed):
+        purger.stdout.readline()
+    time.sleep(random.Random(seed).random() * 0.05)
+    purger.kill()
+    purger.wait()
+
+    for study in store.being_purged():
+        store.finish_purge(study, spool)
+    found = check_integrity(store, spool, young_seconds=0)
+    assert found.findings == ()
+    for number in range(12):
+        left = len(spool.received_files(f"1.{number}"))
+        assert left in (0, 60) if number < 6 else left == 1
+    assert spool.received_files("1.0") == []
+    store.close()

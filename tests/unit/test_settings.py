@@ -71,3 +71,25 @@ def test_missing_file_says_where_an_example_is(tmp_path: Path) -> None:
 def test_nobody_may_send_by_default() -> None:
     assert Settings().sources == ()
     assert Settings().receiver.address == "127.0.0.1"
+
+
+def test_the_password_of_the_store_is_nowhere_but_in_its_url(tmp_path: Path) -> None:
+    path, password = tmp_path / "osteo.toml", "a/b@c d"
+    path.write_text("[store]\nurl = 'postgresql://osteo@db.example:5433/osteo'\n")
+    settings = load_settings(path, {"OSTEO_STORE__PASSWORD": password})
+    assert settings.database_url == "postgresql+pg8000://osteo:a%2Fb%40c%20d@db.example:5433/osteo"
+    assert settings.database_file is None
+    assert password not in repr(settings)
+    (tmp_path / "password").write_text("other\n")
+    path.write_text(path.read_text() + f"password_file = '{tmp_path / 'password'}'\n")
+    assert ":other@" in load_settings(path, {}).database_url
+    (tmp_path / "password").unlink()
+    with pytest.raises(ConfigurationError, match="password_file"):
+        _ = load_settings(path, {}).database_url
+
+
+@pytest.mark.parametrize("url", ["postgresql://osteo:geheim@db/osteo", "mysql://osteo:geheim@db/osteo", "geheim"])
+def test_a_url_that_is_refused_is_not_quoted(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="url: ") as caught:
+        load_settings(None, {"OSTEO_STORE__URL": url})
+    assert "geheim" not in str(caught.value)

@@ -44,6 +44,13 @@ DIES = """
 open({folder!r} + "/{name}.started", "a").write("x")
 """
 REFUSES = "import sys; sys.exit(2)"
+REFUSES_LATER = """
+import sys
+with open({folder!r} + "/{name}.started", "a+") as file:
+    file.write("x")
+    file.seek(0)
+    sys.exit(0 if len(file.read()) == 1 else 2)
+"""
 
 
 @contextmanager
@@ -121,6 +128,16 @@ def test_a_role_that_refuses_to_start_ends_all(tmp_path: Path) -> None:
     with supervisor(tmp_path, one=GENTLE, two=REFUSES) as process:
         assert process.wait(15) == 2
     assert "role_refused_to_start" in (tmp_path / "log").read_text()
+
+
+def test_a_role_that_ran_before_and_refuses_later_takes_nobody_with_it(tmp_path: Path) -> None:
+    with supervisor(tmp_path, one=GENTLE, two=REFUSES_LATER) as process:
+        until(lambda: started(tmp_path, "two") >= 3)  # it is tried again
+        assert "role_refused_to_start" in (tmp_path / "log").read_text()
+        assert started(tmp_path, "one") == 1
+        assert process.poll() is None
+        process.terminate()
+        assert process.wait(15) == 0
 
 
 def test_children_do_not_outlive_a_killed_supervisor(tmp_path: Path) -> None:

@@ -95,7 +95,8 @@ def torso_edits(folder: Path) -> Iterator[Case]:
         made = recounted(torso, at_disc, by)
         names = counted_names(made.bears_rib)
         truth = dict(zip(names, made.centres_lps_mm, strict=True))
-        yield Case("torso, other count", f"disc {at_disc}, {-by:+d}", made.volume, truth, unusual=True)
+        what = f"without {LEVELS_FROM_SACRUM[at_disc]}" if by > 0 else f"{LEVELS_FROM_SACRUM[at_disc - 1]} twice"
+        yield Case("torso, other count", what, made.volume, truth, unusual=True)
     for disc in (1, 2, 3, 4):
         pair = frozenset(LEVELS_FROM_SACRUM[disc - 1 : disc + 1])
         yield Case("torso, fused pair", "-".join(sorted(pair)), fused(torso, disc), {}, fused=pair)

@@ -13,7 +13,6 @@ import torch
 from scipy import ndimage
 
 from osteo_daemon.imaging.volume import CtVolume
-from osteo_daemon.inference.canonical import grid_affine
 from train.synthesis import gather
 from train.torso import N_LEVELS, SPACING_MM, Floats, Tissue, Torso
 from train.warp import recount
@@ -22,6 +21,7 @@ _GROWTH_VOXELS = 14  # one vertebra and disc of the torso, so that what is pushe
 _MARROW_HU, _CORTEX_HU, _TEXTURE_SD_HU = 130.0, 250.0, 20.0
 _CORTEX_MM = 3.1
 _SMALLEST_BODY_VOXELS = 300
+_AFFINE = np.diag([SPACING_MM, SPACING_MM, SPACING_MM, 1.0])[[2, 1, 0, 3]]  # (z, y, x) to LPS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,7 +52,7 @@ def recounted(torso: Torso, at_disc: int, by: int) -> Recounted:
     hu, level, _, tissue = gather(torso, edit(places))
     number = torch.floor(level + edit.levels * (edit.upper.distance(places) + 1.0 >= 0)).numpy()
     origin = np.floor(level.numpy())
-    volume = CtVolume(hu.numpy(), grid_affine(np.zeros(3), SPACING_MM))
+    volume = CtVolume(hu.numpy(), _AFFINE)
     centres, ribs = [], []
     for k in range(N_LEVELS + 2):
         body = (tissue.numpy() == Tissue.BODY) & (number == k)
@@ -74,4 +74,4 @@ def fused(torso: Torso, disc: int, seed: int = 0) -> CtVolume:
     texture = np.random.default_rng(seed).normal(0.0, _TEXTURE_SD_HU, hu.shape)
     block: npt.NDArray[np.float64] = np.where(shell, _CORTEX_HU, _MARROW_HU) + texture
     hu[zone] = block[zone]
-    return CtVolume(hu, grid_affine(np.zeros(3), SPACING_MM))
+    return CtVolume(hu, _AFFINE)

@@ -67,13 +67,27 @@ def test_the_order_of_axes_and_slices_changes_nothing(localizer: SpineLocalizer,
         assert other[level] == pytest.approx(centre, abs=1.0)
 
 
-def test_without_the_sacrum_nothing_is_named(localizer: SpineLocalizer, study: PhantomStudy) -> None:
-    centre = next(v.centre_lps_mm for v in study.vertebrae if v.level == "L5")
+def cut_below(study: PhantomStudy, level: str) -> CtVolume:
+    """The scan from the middle of a level upwards."""
+    centre = next(v.centre_lps_mm for v in study.vertebrae if v.level == level)
     first = round(float(volume_of(study).to_index(centre)[0]))
     affine = study.affine.copy()
     affine[:3, 3] = volume_of(study).to_lps([first, 0, 0])
+    return CtVolume(study.voxels[first:].astype(np.float32), affine)
+
+
+def test_without_the_sacrum_names_come_from_the_last_rib(localizer: SpineLocalizer, study: PhantomStudy) -> None:
+    found = localizer(cut_below(study, "L5"))
+    truth = {v.level: v.centre_lps_mm for v in study.vertebrae}
+    assert found.anchor == "rib"
+    assert {"T12", "L1", "L2", "L3"} <= {v.level for v in found.vertebrae}
+    for vertebra in found.vertebrae:
+        assert vertebra.centre_lps_mm == pytest.approx(truth[vertebra.level], abs=4.0)
+
+
+def test_one_lumbar_vertebra_below_the_last_rib_is_too_few(localizer: SpineLocalizer, study: PhantomStudy) -> None:
     with pytest.raises(NotEligible) as refusal:
-        localizer(CtVolume(study.voxels[first:].astype(np.float32), affine))
+        localizer(cut_below(study, "L2"))
     assert refusal.value.code == "insufficient_coverage"
 
 

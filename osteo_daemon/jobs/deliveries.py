@@ -40,8 +40,9 @@ class Deliveries(Commitments, Breakers):
     ) -> Delivery | None:
         """Take the next delivery for ``lease_seconds``, only of ``destination`` when given.
 
-        A destination gets the revisions of a study in order: a later one waits while an earlier one is on its way. A
-        delivery whose wait for a proof is over is claimed like any other, and that is no attempt.
+        Urgent studies go first, as in screening; within a class the oldest. A destination gets the revisions of a study
+        in order: a later one waits while an earlier one is on its way. A delivery whose wait for a proof is over is
+        claimed like any other, and that is no attempt.
 
         Returns:
             The delivery in state SENDING under a new fencing token, or None when nothing waits.
@@ -344,7 +345,7 @@ class Deliveries(Commitments, Breakers):
 
 
 def _next_delivery(connection: Connection, now: datetime, destination: str | None, *, lock: bool) -> Row[Any] | None:
-    """The oldest delivery that may be claimed."""
+    """Of the deliveries that may be claimed the oldest of the most urgent class."""
     # a query for each state, none with an OR over states: each walks an index to its first row, however many have ended
     due = or_(
         DeliveryRow.not_before.is_(None),
@@ -360,7 +361,7 @@ def _next_delivery(connection: Connection, now: datetime, destination: str | Non
         query = (
             select(DeliveryRow.__table__)
             .where(DeliveryRow.state == state, claimable, ~_blocked())
-            .order_by(DeliveryRow.delivery_id)
+            .order_by(DeliveryRow.priority, DeliveryRow.delivery_id)
             .limit(1)
         )
         if destination is not None:
@@ -368,7 +369,7 @@ def _next_delivery(connection: Connection, now: datetime, destination: str | Non
         row = connection.execute(query.with_for_update(skip_locked=True) if lock else query).first()
         if row is not None:
             found.append(row)
-    return min(found, key=lambda row: row.delivery_id, default=None)
+    return min(found, key=lambda row: (row.priority, row.delivery_id), default=None)
 
 
 def _blocked() -> Any:

@@ -63,6 +63,7 @@ def save_delivery(
             revision=job.revision,
             destination=delivery.destination,
             state=DeliveryState.PENDING,
+            priority=int(job.priority),
             attempts=0,
             fencing_token=0,
             created_at=now,

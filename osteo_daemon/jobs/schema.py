@@ -260,7 +260,7 @@ class DeliveryRow(Base):
         UniqueConstraint("job_id", "revision", "destination"),
         Index(None, "state", "not_before"),
         Index(None, "state", "delivery_id"),
-        Index(None, "destination", "state", "delivery_id"),
+        Index(None, "destination", "state", "priority", "delivery_id"),
     )
 
     delivery_id: Mapped[int] = mapped_column(primary_key=True)
@@ -277,6 +277,7 @@ class DeliveryRow(Base):
     detail: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     changed_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    priority: Mapped[int] = mapped_column(server_default="100")  # its job's, as it was screened
     proof_rounds: Mapped[int] = mapped_column(server_default="0")  # how often objects went again for want of proof
     proof_questions: Mapped[int] = mapped_column(server_default="0")  # C-FIND questions since they last went
 

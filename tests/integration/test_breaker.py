@@ -14,6 +14,7 @@ import pytest
 
 from osteo_daemon.dicom.report_objects import BuiltReport
 from osteo_daemon.domain.breaker import Breaker, BreakerState
+from osteo_daemon.domain.job import JobState
 from osteo_daemon.jobs.records import DeliveryState
 from osteo_daemon.jobs.store import JobStore
 from tests.deliveries import PATIENCE_S, built_report, commit, ended, lanes, settings_for
@@ -218,9 +219,11 @@ def test_patience_ends_behind_an_open_breaker_and_a_person_may_resend(tmp_path: 
         assert delivery.state is DeliveryState.REFUSED
         assert delivery.detail is not None
         assert delivery.detail.startswith("gave up after")
+        assert [job.state for job in store.recent()] == [JobState.REPORTED]
         with CountingScp(port=port):
             store.resend(delivery.delivery_id, "operator")
             assert until(lambda: ended(store), PATIENCE_S).outcome == "stored"
+        assert [job.state for job in store.recent()] == [JobState.DELIVERED]
     store.close()
 
 

@@ -17,8 +17,12 @@ def upgrade() -> None:
     op.add_column("deliveries", sa.Column("proof_questions", sa.Integer(), nullable=False, server_default="0"))
     op.add_column("delivery_objects", sa.Column("proof", sa.String(length=64), nullable=True))
     op.add_column("delivery_objects", sa.Column("proved_at", sa.DateTime(timezone=True), nullable=True))
+    op.add_column("deliveries", sa.Column("priority", sa.Integer(), nullable=False, server_default="100"))
+    op.execute("UPDATE deliveries SET priority = (SELECT priority FROM jobs WHERE jobs.job_id = deliveries.job_id)")
     op.create_index(
-        "ix_deliveries_destination_state_delivery_id", "deliveries", ["destination", "state", "delivery_id"]
+        "ix_deliveries_destination_state_priority_delivery_id",
+        "deliveries",
+        ["destination", "state", "priority", "delivery_id"],
     )
     op.create_table(
         "commitments",

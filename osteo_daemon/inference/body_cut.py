@@ -86,8 +86,10 @@ def cut_body(mask: Mask, spacing_mm: float, centre: Floats, up: Floats) -> CutBo
     if was_whole:
         # the arch lies straight behind the body: it tells the direction better than the body's width
         for _ in range(2):
-            arch = (places - centre)[behind > _BEHIND_MM].mean(axis=0)
-            back = _limited(arch, up)
+            arch = (places - centre)[behind > _BEHIND_MM]
+            if not len(arch):
+                raise VertebraeUnusable("no arch behind the body")
+            back = _limited(arch.mean(axis=0), up)
             wall = _wall(mask, spacing_mm, centre, up, back)
             behind = _behind(places - centre, up, back, wall)
         body = np.zeros_like(mask)

@@ -27,6 +27,9 @@ Floats = npt.NDArray[np.float64]
 ANCHOR = "labels"
 """`Localization.anchor` of vertebrae whose names came with their masks."""
 
+LARGEST_EXTENT_MM = 250.0
+"""Of one vertebra with all its processes, twice over: a larger mask is something else and would take the memory."""
+
 _CONTENT_SPACING_MM = 3.0  # grid on which metal and cement are looked for, as for the localiser
 _CLOSEST_MM, _FARTHEST_MM = 12.0, 62.0  # between the centres of neighbouring bodies
 _MARGIN_MM = 3.0 + MASK_SPACING_MM / 4  # a quarter: no sample falls on the face of a voxel of 1.5 or 3 mm
@@ -52,11 +55,15 @@ def localize_masks(regions: Mapping[Level, Region], volume: CtVolume) -> Localiz
     """
     canonical = resample_canonical(volume, _CONTENT_SPACING_MM, torch.device("cpu"))
     # what is smaller than any body is a fragment at the edge of the scan: it tells no direction either
-    grids = {
-        level: on_patient_grid(regions[level])
+    whole = {
+        level: _cropped(regions[level])
         for level in Level
         if level in regions and regions[level].volume_mm3 > SMALLEST_BODY_MM3
     }
+    for level, region in whole.items():
+        if (_extent_mm(region) > LARGEST_EXTENT_MM).any():
+            raise VertebraeUnusable(f"{level} spans more than {LARGEST_EXTENT_MM:.0f} mm")
+    grids = {level: on_patient_grid(region) for level, region in whole.items()}
     guesses = {
         level: thickest_point(grid.mask, MASK_SPACING_MM) + _origin(grid) for level, grid in grids.items()
     }  # cranial to caudal, mm (z, y, x) in LPS
@@ -96,8 +103,7 @@ def _cut_all(
 
 
 def on_patient_grid(region: Region) -> Region:
-    """A region on cubic voxels of 1.5 mm along the patient's axes (cranial, posterior, left)."""
-    region = _cropped(region)
+    """A region, cut to its extent, on cubic voxels of 1.5 mm along the patient's axes (cranial, posterior, left)."""
     spacing = np.linalg.norm(region.affine[:3, :3], axis=0)
     padded = np.pad(region.mask, 2)
     half = float(spacing.min()) / 2
@@ -127,6 +133,10 @@ def _cropped(region: Region) -> Region:
     affine = region.affine.copy()
     affine[:3, 3] += affine[:3, :3] @ begin
     return Region(region.mask[tuple(slice(int(a), int(b)) for a, b in zip(begin, end, strict=True))], affine)
+
+
+def _extent_mm(region: Region) -> Floats:
+    return np.asarray(np.linalg.norm(region.affine[:3, :3], axis=0) * np.array(region.mask.shape))
 
 
 def _origin(region: Region) -> Floats:

@@ -22,6 +22,9 @@ from osteo_daemon.inference.segment_codes import level_of_segment
 MAXIMUM_FILE_BYTES = 2**30
 """A larger object is passed over: it is read whole, and no segmentation of one CT needs this much."""
 
+MAXIMUM_PLANES = 4096
+"""More than any CT has; a broken position must not eat the memory."""
+
 GRID_TOLERANCE_MM = 0.2
 """A frame may lie this far from the even grid of all frames: positions are written rounded."""
 
@@ -143,6 +146,8 @@ class _Grid:
         step = float((steps.sum()) / multiples.sum())
         low, high = positions[order[0]], positions[order[-1]]
         count = round(float((heights.max() - heights.min()) / step))
+        if count > MAXIMUM_PLANES:
+            raise VertebraeUnusable(f"a grid of {count} planes")
         affine = np.eye(4)
         affine[:3, 0] = (high - low) / count  # under gantry tilt not parallel to the normal
         affine[:3, 1] = orientation[3:] * spacing[0]

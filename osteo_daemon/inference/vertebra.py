@@ -54,7 +54,7 @@ class Localization:
     """The vertebrae of one scan.
 
     Attributes:
-        vertebrae: cranial to caudal, with no level left out.
+        vertebrae: cranial to caudal; only masks from outside may leave a level out.
         flags: remarks on the column as a whole.
         anchor: what the names were counted from: ``s1+rib``, ``s1``, ``rib``, ``none``, or ``labels`` for masks with
             names.

@@ -210,6 +210,8 @@ def test_labels(label: str, level: str | None) -> None:
         ("canal", "no spinal canal behind the body"),
         ("swapped", "do not lie as their names say"),
         ("one", "fewer than two lumbar bodies"),
+        ("huge", "L1 spans more than 250 mm"),
+        ("far", "a grid of"),
         ("cut", "cannot be read"),
         ("no groups", "cannot be read (AttributeError)"),
     ],
@@ -234,9 +236,16 @@ def test_what_cannot_be_used_gives_way_to_the_network(
         masks = {name: _convex(mask) for name, mask in masks.items()}
     elif change == "swapped":
         masks["vertebrae_L1"], masks["vertebrae_L3"] = masks["vertebrae_L3"], masks["vertebrae_L1"]
+    elif change == "huge":
+        masks["vertebrae_L1"] = np.ones_like(masks["vertebrae_L1"])
     elif change == "one":
         masks = {"vertebrae_L1": masks["vertebrae_L1"]}
     path = write_segmentation(tmp_path / "seg.dcm", masks, study.affine, source, types=types, **attributes)
+    if change == "far":
+        edited = pydicom.dcmread(path)
+        last = edited.PerFrameFunctionalGroupsSequence[-1].PlanePositionSequence[0]
+        last.ImagePositionPatient = [*last.ImagePositionPatient[:2], 1e6]
+        edited.save_as(path)
     if change == "cut":
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     source_of = replace(screener._locate, otherwise=Nobody())

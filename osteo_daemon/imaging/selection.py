@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+import numpy as np
 from pydicom.dataset import Dataset
 from pydicom.uid import (
     UID,
@@ -34,6 +35,12 @@ MAXIMUM_THICKNESS_MM = 6.0
 
 MAXIMUM_OBLIQUITY_DEGREES = 35.0
 """Gantry tilt stays below 30 degrees; a stack further off the patient's axis is a reformation."""
+
+MAXIMUM_FIELD_MM = 1000.0
+"""No scanner's bore is wider: a larger field of view comes from a wrong pixel spacing."""
+
+MAXIMUM_COVERAGE_MM = 2500.0
+"""No patient is longer."""
 
 MINIMUM_EVEN_SHARE = 0.75
 """Below this share of a series on one even grid, with other spacings beside it, the geometry is not trusted."""
@@ -69,6 +76,8 @@ class Candidate:
     stack: Stack
     quality_flags: tuple[QualityFlag, ...]
 
+
+_COSINE_TOLERANCE = 0.01
 
 # How far a rejected series came: the study's exclusion is that of the series that came furthest.
 _PROGRESS = (
@@ -188,6 +197,8 @@ def _judge(uid: str, slices: Sequence[Slice]) -> Candidate | Rejection:
     if len(spacings) > 1 and len(stack.slices) < MINIMUM_EVEN_SHARE * len(slices):
         shown = ", ".join(f"{spacing:.1f}" for spacing in sorted(spacings))
         return Rejection(uid, ExclusionCode.UNEVEN_GEOMETRY, f"slice spacing changes within the series ({shown} mm)")
+    if implausible := _why_implausible(stack):
+        return Rejection(uid, ExclusionCode.UNEVEN_GEOMETRY, implausible)
     obliquity = math.degrees(math.acos(min(1.0, abs(stack.affine[2, 0]) / stack.spacing_mm)))
     if obliquity > MAXIMUM_OBLIQUITY_DEGREES:
         return Rejection(
@@ -214,6 +225,25 @@ def _judge(uid: str, slices: Sequence[Slice]) -> Candidate | Rejection:
     if stack.cut_slices:
         flags.append(QualityFlag("slice_gap", Severity.CAUTION))
     return Candidate(stack, tuple(flags))
+
+
+def _why_implausible(stack: Stack) -> str | None:
+    """What is wrong with a grid that no scan of a patient has; None when nothing is."""
+    cosines = np.asarray(stack.header.ImageOrientationPatient, dtype=np.float64)
+    row, column = cosines[:3], cosines[3:]
+    if abs(row @ row - 1) > _COSINE_TOLERANCE or abs(column @ column - 1) > _COSINE_TOLERANCE:
+        return "the image orientation holds no unit vectors"
+    if abs(row @ column) > _COSINE_TOLERANCE:
+        return "rows and columns are not at right angles"
+    header = stack.header
+    field_mm = max(
+        int(header.Rows) * float(header.PixelSpacing[0]), int(header.Columns) * float(header.PixelSpacing[1])
+    )
+    if field_mm > MAXIMUM_FIELD_MM:
+        return f"a field of view of {field_mm:.0f} mm: the pixel spacing cannot be right"
+    if stack.coverage_mm > MAXIMUM_COVERAGE_MM:
+        return f"{stack.coverage_mm:.0f} mm along the body: the slice positions cannot be right"
+    return None
 
 
 def _thickness_mm(stack: Stack) -> float:

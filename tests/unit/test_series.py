@@ -317,6 +317,22 @@ def test_stored_values_to_hu(
     np.testing.assert_allclose(read_volume(stacks[0]).voxels[1, 0], expected)
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"spacing_mm": (300.0, 300.0)}, "field of view of 1800 mm"),
+        ({"orientation": (1, 0, 0, 0.5, 0.866, 0)}, "not at right angles"),
+        ({"orientation": (2, 0, 0, 0, 1, 0)}, "no unit vectors"),
+        ({"step_mm": 60.0}, "mm along the body"),
+    ],
+)
+def test_a_grid_that_no_scanner_makes_is_refused(tmp_path: Path, change: dict[str, object], reason: str) -> None:
+    step_mm = change.pop("step_mm", 2.5)
+    write_slices(tmp_path, _ramp(50), column(50, step_mm), **change)
+    with pytest.raises(NotEligible, match=f"uneven_geometry: .*{reason}"):
+        _select(tmp_path)
+
+
 def test_short_and_sagittal_series_are_refused(tmp_path: Path) -> None:
     write_slices(tmp_path / "short", _ramp(20), column(20, 2.0))
     with pytest.raises(NotEligible, match="insufficient_coverage: covers 38 mm"):

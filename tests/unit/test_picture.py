@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import warnings
+from datetime import date
 
 import numpy as np
 import pydicom
@@ -11,12 +13,17 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from osteo_daemon.dicom import picture
+from osteo_daemon.dicom import fonts, picture
+from osteo_daemon.dicom.fonts import font_families
 from osteo_daemon.dicom.outline import on_native_grid, outlines
 from osteo_daemon.dicom.report_objects import build_report_objects
 from osteo_daemon.dicom.sagittal_view import region_on_view, sagittal_view
 from osteo_daemon.domain.findings import Category, QualityFlag, Severity
+from osteo_daemon.domain.references import l1_age_reference
+from osteo_daemon.domain.trend import EarlierValue
+from osteo_daemon.domain.wording import LANGUAGES, load_wording
 from osteo_daemon.imaging.region import Region
+from tests.conftest import missing
 from tests.report_cases import indeterminate_case, synthetic_case, with_result, withheld_case
 
 
@@ -121,9 +128,14 @@ def test_no_text_lies_over_another_or_outside(monkeypatch: pytest.MonkeyPatch) -
             for finding in request.result.vertebrae
         ),
     )
-    for case in (request, crowded, indeterminate_case()):
-        build_report_objects(case)
-    assert len(figures) == 3
+    earlier = tuple(EarlierValue(date(2019 + year, 3, 1), 150.0 - 7 * year) for year in range(6))
+    for language in LANGUAGES:
+        wording = load_wording(language)
+        for case in (crowded, indeterminate_case()) if language in ("en", "ja") else (crowded,):
+            shown = dataclasses.replace(case, wording=wording, earlier=earlier if case is crowded else ())
+            build_report_objects(shown, [])
+    build_report_objects(request, [])
+    assert len(figures) == len(LANGUAGES) + 3
     for figure in figures:
         renderer = figure.canvas.get_renderer()
         boxes = []
@@ -133,6 +145,7 @@ def test_no_text_lies_over_another_or_outside(monkeypatch: pytest.MonkeyPatch) -
                 assert box.x0 >= 0, text.get_text()
                 assert box.x1 <= 1024, text.get_text()
                 assert box.y0 >= 0, text.get_text()
+                assert box.y1 <= 1024, text.get_text()
                 boxes.append((text.get_text(), box))
         assert len(boxes) > 15
         for number, (one, box) in enumerate(boxes):
@@ -140,3 +153,40 @@ def test_no_text_lies_over_another_or_outside(monkeypatch: pytest.MonkeyPatch) -
                 width = min(box.x1, second.x1) - max(box.x0, second.x0)
                 height = min(box.y1, second.y1) - max(box.y0, second.y0)
                 assert width <= 1 or height <= 1, (one, other)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_character_of_a_language_is_drawn(language: str) -> None:
+    wording = load_wording(language)
+    if font_families(wording) is None:
+        missing("no font for Chinese or Japanese is installed (make system-packages)")
+    assert picture.drawable(wording)[0] is wording
+    request = dataclasses.replace(withheld_case(), wording=wording)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Glyph")
+        report = build_report_objects(request, [], frozenset({"pdf"}))
+    english = build_report_objects(withheld_case(), [])
+    assert (report.picture_png == english.picture_png) == (language == "en")
+
+
+def test_without_a_font_the_picture_is_in_english(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fonts.font_manager, "findSystemFonts", list)
+    monkeypatch.setattr(fonts.font_manager.fontManager, "ttflist", [
+        entry for entry in fonts.font_manager.fontManager.ttflist if entry.name.startswith("DejaVu")
+    ])  # fmt: skip
+    fonts._families.cache_clear()
+    try:
+        wording, families = picture.drawable(load_wording("ja"))
+        assert (wording.language, families) == ("en", (fonts.BASE_FAMILY,))
+        assert picture.drawable(load_wording("de"))[0].language == "de"
+    finally:
+        fonts._families.cache_clear()
+
+
+def test_the_age_reference_is_that_of_the_paper_at_its_ends() -> None:
+    for age, mean, sd in ((20, 226, 44), (30, 226, 44), (90, 89, 38), (101, 89, 38)):
+        reference = l1_age_reference(age)
+        assert (reference.mean_hu, reference.sd_hu) == pytest.approx((mean, sd))
+    assert l1_age_reference(60).mean_hu == pytest.approx(157.5)
+    # its fitted slope is -2.5 HU a year; the line between its end groups must not be far from that
+    assert l1_age_reference(70).mean_hu - l1_age_reference(60).mean_hu == pytest.approx(-25, abs=3)

@@ -66,7 +66,7 @@ class Screener:
         self._stopping = threading.Event()
         self._status = StatusFile(settings.state_dir)
         self._worker: WorkerProcess | None = None
-        self._ahead: tuple[int, int] | None = None
+        self._ahead: int | None = None  # job that is, or was, read ahead of its turn
         self._reading_ahead = False
         self._suspects: list[int] = []
         self._token = 0
@@ -180,7 +180,7 @@ class Screener:
         """
         self._token += 1
         worker.send({"type": "screen", "token": self._token, **self._study(job)})
-        self._ahead = None
+        self._ahead, self._reading_ahead = None, False
         while True:
             message = worker.receive(_TICK_SECONDS)
             if message is not None and message.get("token") == self._token:
@@ -207,13 +207,13 @@ class Screener:
             return
         try:
             following = self._store.next_ready()
+            if following is None or following.job_id in self._suspects or self._stopping.is_set():
+                return
+            study = self._study(following)
         except Transient:
-            return
-        if following is None or following.job_id in self._suspects or self._stopping.is_set():
-            return
-        self._ahead = (following.job_id, following.revision)
-        self._reading_ahead = True
-        worker.send({"type": "prefetch", **self._study(following)})
+            return  # a store that does not answer is no reason to drop the study in hand
+        self._ahead, self._reading_ahead = following.job_id, True
+        worker.send({"type": "prefetch", "job": following.job_id, **study})
 
     def _study(self, job: Job) -> dict[str, Any]:
         screener = self._settings.screener
@@ -235,7 +235,7 @@ class Screener:
     def _told(self, message: Mapping[str, Any]) -> None:
         """What the worker says between its answers."""
         if message["type"] == "prefetched":
-            self._reading_ahead = False
+            self._reading_ahead = self._reading_ahead and message["job"] != self._ahead
         elif message["type"] in ("ready", "models"):
             self._status.write(
                 device=message["device"], models=message["models"], refused_bundle=message["refused_bundle"]
@@ -262,8 +262,7 @@ class Screener:
 
     def _worker_died(self, job: Job, error: WorkerDied) -> str:
         """Count the attempt, unless the study that was read ahead may have been the cause."""
-        ambiguous = self._reading_ahead and self._ahead is not None
-        suspects = [job.job_id, self._ahead[0]] if self._ahead is not None and ambiguous else []
+        suspects = [job.job_id, self._ahead] if self._ahead is not None and self._reading_ahead else []
         self._worker, self._ahead, self._reading_ahead = None, None, False
         self._log.error("worker_died", job_id=job.job_id, detail=error.detail)
         if suspects:

@@ -63,33 +63,40 @@ class Ahead:
         if self._files is not None:
             self._files.cancel()
         self._key = _key(message)
-        self._files = self._pool.submit(self._read, message["study"], [Path(path) for path in message["paths"]])
+        self._files = self._pool.submit(self._read, message, [Path(path) for path in message["paths"]])
 
-    def take(self, message: Mapping[str, Any]) -> StudyFiles | None:
-        """The files of just this study, revision and set of instances, or None: then what was read is dropped."""
+    def take(self, message: Mapping[str, Any]) -> Future[StudyFiles] | None:
+        """The files, perhaps still being read, of just this study, revision and set of instances.
+
+        None when others were read: those are dropped.
+        """
         files, key = self._files, self._key
         self._files = self._key = None
-        if files is None or key != _key(message):
-            return None
-        try:
-            return files.result()
-        except Exception as error:  # noqa: BLE001 - reading ahead is a help: the study is read again at its own turn
-            get_logger().warning("prefetch_failed", error=type(error).__name__, detail=where(error.__traceback__))
-            return None
+        return files if key == _key(message) else None
 
-    def _read(self, study: str, paths: list[Path]) -> StudyFiles:
+    def _read(self, message: Mapping[str, Any], paths: list[Path]) -> StudyFiles:
         start = time.perf_counter()
         files = StudyFiles.read(paths).decode_ahead(self._maximum_bytes)
         duration = round(time.perf_counter() - start, 2)
         get_logger().info(
             "study_prefetched",
-            study_instance_uid=study,
+            study_instance_uid=message["study"],
             instances=len(files.headers),
             outcome="headers" if files.decoded is None else "decoded",
             duration_s=duration,
         )
-        self._link.send({"type": "prefetched", "study": study})
+        self._link.send({"type": "prefetched", "job": message["job"]})
         return files
+
+
+def _read_ahead(files: Future[StudyFiles] | None) -> StudyFiles | None:
+    if files is None:
+        return None
+    try:
+        return files.result()
+    except Exception as error:  # noqa: BLE001 - reading ahead is a help: the study is read again at its own turn
+        get_logger().warning("prefetch_failed", error=type(error).__name__, detail=where(error.__traceback__))
+        return None
 
 
 def _key(message: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -108,7 +115,7 @@ class ScreeningWorker:
         self._log = get_logger()
         self._spool = Spool(settings.spool_dir)
         self._ahead = Ahead(settings.screener.prefetch_maximum_bytes, link)
-        self._inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[dict[str, Any], Future[StudyFiles] | None]] = queue.SimpleQueue()
         self._cancelled: int | None = None
         if (drawn := picture_language(settings)) != settings.site.language:
             detail = f"no installed font holds the characters of {settings.site.language}: pictures are in {drawn}"
@@ -122,8 +129,8 @@ class ScreeningWorker:
         self._link.send({"type": "ready", **self._loaded()})
         threading.Thread(target=self._listen, name="link", daemon=True).start()
         while True:
-            message = self._inbox.get()
-            self._link.send({"token": message["token"], **self._answer(message)})
+            message, files = self._inbox.get()
+            self._link.send({"token": message["token"], **self._answer(message, files)})
 
     def _listen(self) -> None:
         try:
@@ -133,14 +140,14 @@ class ScreeningWorker:
                 elif message["type"] == "cancel":
                     self._cancelled = message["token"]
                 else:
-                    self._inbox.put(message)
+                    # taken here, in the order of the messages: the next prefetch may be the very next one
+                    self._inbox.put((message, self._ahead.take(message)))
         except EOFError:
             os._exit(0)  # nobody wants an answer, and torch may be in the middle of one
 
-    def _answer(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        files = self._ahead.take(message)
+    def _answer(self, message: Mapping[str, Any], ahead: Future[StudyFiles] | None) -> dict[str, Any]:
         try:
-            return self._screen(message, files)
+            return self._screen(message, _read_ahead(ahead))
         except _Cancelled:
             return {"type": "cancelled"}
         except Damaged as error:

@@ -28,7 +28,7 @@ class _Pair(Link):
 
 
 def _message(paths: list[Path], revision: int = 1, study: str = "1.2.3") -> dict[str, object]:
-    return {"study": study, "revision": revision, "paths": [str(path) for path in paths]}
+    return {"job": 1, "study": study, "revision": revision, "paths": [str(path) for path in paths]}
 
 
 def test_only_the_same_study_revision_and_files_are_used(tmp_path: Path, link: _Pair) -> None:
@@ -40,11 +40,22 @@ def test_only_the_same_study_revision_and_files_are_used(tmp_path: Path, link: _
         assert ahead.take(_message(paths)) is None  # dropped: its memory is free
     ahead = Ahead(2**30, link)
     ahead.start(_message(paths))
-    files = ahead.take(_message(paths))
-    assert files is not None
+    reading = ahead.take(_message(paths))
+    assert reading is not None
+    files = reading.result(10)
     assert files.decoded is not None
     assert files.decoded[1].voxels.shape == (50, 16, 16)
-    assert {link.other.receive(1)["type"] for _ in range(2)} == {"prefetched"}  # type: ignore[index]
+    assert link.other.receive(1) == {"type": "prefetched", "job": 1}
+
+
+def test_the_next_order_does_not_touch_what_was_taken(tmp_path: Path, link: _Pair) -> None:
+    paths = write_slices(tmp_path, np.zeros((50, 16, 16), dtype=np.int16), column(50, 2.5))
+    ahead = Ahead(2**30, link)
+    ahead.start(_message(paths))
+    reading = ahead.take(_message(paths))
+    ahead.start(_message(paths[:10], study="1.2.4"))
+    assert reading is not None
+    assert len(reading.result(10).headers) == 50
 
 
 def test_a_file_that_went_meanwhile_is_no_crash(tmp_path: Path, link: _Pair) -> None:
@@ -52,9 +63,9 @@ def test_a_file_that_went_meanwhile_is_no_crash(tmp_path: Path, link: _Pair) -> 
     paths[20].unlink()
     ahead = Ahead(2**30, link)
     ahead.start(_message(paths))
-    files = ahead.take(_message(paths))
-    assert files is not None
-    assert len(files.unreadable) == 1
+    reading = ahead.take(_message(paths))
+    assert reading is not None
+    assert len(reading.result(10).unreadable) == 1
 
 
 def test_messages_arrive_whole_in_order_and_the_end_is_told(link: _Pair) -> None:

@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -268,28 +269,31 @@ def main() -> None:
     folder = ROOT / "runs" / "naming" / weights[:12]
     locate = KeptOutput(SpineLocalizer.from_bundle(bundle), folder, fresh=arguments.fresh or arguments.quick)
 
-    def cases() -> Iterator[Case]:
-        if arguments.quick:
-            yield next(torso_edits(data))
-            yield from patients(QUICK_PATIENTS)
-            return
-        yield from torso_edits(data)
+    def hard() -> Iterator[Case]:
         for case in torso_cases(data):
             if case.name in HARD:
                 yield Case("torso, altered", case.name, case.volume, case.truth)
-        yield from patients(arguments.patients or PATIENTS)
 
     results = []
-    for case in cases():
-        results.append(judge(case, locate))
-        print(results[-1].row, [(round(c, 2), good) for c, good in results[-1].vertebrae], flush=True)
-    figures = {
-        "bundle": f"{bundle.name} {bundle.version} {bundle.sha256[:12]}",
-        "weights_sha256": weights,
-        **summary(results),
-        "rows": [result.row for result in results],
-    }
-    print(write_result("localizer-naming", figures, quick=arguments.quick))
+    patient_count = arguments.patients or (QUICK_PATIENTS if arguments.quick else PATIENTS)
+    kinds = (torso_edits(data), patients(patient_count)) if arguments.quick else (
+        torso_edits(data), patients(patient_count), hard()
+    )  # fmt: skip
+    # in turn, and written after every case: a run that is cut short still shows each kind
+    for turn in zip_longest(*(islice(kind, 1 if arguments.quick else None) for kind in kinds)):
+        for case in turn:
+            if case is None:
+                continue
+            results.append(judge(case, locate))
+            print(results[-1].row, [(round(c, 2), good) for c, good in results[-1].vertebrae], flush=True)
+        figures = {
+            "bundle": f"{bundle.name} {bundle.version} {bundle.sha256[:12]}",
+            "weights_sha256": weights,
+            **summary(results),
+            "rows": [result.row for result in results],
+        }
+        written = write_result("localizer-naming", figures, quick=arguments.quick)
+    print(written)
 
 
 if __name__ == "__main__":

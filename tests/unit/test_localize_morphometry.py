@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
-from osteo_daemon.domain.findings import Severity
+from osteo_daemon.domain.findings import Category, Level, Outcome, ScreeningResult, Severity, VertebraFinding
 from osteo_daemon.imaging.region import Region
 from osteo_daemon.inference.canonical import grid_affine
-from osteo_daemon.inference.morphometry import Heights, compression_flags, heights
+from osteo_daemon.inference.morphometry import Heights, compression_flags, compression_grades, heights
 
 AXES = np.array([[0.0, 0, -1], [0, 1, 0], [1, 0, 0]])
 
@@ -35,24 +37,38 @@ def test_an_empty_mask_has_no_heights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "severity"),
+    ("own", "severity", "grade"),
     [
-        (Heights(28, 27, 28), None),
-        (Heights(31, 27, 24), None),  # the shape of a healthy L5
-        (Heights(23.5, 26, 28), None),
-        (Heights(22, 25, 28), Severity.CAUTION),
-        (Heights(20, 24, 28), Severity.BLOCKING),  # wedge
-        (Heights(27, 20, 28), Severity.BLOCKING),  # biconcave
-        (Heights(19, 19, 19), Severity.BLOCKING),  # crush: low against its neighbours only
+        (Heights(28, 27, 28), None, 0),
+        (Heights(31, 27, 24), None, 0),  # the shape of a healthy L5
+        (Heights(23.5, 26, 28), None, 0),
+        (Heights(22, 25, 28), Severity.CAUTION, 1),
+        (Heights(20, 24, 28), Severity.BLOCKING, 2),  # wedge
+        (Heights(27, 20, 28), Severity.BLOCKING, 2),  # biconcave
+        (Heights(19, 19, 19), Severity.BLOCKING, 2),  # crush: low against its neighbours only
+        (Heights(16, 22, 28), Severity.BLOCKING, 3),
     ],
 )
-def test_compression_is_said_by_its_degree(own: Heights, severity: Severity | None) -> None:
+def test_compression_is_said_by_its_degree(own: Heights, severity: Severity | None, grade: int) -> None:
     healthy = Heights(27.5, 27, 28)
     below, flags, above = compression_flags([healthy, own, healthy])
     assert below == above == ()
     assert [f.severity for f in flags] == ([] if severity is None else [severity])
+    assert compression_grades([healthy, own, healthy]) == [0, grade, 0]
 
 
 def test_a_level_without_heights_is_passed_over() -> None:
     low = Heights(19, 19, 19)
     assert compression_flags([None, low, Heights(27, 27, 27)]) == [(), (), ()]
+    assert compression_grades([None, low, Heights(27, 27, 27)]) == [None, 0, 0]
+
+
+def test_heights_and_grade_survive_the_result_file_and_may_be_missing_from_it() -> None:
+    finding = VertebraFinding(Level.L2, (1.0, 2.0, 3.0), 0.9, None, heights_mm=(20.1, 24.0, 28.2), compression_grade=2)
+    result = ScreeningResult("1.2", "1.3", Outcome.REPORTED, None, Category.INDETERMINATE, (finding,))
+    document = json.loads(json.dumps(result.to_json()))
+    assert ScreeningResult.from_json(document) == result
+    for key in ("heights_mm", "compression_grade"):
+        del document["vertebrae"][0][key]
+    (older,) = ScreeningResult.from_json(document).vertebrae
+    assert (older.heights_mm, older.compression_grade) == (None, None)

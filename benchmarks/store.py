@@ -28,6 +28,7 @@ from osteo_daemon.jobs.records import DeliveryState, NewDelivery, ReportKind, Re
 from osteo_daemon.jobs.store import JobStore
 from tests.postgres import cluster, programs
 
+FULL = 1_000_000
 GOAL_MS = 10.0
 WAITING = 500
 """READY studies beside the finished ones: a backlog."""
@@ -205,7 +206,7 @@ def main() -> None:
     """Measure and write ``docs/results/store.json``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="20 000 studies, few rounds")
-    parser.add_argument("--studies", type=int, default=1_000_000)
+    parser.add_argument("--studies", type=int, default=FULL)
     parser.add_argument("--folder", type=Path, help="where both databases lie; a temporary folder without it")
     arguments = parser.parse_args()
     count, rounds = (20_000, 20) if arguments.quick else (arguments.studies, 200)
@@ -233,7 +234,8 @@ def main() -> None:
             for step, row in found.items():
                 print(f"{database:10} {step:40} {row}", flush=True)
             figures[f"{database}_over_goal"] = [step for step, row in found.items() if row["median_ms"] >= GOAL_MS]
-    print(f"wrote {write_result('store', figures, quick=arguments.quick)}")
+    # fewer studies than the claim speaks of are no claim
+    print(f"wrote {write_result('store', figures, quick=count < FULL)}")
 
 
 if __name__ == "__main__":

@@ -129,10 +129,10 @@ def groups(case: Draw) -> dict[str, str]:
         "texture": "long and faint" if value["texture_length_mm"] > 0.9 else "short and strong",
         "cortex": "thin" if value["cortex_mm"] < 0.25 else "thick",
         "fracture": "yes" if patient.fractures else "no",
-        "kVp": f"{scanner.kvp:03.0f}",
+        "kVp": f"{scanner.kvp:.0f}",
         "phase": scanner.phase,
         "kernel": scanner.kernel,
-        "noise HU": "06 to 20" if scanner.noise_hu < 20 else "20 to 40",
+        "noise HU": "6 to 20" if scanner.noise_hu < 20 else "20 to 40",
         "thickness and spacing mm": f"{scanner.slice_thickness_mm:g} every {scanner.spacing_mm[0]:g}",
         "coverage": case.coverage,
     }
@@ -141,8 +141,14 @@ def groups(case: Draw) -> dict[str, str]:
 def strata(pairs: list[Pair]) -> Iterator[tuple[str, str, list[Pair]]]:
     """Name, value and members of every stratum."""
     for name in groups(pairs[0][0]):
-        for value in sorted({groups(case)[name] for case, _ in pairs}):
+        for value in sorted({groups(case)[name] for case, _ in pairs}, key=_leading_number):
             yield name, value, [pair for pair in pairs if groups(pair[0])[name] == value]
+
+
+def _leading_number(value: str) -> tuple[float, str]:
+    """Order of strata: by the number they begin with, then by name."""
+    first = value.split()[0]
+    return (float(first), "") if first.isdigit() else (np.inf, value)
 
 
 def figures_of(cases: list[Draw], records: list[Record]) -> Figures:

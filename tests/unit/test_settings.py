@@ -47,6 +47,11 @@ def test_environment_overrides_the_file(tmp_path: Path) -> None:
             "share one",
         ),
         ("[site]\ntimezone_offset = 'CET'", "site.timezone_offset"),
+        (
+            "[[destinations]]\nname='ris'\nkind='hl7'\nhost='h'\nport=1\nreport_exclusions=true",
+            "destination ris takes no structured report",
+        ),
+        ("[screener]\nvertebrae = 'guess'", "screener.vertebrae"),
         ("state_dir = ", "is not TOML"),
     ],
 )

@@ -17,12 +17,12 @@ from osteo_daemon.imaging.volume import CtVolume
 from osteo_daemon.inference import density
 from osteo_daemon.phantom.labels import body_mask, core_mask
 from osteo_daemon.phantom.patient import VirtualPatient
-from osteo_daemon.phantom.scanner import coarse_scanner
-from osteo_daemon.phantom.study import render_study
+from osteo_daemon.phantom.scanner import Scanner
+from osteo_daemon.phantom.study import render_voi
 
 FIRST_SEED = 7_400_000
-PATIENTS, QUICK_PATIENTS = 8, 1
-SPACING_MM = 2.0
+PATIENTS, QUICK_PATIENTS = 20, 1
+SIZE, SPACING_MM = 48, 1.25
 
 RULES = {
     "as the product measures": density.RegionRules(),
@@ -45,16 +45,14 @@ def differences(patients: int) -> dict[str, list[tuple[float, float]]]:
             density_mg_cm3=float(rng.uniform(40, 180)),
             age_years=int(rng.integers(40, 88)),
         )
-        study = render_study(patient, coarse_scanner(SPACING_MM, seed=number), top="T12", bottom="L5", workers=1)
-        volume = CtVolume(study.voxels.astype(np.float32), study.affine)
-        for vertebra in study.vertebrae:
-            if vertebra.level not in AVERAGED_LEVELS:
-                continue
+        for level in AVERAGED_LEVELS:
+            voi = render_voi(patient, level, Scanner(seed=number), SIZE, SPACING_MM)
+            volume, vertebra = CtVolume(voi.voxels, voi.affine), voi.vertebra
             truth = vertebra.trabecular_hu_true
-            core = volume.voxels[core_mask(study.labels, vertebra.level)]
+            core = volume.voxels[core_mask(voi.labels, level)]
             found["the whole core itself"].append((float(core.mean()) - truth, float(np.median(core)) - truth))
             axes = np.array([-vertebra.axes[:, 2], vertebra.axes[:, 1], vertebra.axes[:, 0]])
-            body = Region(body_mask(study.labels, vertebra.level), study.affine)
+            body = Region(body_mask(voi.labels, level), voi.affine)
             for name, rules in RULES.items():
                 measured = density.measure(volume, body, axes, rules).attenuation
                 if measured is not None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import highdicom as hd
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence as DicomSequence
-from pydicom.uid import EncapsulatedPDFStorage, ExplicitVRLittleEndian
+from pydicom.uid import UID, EncapsulatedPDFStorage, ExplicitVRLittleEndian
 
 from osteo_daemon.dicom import codes
 from osteo_daemon.dicom.series_description import series_description
@@ -48,7 +48,7 @@ def pdf_dataset(
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = EncapsulatedPDFStorage
-    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = sop_instance_uid
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = UID(sop_instance_uid)
     dataset.Modality = "DOC"
     dataset.SeriesInstanceUID, dataset.SeriesNumber = series_instance_uid, PDF_SERIES_NUMBER
     dataset.SeriesDescription = series_description("document")

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -32,11 +33,14 @@ _LEASE_SWEEP_SECONDS = 10.0
 _COUNTS_SECONDS = 300.0
 _LEADER_LEASE_SECONDS = 15.0
 _LEADER = "scheduler"
+_CLOCK_SECONDS = 1.0
+_CLOCK_STEP_SECONDS = 2.0  # slewing is slower, an administrator's or NTP's step is larger
 _NOTED_EVERY_SECONDS = 60.0
 """Steps that run more often and have nothing to tell write their row only this often."""
 
 _STUDIES_PER_SWEEP = 2000
 _PAGE = 100
+_CLOCK_MAY_MOVE = timedelta(hours=2)
 _MAKE_UP_SECONDS = 60.0
 """How soon after a start comes the run that was due while the scheduler was down."""
 
@@ -57,14 +61,17 @@ class Scheduler:
 
     Args:
         settings: of the node.
+        clock: gives the present in UTC.
 
     Raises:
         StoreUnavailable: the job store does not answer.
         ConfigurationError: the spool cannot be used.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self._settings = settings
+        self._clock = clock
+        self._started = clock(), time.monotonic()
         self._jobs = JobStore(settings.database_url)
         self._spool = Spool(settings.spool_dir)
         self._name = f"scheduler-{socket.gethostname()}-{os.getpid()}"
@@ -96,6 +103,17 @@ class Scheduler:
         """Run the steps in threads of their own."""
         self._engine.start()
         self.lead()
+        threading.Thread(target=self._watch_clock, name="clock", daemon=True).start()
+
+    def _watch_clock(self) -> None:
+        """APScheduler plans by the wall clock: when that is set back, every step would wait until it catches up."""
+        ahead = time.time() - time.monotonic()
+        while not self._stopping.wait(_CLOCK_SECONDS):
+            before, ahead = ahead, time.time() - time.monotonic()
+            if ahead < before - _CLOCK_STEP_SECONDS:
+                get_logger().warning("clock_set_back", wait_s=round(before - ahead))
+                for job in self._engine.get_jobs():
+                    job.modify(next_run_time=datetime.now(UTC))
 
     def stop(self) -> None:
         """Let running steps finish, give the lease back and close."""
@@ -152,8 +170,20 @@ class Scheduler:
         return ""
 
     def retain(self) -> str:
-        """Remove what is older than the settings want it, of finished studies only."""
-        keep, now = self._settings.retention, datetime.now(UTC)
+        """Remove what is older than the settings want it, of finished studies only.
+
+        Raises:
+            ConfigurationError: the machine's clock was moved, so that no age can be trusted.
+        """
+        keep, now = self._settings.retention, self._clock()
+        wall, steady = self._started
+        moved = now - wall - timedelta(seconds=time.monotonic() - steady)
+        if abs(moved) > _CLOCK_MAY_MOVE:
+            # a clock that runs a month ahead would have everything removed
+            raise ConfigurationError(
+                f"the clock was moved by {moved.total_seconds() / 3600:.1f} h since the scheduler started: nothing is "
+                "removed; set it right, then restart the scheduler"
+            )
         unfinished = self._jobs.being_purged()
         for study_instance_uid in unfinished:
             self._jobs.finish_purge(study_instance_uid, self._spool)
@@ -206,7 +236,8 @@ class Scheduler:
         # a step of many hours must not begin its wait anew with every start
         due = last.get(name)
         coming = now + timedelta(seconds=min(seconds, _MAKE_UP_SECONDS))
-        first = coming if due is None else max(coming, due + timedelta(seconds=seconds))
+        # a run noted in the future was noted by a clock that has been set back since
+        first = coming if due is None or due > now else max(coming, due + timedelta(seconds=seconds))
         self._engine.add_job(
             self._run, "interval", args=[step], seconds=seconds, id=name, name=name, next_run_time=first
         )

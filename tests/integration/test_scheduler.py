@@ -7,14 +7,19 @@ import signal
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from osteo_daemon.cli import cli
 from osteo_daemon.domain.job import JobState
 from osteo_daemon.domain.study import SopInstance
+from osteo_daemon.errors import ConfigurationError
 from osteo_daemon.jobs.spool import Spool
 from osteo_daemon.jobs.store import JobStore
+from osteo_daemon.scheduler import Scheduler
+from osteo_daemon.settings import Settings
 from tests.fakes import RoleProcess, settings_text, until
+from tests.stores import new_sqlite
 
 PAST = datetime.now(UTC) - timedelta(days=40)
 
@@ -109,4 +114,19 @@ def test_one_scheduler_leads_and_another_takes_over(tmp_path: Path) -> None:
         assert "leads" in second.log.read_text()
     finally:
         assert second.stop() == 0
+    store.close()
+
+
+def test_nothing_is_removed_while_the_clock_is_wrong(tmp_path: Path) -> None:
+    store, spool = new_sqlite(tmp_path), Spool(tmp_path / "spool")
+    young = excluded(store, spool, "1.1", datetime.now(UTC))
+    ahead = [timedelta(0)]
+    scheduler = Scheduler(Settings(state_dir=tmp_path), clock=lambda: datetime.now(UTC) + ahead[0])
+    ahead[0] = timedelta(days=60)
+    with pytest.raises(ConfigurationError, match=r"moved by 1440\.0 h"):
+        scheduler.retain()
+    assert young.path.exists()
+    scheduler = Scheduler(Settings(state_dir=tmp_path), clock=lambda: datetime.now(UTC) + ahead[0])
+    assert scheduler.retain() == "1 images"  # it started so: sixty days have really passed
+    assert not young.path.exists()
     store.close()

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 
 from pydicom.dataset import Dataset
 
-from osteo_daemon.dicom.report_objects import BuiltObject, ReportRequest
+from osteo_daemon.dicom.report_forms import BuiltObject
+from osteo_daemon.dicom.report_objects import ReportRequest
 from osteo_daemon.dicom.report_source import clean_headers
 from osteo_daemon.dicom.reported_values import as_reported, result_digest
 from osteo_daemon.dicom.uids import device_uid, result_instance_uid

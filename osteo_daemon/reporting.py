@@ -12,14 +12,8 @@ from pathlib import Path
 import pydicom
 
 from osteo_daemon.dicom.picture import drawable
-from osteo_daemon.dicom.report_objects import (
-    DEFAULT_KINDS,
-    BuiltReport,
-    ReportRequest,
-    build_report_objects,
-    needed_kinds,
-    needed_variants,
-)
+from osteo_daemon.dicom.report_forms import DEFAULT_KINDS, BuiltReport, needed_kinds, needed_variants
+from osteo_daemon.dicom.report_objects import ReportRequest, build_report_objects
 from osteo_daemon.dicom.report_source import ReportSource
 from osteo_daemon.domain.trend import EarlierValue
 from osteo_daemon.domain.wording import load_wording

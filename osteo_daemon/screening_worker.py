@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from osteo_daemon.dicom.report_objects import BuiltObject, BuiltReport
+from osteo_daemon.dicom.report_forms import BuiltObject, BuiltReport
 from osteo_daemon.domain.findings import Outcome
 from osteo_daemon.domain.trend import EarlierValue
 from osteo_daemon.errors import BundleError, ConfigurationError, Damaged, OsteoError, Transient

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from osteo_daemon.deliverer import Lane
-from osteo_daemon.dicom.report_objects import BuiltReport, build_report_objects, needed_variants
+from osteo_daemon.dicom.report_forms import BuiltReport, needed_variants
+from osteo_daemon.dicom.report_objects import build_report_objects
 from osteo_daemon.domain.study import SopInstance
 from osteo_daemon.jobs.records import Delivery, DeliveryState, NewDelivery, ReportKind, ReportObject
 from osteo_daemon.jobs.spool import Spool

@@ -23,7 +23,8 @@ from PIL import Image
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from osteo_daemon.dicom.report_objects import BuiltReport, ReportRequest, build_report_objects
+from osteo_daemon.dicom.report_forms import BuiltReport
+from osteo_daemon.dicom.report_objects import ReportRequest, build_report_objects
 from osteo_daemon.domain.findings import Level
 from tests.conftest import ROOT, missing
 from tests.fakes import a_free_port

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from osteo_daemon.dicom.report_objects import BuiltReport
+from osteo_daemon.dicom.report_forms import BuiltReport
 from osteo_daemon.domain.breaker import Breaker, BreakerState
 from osteo_daemon.domain.job import JobState
 from osteo_daemon.jobs.records import DeliveryState

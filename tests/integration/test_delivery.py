@@ -16,7 +16,7 @@ import pydicom
 import pytest
 from pynetdicom import AE, build_context, evt
 
-from osteo_daemon.dicom.report_objects import BuiltReport
+from osteo_daemon.dicom.report_forms import BuiltReport
 from osteo_daemon.dicom.storage_scu import judge, send_objects
 from osteo_daemon.dicom.verification import echo
 from osteo_daemon.domain.job import JobState

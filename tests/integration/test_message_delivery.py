@@ -20,7 +20,8 @@ from fhir.resources.R4B.diagnosticreport import DiagnosticReport
 from fhir.resources.R4B.observation import Observation
 from hl7apy.parser import parse_message
 
-from osteo_daemon.dicom.report_objects import BuiltReport, build_report_objects
+from osteo_daemon.dicom.report_forms import BuiltReport
+from osteo_daemon.dicom.report_objects import build_report_objects
 from osteo_daemon.domain.job import JobState
 from osteo_daemon.errors import PeerBusy, PeerUnavailable, Refused
 from osteo_daemon.jobs.records import DeliveryState

@@ -11,7 +11,8 @@ import pydicom
 import pytest
 from pydicom.misc import is_dicom
 
-from osteo_daemon.dicom.report_objects import BuiltObject, ReportRequest, build_report_objects, sr_candidates
+from osteo_daemon.dicom.report_forms import BuiltObject, sr_candidates
+from osteo_daemon.dicom.report_objects import ReportRequest, build_report_objects
 from osteo_daemon.dicom.report_reader import parse_report, read_report
 from osteo_daemon.dicom.reported_values import as_reported
 from osteo_daemon.domain.findings import Category

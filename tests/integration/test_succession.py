@@ -12,7 +12,8 @@ import pydicom
 import pytest
 from pynetdicom import AE, build_context, evt
 
-from osteo_daemon.dicom.report_objects import BuiltReport, build_report_objects, needed_variants
+from osteo_daemon.dicom.report_forms import BuiltReport, needed_variants
+from osteo_daemon.dicom.report_objects import build_report_objects
 from osteo_daemon.dicom.succession import predecessor_uid, succeed
 from osteo_daemon.jobs.records import DeliveryState
 from osteo_daemon.reporting import PreviousReport

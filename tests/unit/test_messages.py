@@ -15,7 +15,8 @@ from hl7apy.exceptions import HL7apyException
 from hl7apy.parser import parse_message
 
 from osteo_daemon.dicom import codes
-from osteo_daemon.dicom.report_objects import BuiltObject, ReportRequest
+from osteo_daemon.dicom.report_forms import BuiltObject
+from osteo_daemon.dicom.report_objects import ReportRequest
 from osteo_daemon.dicom.reported_values import as_reported
 from osteo_daemon.domain.findings import Level
 from osteo_daemon.domain.wording import LANGUAGES, load_wording

@@ -14,13 +14,8 @@ from pydicom.dataset import Dataset
 
 from osteo_daemon.dicom import codes
 from osteo_daemon.dicom.report import SR_CLASSES
-from osteo_daemon.dicom.report_objects import (
-    BuiltReport,
-    ReportRequest,
-    build_report_objects,
-    needed_variants,
-    sr_candidates,
-)
+from osteo_daemon.dicom.report_forms import BuiltReport, needed_variants, sr_candidates
+from osteo_daemon.dicom.report_objects import ReportRequest, build_report_objects
 from osteo_daemon.dicom.report_reader import NotOurReport, parse_report, read_report
 from osteo_daemon.dicom.report_source import ReportSource
 from osteo_daemon.dicom.report_text import format_report

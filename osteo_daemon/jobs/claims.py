@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, Row, select, update
+from sqlalchemy import Connection, Row, or_, select, update
 
 from osteo_daemon.domain.job import Job, JobState
 from osteo_daemon.errors import LeaseLost
@@ -14,7 +14,7 @@ from osteo_daemon.jobs.database import Database
 from osteo_daemon.jobs.records import NewDelivery, ReportObject
 from osteo_daemon.jobs.report_rows import save_delivery, save_object, save_result
 from osteo_daemon.jobs.schema import JobRow
-from osteo_daemon.jobs.transitions import NO_CLAIM, change_state, claimed_row, to_job, utc_now
+from osteo_daemon.jobs.transitions import CLOCK_STEP, NO_CLAIM, change_state, claimed_row, to_job, utc_now
 from osteo_daemon.jobs.turns import is_due, next_in_turn, take_turn
 
 ATTEMPTS_SPENT = "attempts_spent"
@@ -297,7 +297,9 @@ def _until(now: datetime, lease_seconds: float, deadline: datetime | None) -> da
 
 
 def _expired(now: datetime) -> Any:
-    return select(JobRow.__table__).where(JobRow.state == JobState.SCREENING, JobRow.lease_until < now)
+    # a claim in the future was made by a clock that has been set back since: its lease would last for as long
+    ended = or_(JobRow.lease_until < now, JobRow.claimed_at > now + CLOCK_STEP)
+    return select(JobRow.__table__).where(JobRow.state == JobState.SCREENING, ended)
 
 
 def _take_back(connection: Connection, now: datetime) -> int:

@@ -11,7 +11,7 @@ from sqlalchemy import exists, or_, select
 from osteo_daemon.domain.job import Job, JobState
 from osteo_daemon.jobs.database import Database
 from osteo_daemon.jobs.schema import AssociationRow, JobRow, StudyRow
-from osteo_daemon.jobs.transitions import change_state, screening_job, to_job, utc_now
+from osteo_daemon.jobs.transitions import CLOCK_STEP, change_state, screening_job, to_job, utc_now
 
 OPEN_ASSOCIATION_FACTOR = 10.0
 """An association left open keeps its last study incomplete for at most this many quiet times."""
@@ -65,8 +65,13 @@ def _quiet_jobs(now: datetime, quiet: timedelta) -> Any:
         .join(StudyRow, StudyRow.study_instance_uid == JobRow.study_instance_uid)
         .where(
             JobRow.state == JobState.RECEIVING,
-            StudyRow.last_received_at <= now - quiet,
-            or_(~open_association, StudyRow.last_received_at <= now - quiet * OPEN_ASSOCIATION_FACTOR),
+            # a moment in the future was written by a clock that has been set back since: nothing arrived after that
+            or_(StudyRow.last_received_at <= now - quiet, StudyRow.last_received_at > now + CLOCK_STEP),
+            or_(
+                ~open_association,
+                StudyRow.last_received_at <= now - quiet * OPEN_ASSOCIATION_FACTOR,
+                StudyRow.last_received_at > now + CLOCK_STEP,
+            ),
         )
         .order_by(JobRow.job_id)
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Connection, Row, insert, select, update
@@ -17,6 +17,10 @@ NO_LEASE: dict[str, Any] = {"worker": None, "lease_until": None}
 
 NO_CLAIM: dict[str, Any] = {**NO_LEASE, "claimed_at": None, "deadline": None}
 """Column values of a job that nobody works on."""
+
+
+CLOCK_STEP = timedelta(seconds=60)
+"""A time this far in the future was written by a clock that has been set back since."""
 
 
 def utc_now() -> datetime:

@@ -78,7 +78,7 @@ class ReportRequest:
         volume: None for an excluded study without a usable volume.
         network_bundle: name of the bundle (among ``result.models``) behind the network values.
         effective_settings: a canonical description of all settings that shaped the result; goes into the UIDs.
-        predecessors: reports of earlier revisions, by SR variant (`sr_variant`).
+        predecessors: reports of earlier revisions, by SR variant (`osteo_daemon.dicom.report_forms.sr_variant`).
         wording: texts in the site's language.
         earlier: the same patient's earlier studies for the picture's trend, oldest first.
     """
@@ -117,7 +117,7 @@ def build_report_objects(
     vertebra has a centre; a segmentation needs at least one region.
 
     Args:
-        variants: forms of the structured report, see `sr_variant` and `needed_variants`.
+        variants: forms of the structured report, see `osteo_daemon.dicom.report_forms`.
         kinds: which objects to make besides those of `DEFAULT_KINDS`.
 
     Raises:

@@ -17,7 +17,7 @@ from osteo_daemon.inference.bundle import MANIFEST_NAME, WEIGHTS_NAME, ModelBund
 ROOT: Final = Path(__file__).resolve().parents[1]
 RESULTS: Final = ROOT / "docs" / "results"
 CARD_NAME: Final = "docs/README.md"
-SOURCES: Final = ("localizer-torso", "spine-phantoms", "localizer-real-ct")
+SOURCES: Final = ("localizer-torso", "localizer-naming", "spine-phantoms", "localizer-real-ct")
 """Results files with figures of these weights."""
 TIMES: Final = "screening-real-ct"
 
@@ -85,7 +85,12 @@ def model_card(bundle: ModelBundle, results: Path = RESULTS) -> str:
         patients=_PATIENTS.format(count=count) if count else "No virtual patients.",
         steps=int(training["steps"]),
     )
-    parts = {"localizer-torso": _torso, "spine-phantoms": _phantoms, "localizer-real-ct": _real}
+    parts = {
+        "localizer-torso": _torso,
+        "localizer-naming": _naming,
+        "spine-phantoms": _phantoms,
+        "localizer-real-ct": _real,
+    }
     for name in SOURCES:
         document = _read(results, name)
         if document is None:
@@ -144,6 +149,23 @@ def _torso(figures: Figures) -> str:
         f"{len(missed)}{where}; worst centre\nerror "
         f"{figures['worst_centre_error_mm']:g} mm. The torso was trained on: this shows what does not break the count, "
         "not how it does on new patients.\n"
+    )
+
+
+def _naming(figures: Figures) -> str:
+    confidence = figures["confidence"]
+    above = next(key for key in confidence if key.startswith("not_right_above_"))
+    return (
+        "### Names by two anchors\n"
+        f"{figures['cases']} cases: the training torso with a vertebra left out, put in or grown together, hard copies "
+        "of it, and virtual patients with four\nto six lumbar vertebrae, lumbar ribs and curves. Unusual counts "
+        f"noticed: {figures['unusual_counts_flagged']} of {figures['unusual_counts']}; usual ones doubted: "
+        f"{figures['usual_counts_flagged']} of {figures['usual_counts']}; cases with\nwrong names and no flag: "
+        f"{figures['cases_with_wrong_names_and_no_flag']}. Of {confidence['vertebrae']} vertebrae "
+        f"{confidence['not_right']} had another name than their ribs give or lay more than 8 mm off;\n"
+        f"{confidence[above]} of these had a confidence of {above.removeprefix('not_right_above_')} or more. "
+        f"Cobb angle against the truth: {_cell(figures['cobb_bias_degrees'])} degrees on average, SD "
+        f"{_cell(figures['cobb_sd_degrees'])}.\n"
     )
 
 

@@ -20,6 +20,10 @@ _AIR_MARGIN_MM = 6.0  # from the skin, where voxels hold both
 _FAT_DEPTH_MM = (4.0, 15.0)  # below the surface: skin is 2 mm thick
 _FAT_HALF_WIDTH_HU = 40.0  # about the histogram's peak
 _FAT_TO_LEAN_HU = (90.0, 230.0)  # about 150; from a scale of 0.6 to 1.5
+_LEAN_HU = (-10.0, 150.0)  # peaks of lean tissue on a right scale: between fatty muscle and enhanced organs
+_TRUE_AIR_HU, _TRUE_FAT_HU = -1000.0, -105.0
+_HIGHEST_FAT_HU = -20.0  # without air to compare with: fluid in a patient without fat is not called fat
+_FAT_SHARE = 0.1  # of the ring below the skin
 _PEAK_SHARE = 0.08  # of the highest peak: lower ones are noise
 _TABLE_MM = 5.0  # a table's shell is thinner than twice this
 _CONTACT_MM = 25.0
@@ -63,13 +67,13 @@ def survey(volume: CtVolume) -> Surroundings:
     field = np.broadcast_to(~padding, sample.shape)
     threshold = _air_threshold(sample[field])
     if threshold is None:
-        fat, lean = _fat_and_lean(sample, field, None, pixel_mm)
+        fat, lean = _fat_and_lean(sample, field, None, None, pixel_mm)
         return Surroundings(None, fat, lean, float(field.any(axis=(1, 2)).mean()))
     dark = (sample < threshold) & field
     outside = _touching_the_edge(dark, padding)
     body = field & ~outside
     air = _air(sample, outside, pixel_mm)
-    fat, lean = _fat_and_lean(sample, body & (sample >= threshold), body, pixel_mm)
+    fat, lean = _fat_and_lean(sample, body & (sample >= threshold), body, air, pixel_mm)
     return Surroundings(air, fat, lean, _truncated_share(body & (sample >= threshold), padding, pixel_mm))
 
 
@@ -126,6 +130,7 @@ def _fat_and_lean(
     sample: npt.NDArray[np.float32],
     tissue: npt.NDArray[np.bool_],
     body: npt.NDArray[np.bool_] | None,
+    air_hu: float | None,
     pixel_mm: float,
 ) -> tuple[float | None, float | None]:
     smooth = ndimage.uniform_filter(sample, (1, 3, 3))
@@ -144,6 +149,7 @@ def _fat_and_lean(
         for i in peaks
         for j in peaks
         if _FAT_TO_LEAN_HU[0] <= places[j] - places[i] <= _FAT_TO_LEAN_HU[1]
+        and _one_scale(air_hu, places[i], places[j])
     ]
     if not pairs:
         return None, None
@@ -151,11 +157,26 @@ def _fat_and_lean(
     near = tissue & (np.abs(smooth - fat) <= _FAT_HALF_WIDTH_HU)
     if body is not None:
         depth = np.stack([ndimage.distance_transform_edt(plane) for plane in body]) * pixel_mm
-        skin = near & (depth >= _FAT_DEPTH_MM[0]) & (depth <= _FAT_DEPTH_MM[1])
+        ring = tissue & (depth >= _FAT_DEPTH_MM[0]) & (depth <= _FAT_DEPTH_MM[1])
+        skin = near & ring
+        if np.count_nonzero(skin) < _FAT_SHARE * np.count_nonzero(ring):
+            return None, None
         near = skin if np.count_nonzero(skin) >= _MINIMUM_VOXELS else near
     # the even half: elsewhere a voxel holds skin, septa or muscle too
     spread = ndimage.uniform_filter(sample**2, (1, 3, 3))[near] - smooth[near] ** 2
     return float(np.median(smooth[near][spread <= np.median(spread)])), lean
+
+
+def _one_scale(air_hu: float | None, fat_hu: float, lean_hu: float) -> bool:
+    """Whether one scale, right or wrong, leads from air over this fat to this lean tissue.
+
+    Fluid and an enhanced liver lie as far apart as fat and muscle, but fluid is no fat on the scale that air begins.
+    """
+    if air_hu is None:
+        return fat_hu < _HIGHEST_FAT_HU
+    stretch = (fat_hu - air_hu) / (_TRUE_FAT_HU - _TRUE_AIR_HU)
+    low, high = (air_hu + (lean - _TRUE_AIR_HU) * stretch for lean in _LEAN_HU)
+    return low <= lean_hu <= high
 
 
 def _truncated_share(tissue: npt.NDArray[np.bool_], padding: npt.NDArray[np.bool_], pixel_mm: float) -> float:

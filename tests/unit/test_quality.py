@@ -165,6 +165,14 @@ def test_a_lean_patient_without_fat_is_unchecked_not_refused() -> None:
     assert "calibration_unchecked:caution" in _codes(volume)
 
 
+def test_fluid_in_a_wasted_patient_is_not_taken_for_fat() -> None:
+    """Ascites beside enhanced organs: two peaks as far apart as fat and muscle, but not on one scale with air."""
+    around = survey(draw(Drawn(fat=8.0, muscle=108.0)))
+    assert around.air_hu == pytest.approx(-1000, abs=4)
+    assert around.fat_hu is None
+    check_scale(around)
+
+
 @pytest.mark.parametrize(("half_width_mm", "truncated"), [(150.0, False), (190.0, False), (230.0, True)])
 def test_an_obese_patient_is_cut_off(half_width_mm: float, truncated: bool) -> None:
     codes = _codes(draw(Drawn(half_width_mm=half_width_mm)))

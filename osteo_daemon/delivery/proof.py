@@ -53,8 +53,13 @@ class Proof:
             return outcome
         if not self._delivery.unproven:
             return self._await(datetime.now(UTC), "")
-        if self._destination.commitment == "storage-commitment" and (until := self._commitment()) is not None:
-            return self._await(until, "waits for the report of a storage commitment")
+        if self._destination.commitment == "storage-commitment":
+            until = self._commitment()
+            state = self._store.delivery(self._delivery.delivery_id).state
+            if state is not DeliveryState.SENDING:
+                return _outcome(state)  # a report on the same association has made it a dead letter
+            if until is not None:
+                return self._await(until, "waits for the report of a storage commitment")
         return self._query()
 
     def _commitment(self) -> datetime | None:
@@ -62,7 +67,8 @@ class Proof:
         asked = [
             entry
             for entry in self._store.commitments(self._delivery.delivery_id)
-            if entry.round == self._delivery.proof_rounds
+            # what was asked before a person had everything sent again says nothing of what was sent since
+            if entry.round == self._delivery.proof_rounds and entry.requested_at >= self._delivery.created_at
         ]
         if not asked or (asked[0].state is CommitmentState.ASKED and len(asked) == 1):
             # never asked, or the process ended before the answer: a report on either transaction counts
@@ -90,18 +96,10 @@ class Proof:
             )
         except Refused as error:
             self._store.commitment_answered(transaction_uid, CommitmentState.REFUSED, error.detail)
-        return self._patience(
-            next(
-                entry
-                for entry in self._store.commitments(self._delivery.delivery_id)
-                if entry.transaction_uid == transaction_uid
-            )
-        ) or self._reported_meanwhile(transaction_uid)
-
-    def _reported_meanwhile(self, transaction_uid: str) -> datetime | None:
-        """Now, when the report came on the same association and says all there is to say."""
         present = self._store.delivery(self._delivery.delivery_id)
-        return datetime.now(UTC) if present.unsent or not present.unproven else None
+        if present.unsent or not present.unproven:
+            return datetime.now(UTC)  # the report came on the same association and says all there is to say
+        return self._patience(self._store.commitments(self._delivery.delivery_id)[0])
 
     def _reported(self, report: CommitmentReport) -> None:
         names = (self._destination.name,)
@@ -120,6 +118,8 @@ class Proof:
         except Refused as error:
             return self.give_up(f"no proof to be had: {error.detail}")
         present = self._store.objects_proved(self._delivery, found, FOUND)
+        if present.unsent:
+            return self._await(datetime.now(UTC), "reported as not kept meanwhile")
         if not present.unproven:
             outcome = proven_outcome(present)
             self._store.delivery_done(self._delivery, outcome)

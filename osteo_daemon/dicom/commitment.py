@@ -16,6 +16,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import build_context, evt
 from pynetdicom.association import Association
+from pynetdicom.pdu import P_DATA_TF
 from pynetdicom.presentation import PresentationContext
 
 from osteo_daemon.dicom.contexts import VERIFICATION
@@ -90,14 +91,7 @@ def request_commitment(
         PeerUnavailable: no association for now.
         Refused: the peer does no storage commitment for us, or does not answer a request for it.
     """
-    heard = threading.Event()
-
-    def on_report(event: Any) -> tuple[int, None]:
-        try:
-            return answer_report(event, reported), None
-        finally:
-            heard.set()
-
+    ear = _Ear(reported)
     refusal = None
     with association(
         peer,
@@ -109,14 +103,54 @@ def request_commitment(
         ],
         connect_timeout_seconds=connect_timeout_seconds,
         dimse_timeout_seconds=dimse_timeout_seconds,
-        handlers=[(evt.EVT_N_EVENT_REPORT, on_report), (evt.EVT_CONN_CLOSE, lambda _event: heard.set())],
+        handlers=ear.handlers,
     ) as link:
         refusal = _ask(link, transaction_uid, objects)
         if refusal is None:
             accepted()
-            heard.wait(linger_seconds)
+            ear.listen(link, linger_seconds, dimse_timeout_seconds)
     if refusal is not None:
         raise Refused(f"{peer.ae_title} {refusal}")
+
+
+class _Ear:
+    """Hears a report on the association that asked for it, and keeps it open until our answer to it has left.
+
+    Without that a release overtakes the answer: the library's reactor counts as idle while a handler runs.
+    """
+
+    def __init__(self, reported: Callable[[CommitmentReport], None]) -> None:
+        self._reported = reported
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._started = False
+        self._over = False
+        self.handlers = [
+            (evt.EVT_N_EVENT_REPORT, self._on_report),
+            (evt.EVT_PDU_SENT, self._on_sent),
+            (evt.EVT_CONN_CLOSE, lambda _event: self._ended.set()),
+        ]
+
+    def listen(self, link: Association, linger_seconds: float, answer_seconds: float) -> None:
+        """Wait for a report, or release the association when none has begun to come."""
+        self._ended.wait(linger_seconds)
+        with self._lock:
+            if not self._started:
+                self._over = True
+                link.release()
+                return
+        self._ended.wait(answer_seconds)
+
+    def _on_report(self, event: Any) -> tuple[int, None]:
+        with self._lock:
+            if self._over:
+                return _PROCESSING_FAILURE, None  # never sent: the association is released; the peer reports anew
+            self._started = True
+            return answer_report(event, self._reported), None
+
+    def _on_sent(self, event: Any) -> None:
+        if self._started and isinstance(event.pdu, P_DATA_TF):
+            self._ended.set()
 
 
 def answer_report(event: Any, reported: Callable[[CommitmentReport], None]) -> int:

@@ -93,7 +93,7 @@ class Commitments(Database):
         now = now or utc_now()
         with self._writing() as connection:
             row = connection.execute(
-                select(CommitmentRow.__table__, DeliveryRow.destination)
+                select(CommitmentRow.__table__, DeliveryRow.destination, DeliveryRow.created_at)
                 .join(DeliveryRow, DeliveryRow.delivery_id == CommitmentRow.delivery_id)
                 .where(CommitmentRow.transaction_uid == transaction_uid)
                 .with_for_update()
@@ -117,8 +117,8 @@ class Commitments(Database):
                 for report in before.unproven
                 if failed.get(report.sop_instance_uid, _CLASS_NOT_COMMITTED) != _CLASS_NOT_COMMITTED
             )
-            # a report on an earlier round speaks of what has been sent again since
-            if lost and row.round == before.proof_rounds:
+            # a report on an earlier round, or from before a resend by hand, speaks of what has been sent again since
+            if lost and row.round == before.proof_rounds and row.requested_at >= row.created_at:
                 held = before.state is DeliveryState.SENDING
                 _lost(connection, before, lost, f"reported as not kept: {reasons}", now, held=held)
             elif not lost:

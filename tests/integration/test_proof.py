@@ -15,7 +15,7 @@ import pytest
 from pydicom.dataset import Dataset
 from pynetdicom import AE, build_context
 
-from osteo_daemon.dicom.report_objects import BuiltReport
+from osteo_daemon.dicom.report_forms import BuiltReport
 from osteo_daemon.domain.job import JobState
 from osteo_daemon.jobs.commitments import PROOF_ROUNDS_MAXIMUM
 from osteo_daemon.jobs.records import CommitmentState, Delivery, DeliveryState, ReportKind
@@ -176,15 +176,22 @@ def test_what_is_not_kept_is_sent_again(tmp_path: Path, built: BuiltReport) -> N
 
 def test_what_is_never_kept_becomes_a_dead_letter(tmp_path: Path, built: BuiltReport) -> None:
     report = uid_of(built, "sr")
-    with Archive(failures=lambda _number, _uids: {report: 0x0112}) as archive:
+    rounds = PROOF_ROUNDS_MAXIMUM + 1
+    with Archive(failures=lambda number, _uids: {report: 0x0112} if number < rounds else {}) as archive:
         settings = proving(tmp_path, archive.port, commitment_linger_seconds=10.0)
         store = commit(settings, built)
         delivery = deliver(settings, store)
         assert delivery.state is DeliveryState.REFUSED
         assert delivery.detail is not None
         assert "0x0112" in delivery.detail
-        assert Counter(archive.received)[report] == PROOF_ROUNDS_MAXIMUM + 1
-    assert job_state(store) is JobState.REPORTED
+        assert Counter(archive.received)[report] == rounds
+        assert job_state(store) is JobState.REPORTED
+        # the archive is repaired: sent again by hand, it is asked again, and old reports count no more
+        store.resend(delivery.delivery_id, "operator")
+        assert deliver(settings, store).outcome == "committed"
+        assert len(archive.transactions) == rounds + 1
+        assert not archive.questions
+    assert job_state(store) is JobState.DELIVERED
     store.close()
 
 

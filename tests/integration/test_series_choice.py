@@ -160,7 +160,11 @@ def test_the_same_patient_in_another_form(
     tmp_path: Path,
     reference: Callable[[], dict[str, float]],
 ) -> None:
-    """Forms that change nothing: the same levels and medians within 3 HU."""
+    """Forms that change nothing: the same levels, and medians within 5 HU.
+
+    On 3 mm voxels a region holds some 250 of them: which ones lie on its border turns on fractions of a millimetre, and
+    the standard error of their mean is about 4 HU.
+    """
     edit = {
         "twice the matrix": _larger_matrix,
         "feet first, from below": _turned,
@@ -175,7 +179,7 @@ def test_the_same_patient_in_another_form(
     found = _medians(_screen(screener, tmp_path))
     assert found.keys() == reference().keys()
     for level, median in reference().items():
-        assert found[level] == pytest.approx(median, abs=3.0), level
+        assert found[level] == pytest.approx(median, abs=5.0), level
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, Row, exists, func, insert, or_, select, update
+from sqlalchemy import Connection, Row, String, exists, func, insert, or_, select, type_coerce, update
 from sqlalchemy.orm import aliased
 
 from osteo_daemon.jobs.breakers import Breakers
@@ -378,7 +378,8 @@ def _blocked() -> Any:
         earlier.job_id == DeliveryRow.job_id,
         earlier.destination == DeliveryRow.destination,
         earlier.revision < DeliveryRow.revision,
-        earlier.state.in_((DeliveryState.PENDING, DeliveryState.SENDING)),
+        # an expression, not the column: else PostgreSQL may compare each waiting delivery with all that wait
+        (type_coerce(earlier.state, String) + "").in_((DeliveryState.PENDING.value, DeliveryState.SENDING.value)),
     )
 
 

@@ -63,6 +63,9 @@ HOURS = (1, 1, 1, 1, 1, 2, 4, 8, 11, 12, 12, 11, 9, 11, 12, 11, 9, 7, 5, 4, 3, 3
 
 WEEKEND_SHARE = 0.4
 _DAY = 86400.0
+_STUCK_SECONDS = 120.0
+_BEHIND_SHARE = 0.02
+"""A sender that falls behind by more of the whole time makes the simulated hours untrue."""
 _SETTINGS = f"""\
 state_dir = "{{state}}"
 [receiver]
@@ -285,13 +288,14 @@ def simulate(folder: Path, days: float, minutes: float, report: Path) -> tuple[d
     )
     roles.tend()
     database = folder / "state" / "jobs.sqlite"
-    until(lambda: "receiver_listening" in roles.log.read_text(errors="replace"), 60)
+    until(lambda: "receiver_listening" in roles.log.read_text(errors="replace"), 180)
     sender = Sender(stream, port, compression, write_slices(folder / "ct", _voxels(), column(SLICES, 3.0)))
     roles.start = start = time.monotonic()
     sender.start()
     samples: list[Sample] = []
     rng, next_kill = random.Random(2), 0.5
     studies = len({arrival.study for arrival in stream})
+    delivered, moved = 0, start
     try:
         while True:
             elapsed_days = (time.monotonic() - start) * compression / _DAY
@@ -303,8 +307,10 @@ def simulate(folder: Path, days: float, minutes: float, report: Path) -> tuple[d
             samples.append(Sample(elapsed_days * 24, counts["READY"], oldest_s * compression / 60, roles.memory_mb()))
             if not sender.is_alive() and counts["DELIVERED"] == studies:
                 break
-            if time.monotonic() - start > 60 * minutes * 2 + 60:
-                break
+            if counts["DELIVERED"] != delivered or sender.is_alive():
+                delivered, moved = counts["DELIVERED"], time.monotonic()
+            if time.monotonic() - moved > _STUCK_SECONDS:
+                break  # the figures then show what is missing
             time.sleep(0.5)
     finally:
         roles.stop()
@@ -332,6 +338,7 @@ def simulate(folder: Path, days: float, minutes: float, report: Path) -> tuple[d
         "queue_age_simulated_min_most": round(ages[-1], 1),
         "waiting_most": max(sample.waiting for sample in samples),
         "sender_behind_s_most": round(sender.behind_s, 2),
+        "machine_was_fast_enough": sender.behind_s <= _BEHIND_SHARE * minutes * 60,
         "memory": [
             {"role": role, **_memory([sample.memory_mb[role] for sample in samples if role in sample.memory_mb])}
             for role in roles.commands
@@ -448,7 +455,7 @@ def plot(
     axes[3].plot(range(1, len(memory) + 1), memory, marker=".", color="#16a085")
     axes[3].set_ylabel("memory of the real\nscreener, MB")
     axes[3].set_xlabel("real screenings, one after another")
-    axes[3].set_ylim(bottom=0)
+    axes[3].set_ylim(0, 1.1 * max(memory))
     for axis in axes[:3]:
         axis.set_xlim(0, hours[-1])
         axis.set_xlabel("simulated hours")

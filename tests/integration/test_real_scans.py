@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,6 +152,16 @@ def test_every_refusal_is_documented() -> None:
     ]
     assert sorted(row[0].strip("`") for row in rows) == sorted(code.value for code in ExclusionCode)
     assert all(len(row) == 3 and row[1] and row[2] for row in rows)
+
+
+def test_every_blocking_flag_is_documented() -> None:
+    """The flags that docs/report.md calls blocking are those for which this page says what to do."""
+    report = (ROOT / "docs" / "report.md").read_text(encoding="utf-8").partition("## Quality flags")[2]
+    blocking = set(re.findall(r"^\| `(\w+)` \| [a-z, ]*blocking \|", report.partition("\n## ")[0], re.MULTILINE))
+    page = (ROOT / "docs" / "refusals.md").read_text(encoding="utf-8")
+    table = page.partition("## Blocking flags")[2].partition("\n## ")[0]
+    assert len(blocking) > 5
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == blocking
 
 
 def test_the_labelled_torso(screened: Callable[[str], Screening], torso: Torso) -> None:

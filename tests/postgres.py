@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pwd
 import secrets
 import shutil
+import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from sqlalchemy import Engine, create_engine
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import NullPool
 
 from osteo_daemon.jobs.store import JobStore
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 USER = "osteo"
+_ENVIRONMENT = {"LC_ALL": "C", "PATH": "/usr/bin:/bin", "TZ": "UTC"}
 
 
 def programs() -> Path | None:
@@ -84,27 +90,59 @@ def cluster(port: int, parent: Path | None = None) -> Iterator[Cluster]:
     os.chown(folder / "password", account.pw_uid, account.pw_gid)
     as_user = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []} if os.getuid() == 0 else {}
 
-    def run(*command: str) -> None:
-        subprocess.run(
-            command,
-            check=True,
-            cwd=folder,
-            env={"LC_ALL": "C", "PATH": "/usr/bin:/bin", "TZ": "UTC"},
-            stdout=subprocess.DEVNULL,
-            timeout=60,
-            **as_user,
-        )
-
     data = str(folder / "data")
-    run(str(binaries / "initdb"), "-D", data, "-U", USER, "-A", "scram-sha-256", "--pwfile=password", "-E", "UTF8")
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c max_connections=200"
+    subprocess.run(
+        [binaries / "initdb", "-D", data, "-U", USER, "-A", "scram-sha-256", "--pwfile=password", "-E", "UTF8"],
+        check=True,
+        cwd=folder,
+        env=_ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        timeout=120,
+        **as_user,
+    )
+    server = subprocess.Popen(
+        [
+            str(binaries / "postgres"),
+            *("-D", data, "-p", str(port), "-c", "listen_addresses=127.0.0.1", "-c", "max_connections=200"),
+            *("-c", f"unix_socket_directories={folder}"),
+        ],
+        cwd=folder,
+        env=_ENVIRONMENT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C at the tests is not for it
+        preexec_fn=_die_with_the_tests,
+        **as_user,
+    )
     try:
-        run(str(binaries / "pg_ctl"), "-D", data, "-w", "-l", str(folder / "log"), "-o", options, "start")
-        server = Cluster(port, password)
+        _await(port, password, server)
+        databases = Cluster(port, password)
         try:
-            yield server
+            yield databases
         finally:
-            server.close()
-            run(str(binaries / "pg_ctl"), "-D", data, "-w", "-m", "immediate", "stop")
+            databases.close()
     finally:
+        server.send_signal(signal.SIGQUIT)
+        server.wait(60)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _die_with_the_tests() -> None:
+    # PR_SET_PDEATHSIG: tests that are killed leave no server behind
+    ctypes.CDLL(None).prctl(1, signal.SIGQUIT, 0, 0, 0)
+
+
+def _await(port: int, password: str, server: subprocess.Popen[bytes]) -> None:
+    """Until it lets somebody in: it listens a moment earlier."""
+    engine = create_engine(f"postgresql+pg8000://{USER}:{password}@127.0.0.1:{port}/postgres", poolclass=NullPool)
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            engine.connect().close()
+        except DBAPIError:
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError("the PostgreSQL server did not start") from None
+            time.sleep(0.05)
+        else:
+            return

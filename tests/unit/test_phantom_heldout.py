@@ -66,7 +66,7 @@ def test_spans_outside_are_disjoint_from_training() -> None:
 
 def test_every_stratum_that_is_asked_for_has_patients() -> None:
     cases = list(draws(PATIENTS, 0))
-    for name, least in (("true HU at 120 kVp", 20), ("coverage", 15), ("kVp", 10), ("phase", 10), ("age", 30)):
+    for name, least in (("true HU at 120 kVp", 20), ("coverage", 10), ("kVp", 10), ("phase", 10), ("age", 30)):
         members: dict[str, int] = {}
         for case in cases:
             members[groups(case)[name]] = members.get(groups(case)[name], 0) + 1

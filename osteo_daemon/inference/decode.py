@@ -36,7 +36,7 @@ _VERTEBRA_MM3 = 8000.0  # one small vertebral body: less than this of body voxel
 _FEWEST_ABOVE_S1 = 3
 """Fewer vertebrae than this between S1 and a pair of ribs don't exist: then it is no sacrum."""
 
-_SHARE_OF_CONFIDENCE = {S1_AND_RIB: 1.0, S1_ONLY: 0.9, RIB_ONLY: 0.9, NO_ANCHOR: 0.6}
+_SHARE_OF_CONFIDENCE = {S1_AND_RIB: 1.0, S1_ONLY: 0.9, RIB_ONLY: 0.7, NO_ANCHOR: 0.6}
 """One anchor is wrong in about one person of ten, who has another number of vertebrae (Konin and Walz, AJNR Am J
 Neuroradiol 2010;31:1778: 4-30 % have a transitional lumbosacral vertebra)."""
 _UNCERTAIN_CONFIDENCE = 0.5

@@ -157,9 +157,29 @@ def test_the_category_stands_where_both_counts_give_it(
     assert settled_flags(found, findings(**medians)) == (QualityFlag(TRANSITIONAL, expected), *others)
 
 
-def test_flags_without_an_alternative_stay() -> None:
-    found = Localization((), (QualityFlag(TRANSITIONAL, BLOCKING),), "rib")
-    assert settled_flags(found, findings(L1=200, L2=200)) == found.flags
+@pytest.mark.parametrize(
+    ("medians", "expected"),
+    [
+        ({"T12": 80, "L1": 90, "L2": 100, "L3": 100}, CAUTION),
+        ({"T12": 200, "L1": 190, "L2": 165, "L3": 164}, CAUTION),
+        # L1-L3 is 173, but L2-L3 alone 159
+        ({"T12": 200, "L1": 200, "L2": 159, "L3": 159}, BLOCKING),
+        # were L1 the twelfth thoracic vertebra, one lumbar level would be left
+        ({"T12": 90, "L1": 90, "L2": 90}, BLOCKING),
+    ],
+)
+def test_a_lone_last_rib_may_be_one_off_either_way(medians: dict[str, float], expected: Severity) -> None:
+    found = Localization((), (QualityFlag("level_uncertain", CAUTION),), "rib")
+    assert settled_flags(found, findings(**medians)) == (QualityFlag("level_uncertain", expected),)
+
+
+def test_flags_without_another_count_stay() -> None:
+    for found in (
+        Localization((), (QualityFlag(TRANSITIONAL, BLOCKING),), "rib"),
+        Localization((), (QualityFlag("level_uncertain", BLOCKING),), "rib"),
+        Localization((), (QualityFlag("level_uncertain", CAUTION),), "s1+rib"),
+    ):
+        assert settled_flags(found, findings(L1=200, L2=200, L3=200)) == found.flags
 
 
 @pytest.fixture(scope="module")

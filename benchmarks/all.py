@@ -8,7 +8,9 @@ import sys
 
 import benchmarks
 
-NOT_BENCHMARKS = frozenset({"all", "heldout", "phantom_cache", "results", "spine_figures", "tables", "tissue"})
+NOT_BENCHMARKS = frozenset(
+    {"all", "heldout", "phantom_cache", "results", "spine_figures", "tables", "tissue", "unpack"}
+)
 
 
 def names() -> list[str]:

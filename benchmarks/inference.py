@@ -10,7 +10,6 @@ import argparse
 import itertools
 import os
 import statistics
-import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from scipy import ndimage
 
 from benchmarks.results import ROOT, write_result
+from benchmarks.unpack import unpack
 from osteo_daemon.imaging.preprocess import extract_voi
 from osteo_daemon.imaging.selection import select_series
 from osteo_daemon.imaging.series import ct_slices, read_headers, read_volume
@@ -201,8 +201,7 @@ def main() -> None:
     data = Path(os.environ.get("OSTEO_TEST_DATA", ROOT.parent / "shared" / "data"))
     if data.is_dir() and not given.quick:
         with tempfile.TemporaryDirectory() as unpacked:
-            with tarfile.open(data / "acrin_flt_breast_001_abdomen.tar.xz") as archive:
-                archive.extractall(unpacked, filter="data")
+            unpack(data / "acrin_flt_breast_001_abdomen.tar.xz", Path(unpacked))
             scans = {
                 "acrin_flt_breast_001": judge_scan(network, *acrin(Path(unpacked))),
                 "totalsegmentator_example": judge_scan(network, *torso(data / "totalsegmentator_example")),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 
 from benchmarks.inference import Place, acrin, torso
 from benchmarks.results import ROOT, write_result
+from benchmarks.unpack import unpack
 from osteo_daemon.imaging.volume import CtVolume
 from osteo_daemon.inference.bundle import find_bundle
 from osteo_daemon.inference.density import measure
@@ -83,8 +83,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         unpacked = Path(name)
         for archive in data.glob("*.tar.xz"):
-            with tarfile.open(archive) as file:
-                file.extractall(unpacked, filter="data")
+            unpack(archive, unpacked)
         for scan in OTHERS if quick else (ACRIN, *OTHERS):
             folder = unpacked / scan if (unpacked / scan).is_dir() else data / scan
             studies.append(study(screener, scan, folder))

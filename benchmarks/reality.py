@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tarfile
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from benchmarks.heldout import MOTION_MM, draw
 from benchmarks.inference import acrin, torso
 from benchmarks.results import ROOT, write_result
 from benchmarks.tissue import measure_tissue, upright
+from benchmarks.unpack import unpack
 from osteo_daemon.imaging.series import ct_slices, read_headers, read_volume, split_stacks
 from osteo_daemon.imaging.volume import CtVolume
 from osteo_daemon.phantom.patient import VirtualPatient
@@ -89,8 +89,7 @@ class Scan:
 def real_scans(data: Path, unpacked: Path) -> Iterator[Scan]:
     """The real scans along the patient axes; the tilted head has none of what is measured here."""
     for archive in ("acrin_flt_breast_001_abdomen", "cptac_pda_C3L-00189_lungbases"):
-        with tarfile.open(data / f"{archive}.tar.xz") as file:
-            file.extractall(unpacked, filter="data")
+        unpack(data / f"{archive}.tar.xz", unpacked)
     volume, places = acrin(unpacked / "acrin_flt_breast_001_abdomen")
     # a virtual patient needs no air beyond 390 mm
     scanner = Scanner(kvp=140.0, slice_thickness_mm=5.0, slice_spacing_mm=4.25, pixel_spacing_mm=0.977, matrix=400)

@@ -6,12 +6,12 @@ import os
 import shutil
 import socket
 import sys
-import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from benchmarks.unpack import unpack
 from tests.postgres import Cluster, cluster, programs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,8 +53,7 @@ def real_series(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
         if (real_data / name).is_dir():
             return real_data / name
         if not (unpacked / name).is_dir():
-            with tarfile.open(real_data / f"{name}.tar.xz") as archive:
-                archive.extractall(unpacked, filter="data")
+            unpack(real_data / f"{name}.tar.xz", unpacked)
         return unpacked / name
 
     return folder

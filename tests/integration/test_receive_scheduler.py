@@ -8,6 +8,7 @@ from pathlib import Path
 from osteo_daemon.domain.job import JobState
 from osteo_daemon.domain.study import SopInstance
 from osteo_daemon.jobs.store import JobStore
+from osteo_daemon.jobs.transitions import CLOCK_STEP
 from tests.fakes import RoleProcess, settings_text, until
 
 
@@ -23,7 +24,7 @@ def test_the_scheduler_completes_quiet_studies_and_takes_back_expired_leases(tmp
     store.mark_complete("1.1", who="test", reason="test", now=past)
     assert store.claim("gone", 60, now=past) is not None
     store.record_instance(_instance("1.2"), "CT", now=past)
-    store.record_instance(_instance("1.3"), "CT", now=datetime.now(UTC) + timedelta(hours=1))
+    store.record_instance(_instance("1.3"), "CT", now=datetime.now(UTC) + CLOCK_STEP / 2)
 
     config = tmp_path / "osteo.toml"
     config.write_text(settings_text(tmp_path / "state", 0, quiet_seconds=2))

@@ -89,7 +89,7 @@ def test_a_study_that_exhausts_the_memory_fails_with_the_reason(tmp_path: Path) 
     with running_screener(tmp_path, prefix=limit) as bench:
         # sixty slices that say to be 8192 x 8192: 16 GB as a volume
         plane = np.zeros((60, 16, 16), dtype=np.int16)
-        huge = write_slices(tmp_path / "huge", plane, column(60, 2.0), Rows=8192, Columns=8192)
+        huge = write_slices(tmp_path / "huge", plane, column(60, 2.0), spacing_mm=(0.1, 0.1), Rows=8192, Columns=8192)
         study = bench.receive(huge)
         found = bench.reaches(study, JobState.FAILED)
         assert (found.code, found.attempts) == ("MemoryError", 3)

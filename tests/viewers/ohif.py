@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from benchmarks.unpack import extract
 from tests.conftest import ROOT, missing, require_command
 
 _LOCK = Path(__file__).with_name("package-lock.json")
@@ -90,7 +91,7 @@ def _unpack(archive: Path, folder: Path) -> None:
         wanted = [m for m in package if m.name.startswith(prefix) and not m.name.endswith(".map")]
         for member in wanted:
             member.name = member.name.removeprefix(prefix)
-        package.extractall(part, wanted, filter="data")
+        extract(package, part, wanted)
     part.rename(folder)
 
 

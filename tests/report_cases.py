@@ -32,9 +32,11 @@ from osteo_daemon.domain.findings import (
     Severity,
     VertebraFinding,
 )
+from osteo_daemon.imaging.enhanced import frame_headers
 from osteo_daemon.imaging.region import Region
 from osteo_daemon.imaging.volume import CtVolume
 from osteo_daemon.settings import SiteSettings
+from tests.enhanced_ct import enhanced_dataset
 
 STUDY_UID = "1.2.826.0.1.3680043.9.7433.77.1"
 SERIES_UID = f"{STUDY_UID}.2"
@@ -299,6 +301,18 @@ def enhanced_header() -> Dataset:
         del header[keyword]
     header.NumberOfFrames = 46
     return header
+
+
+def enhanced_case() -> ReportRequest:
+    """One vertebra in a stack that lies in two Enhanced CT objects, the frames against the order of the volume."""
+    request = short_case(KVP="120", ConvolutionKernel="B30f", RescaleIntercept="-1024", RescaleSlope="1")
+    headers = request.source.headers
+    assert request.volume is not None
+    # the second object begins in the middle of the vertebra
+    cut = int(request.volume.to_index(request.result.vertebrae[0].centre_lps_mm)[0])
+    objects = [enhanced_dataset(headers[first:last][::-1]) for first, last in ((0, cut), (cut, None))]
+    frames = [frame for dataset in objects for frame in frame_headers(dataset)[::-1]]
+    return dataclasses.replace(request, source=ReportSource(frames))
 
 
 def encoded_name_case(character_set: str | list[str], name: str) -> ReportRequest:

@@ -11,6 +11,7 @@ from pydicom.uid import KeyObjectSelectionDocumentStorage
 
 from osteo_daemon.dicom import codes
 from osteo_daemon.dicom.measurement_group import MANUFACTURER
+from osteo_daemon.dicom.report_source import frame_number, instances
 from osteo_daemon.dicom.series_description import series_description
 
 KOS_SERIES_NUMBER = 9105
@@ -35,14 +36,15 @@ def key_objects_dataset(
     Args:
         slices: cleaned headers, at least one.
     """
+    evidence = instances(slices)
     content = ko.KeyObjectSelection(
         document_title=codes.OF_INTEREST,
-        referenced_objects=slices,
+        referenced_objects=evidence,
         observer_device_context=observer,
         description=description,
     )
     dataset: Dataset = ko.KeyObjectSelectionDocument(
-        evidence=slices,
+        evidence=evidence,
         content=content,
         series_instance_uid=series_instance_uid,
         series_number=KOS_SERIES_NUMBER,
@@ -57,4 +59,14 @@ def key_objects_dataset(
         if item.ValueType == "IMAGE":
             # TID 2010 has no purpose of reference; highdicom gives one and needs it while it builds
             item.pop("ConceptNameCodeSequence", None)
+            _name_frames(item.ReferencedSOPSequence[0], slices)
     return dataset
+
+
+def _name_frames(reference: Dataset, slices: Sequence[Dataset]) -> None:
+    """Of a multi-frame object only the frames that were measured."""
+    uid = reference.ReferencedSOPInstanceUID
+    numbers = [frame_number(header) for header in slices if header.SOPInstanceUID == uid]
+    frames = sorted(number for number in numbers if number is not None)
+    if frames:
+        reference.ReferencedFrameNumber = frames

@@ -14,6 +14,7 @@ from pydicom.sr.coding import Code
 
 from osteo_daemon.dicom import codes
 from osteo_daemon.dicom.outline import NativeMask, slice_polyline
+from osteo_daemon.dicom.report_source import frame_number
 from osteo_daemon.dicom.uids import tracking_uid
 from osteo_daemon.domain.findings import (
     Level,
@@ -62,7 +63,8 @@ class MeasurementGroups:
         result: as reported (rounded).
         network_model: the bundle behind the network values.
         segments: body segments to refer to; empty when no segmentation accompanies the report.
-        referenced: headers of the slices that groups pointed to so far, by SOP Instance UID; grows with each group.
+        referenced: headers of the slices that groups pointed to so far, by SOP Instance UID and frame; grows
+            with each group.
     """
 
     result: ScreeningResult
@@ -70,7 +72,7 @@ class MeasurementGroups:
     network_model: ModelReference | None
     segments: Mapping[Level, SegmentReference]
     software_version: str
-    referenced: dict[str, Dataset]
+    referenced: dict[tuple[str, int | None], Dataset]
 
     def attenuation(self, finding: VertebraFinding) -> sr.VolumetricROIMeasurementsAndQualitativeEvaluations:
         """Group of the deterministic channel: the trabecular region, its attenuation, flags, centre, confidence."""
@@ -204,12 +206,15 @@ class MeasurementGroups:
         self, d: int, graphic_type: sr.GraphicTypeValues, points: npt.NDArray[np.float64]
     ) -> sr.ImageRegion:
         header = self.anatomy.headers[d]
-        self.referenced[str(header.SOPInstanceUID)] = header
+        frame = frame_number(header)
+        self.referenced[str(header.SOPInstanceUID), frame] = header
         return sr.ImageRegion(
             graphic_type=graphic_type,
             graphic_data=points,
             source_image=sr.SourceImageForRegion(
-                referenced_sop_class_uid=str(header.SOPClassUID), referenced_sop_instance_uid=str(header.SOPInstanceUID)
+                referenced_sop_class_uid=str(header.SOPClassUID),
+                referenced_sop_instance_uid=str(header.SOPInstanceUID),
+                referenced_frame_numbers=None if frame is None else [frame],
             ),
         )
 

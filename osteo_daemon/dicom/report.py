@@ -13,6 +13,7 @@ from pydicom.uid import UID, BasicTextSRStorage, Comprehensive3DSRStorage, Compr
 
 from osteo_daemon.dicom import codes
 from osteo_daemon.dicom.measurement_group import MANUFACTURER, MeasurementGroups, ReportAnatomy, SegmentReference
+from osteo_daemon.dicom.report_source import frame_number
 from osteo_daemon.dicom.series_description import series_description
 from osteo_daemon.dicom.uids import device_uid
 from osteo_daemon.domain.findings import SEGMENTATION_SOURCE, Level, ModelReference, Outcome, ScreeningResult
@@ -71,7 +72,7 @@ def report_content(
             relationship_type=sr.RelationshipTypeValues.HAS_CONCEPT_MOD,
         )
     )
-    referenced: dict[str, Dataset] = {}
+    referenced: dict[tuple[str, int | None], Dataset] = {}
     if result.vertebrae:
         measurements = sr.ContainerContentItem(
             name=codes.IMAGING_MEASUREMENTS, relationship_type=sr.RelationshipTypeValues.CONTAINS
@@ -86,7 +87,7 @@ def report_content(
     root.ContentSequence.append(_evaluations(result, wording))
     if not referenced:
         middle = anatomy.headers[len(anatomy.headers) // 2]
-        referenced[str(middle.SOPInstanceUID)] = middle
+        referenced[str(middle.SOPInstanceUID), frame_number(middle)] = middle
     return root, tuple(referenced.values())
 
 

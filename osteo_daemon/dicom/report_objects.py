@@ -33,7 +33,7 @@ from osteo_daemon.dicom.report import (
 )
 from osteo_daemon.dicom.report_forms import DEFAULT_KINDS, SEGMENT_REFERENCE, BuiltObject, BuiltReport
 from osteo_daemon.dicom.report_pdf import ENCAPSULATED_PDF_CLASS_UID, pdf_dataset
-from osteo_daemon.dicom.report_source import ReportSource, VertebraRegions, clean_headers
+from osteo_daemon.dicom.report_source import ReportSource, VertebraRegions, clean_headers, instances
 from osteo_daemon.dicom.reported_values import as_reported, result_digest
 from osteo_daemon.dicom.secondary_capture import SECONDARY_CAPTURE_CLASS_UID, picture_dataset
 from osteo_daemon.dicom.segmentation import SEGMENTATION_CLASS_UID, plan_segments, segmentation_dataset
@@ -214,7 +214,7 @@ class _Builder:
         content, slices = self._content(segments)
         dataset = report_dataset(
             content,
-            [*slices, segmentation.dataset] if segmentation is not None else [*slices],
+            [*instances(slices), *([] if segmentation is None else [segmentation.dataset])],
             series_instance_uid=self._series_uid("sr"),
             instance_number=self.request.revision,
             is_complete=all(finding.attenuation_hu is not None for finding in self.result.vertebrae),
@@ -262,7 +262,7 @@ class _Builder:
             software_version=self.request.software_version,
             device_serial_number=self.request.site.device_serial_number,
             institution=self.request.site.institution,
-            sources=self._measured_slices(),
+            sources=instances(self._measured_slices()),
             contributing_equipment=self._equipment(),
         )
         return self._finish("pdf", "", dataset)

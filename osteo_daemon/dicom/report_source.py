@@ -24,6 +24,7 @@ _GEOMETRY_KEYWORDS = (
     "SeriesInstanceUID",
     "FrameOfReferenceUID",
     "InstanceNumber",
+    "ReferencedFrameNumber",
     "ImagePositionPatient",
     "ImageOrientationPatient",
     "PixelSpacing",
@@ -62,7 +63,8 @@ class ReportSource:
     """The source series.
 
     Attributes:
-        headers: one dataset without pixels per slice, in the order of the volume's D axis.
+        headers: one dataset without pixels per slice, in the order of the volume's D axis; a frame of a multi-frame
+            object says in ReferencedFrameNumber (0008,1160) which one it is.
     """
 
     headers: tuple[Dataset, ...]
@@ -95,6 +97,20 @@ def clean_headers(source: ReportSource) -> tuple[Dataset, ...]:
             raise Damaged("a source slice has no SOP Instance UID")
         cleaned.append(slice_header)
     return tuple(cleaned)
+
+
+def frame_number(header: Dataset) -> int | None:
+    """Which frame of its object a slice is, from 1 on; None for an object of one image."""
+    number = header.get("ReferencedFrameNumber")
+    return None if number is None else int(number)
+
+
+def instances(slices: Iterable[Dataset]) -> tuple[Dataset, ...]:
+    """Of slices that are frames of one object only the first: every object once, as evidence is listed."""
+    found: dict[str, Dataset] = {}
+    for header in slices:
+        found.setdefault(str(header.SOPInstanceUID), header)
+    return tuple(found.values())
 
 
 def _identity(header: Dataset) -> Dataset:

@@ -8,17 +8,21 @@ from dataclasses import dataclass
 import highdicom as hd
 import numpy as np
 from highdicom import seg
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
-from pydicom.uid import ExplicitVRLittleEndian, SegmentationStorage
+from pydicom.tag import Tag
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, SegmentationStorage
 
 from osteo_daemon.dicom import codes
 from osteo_daemon.dicom.outline import NativeMask
+from osteo_daemon.dicom.report_source import frame_number
 from osteo_daemon.dicom.series_description import series_description
 from osteo_daemon.dicom.uids import derived_uid, tracking_uid
 from osteo_daemon.domain.findings import Level
 
 SEG_SERIES_NUMBER = 9102
 SEGMENTATION_CLASS_UID = str(SegmentationStorage)
+_REFERENCED_INSTANCE = Tag("ReferencedSOPInstanceUID")
 # Okabe and Ito's colours: told apart with every common colour vision deficiency
 _COLOURS = {
     Level.T10: "#999999",
@@ -87,7 +91,7 @@ def segmentation_dataset(
     algorithm = hd.AlgorithmIdentificationSequence(
         name="osteo_daemon", family=codes.ARTIFICIAL_INTELLIGENCE, version=software_version
     )
-    source = [headers[d] for d in used]
+    source, frames = _as_single_images([headers[d] for d in used])
     dataset: Dataset = seg.Segmentation(
         source_images=source,
         pixel_array=pixels,
@@ -112,6 +116,7 @@ def segmentation_dataset(
         series_description=series_description("regions"),
         contributing_equipment=contributing_equipment,
     )
+    _refer_to_frames(dataset, frames)
     _fix_dimension_uid(dataset, derived_uid("dimensions", sop_instance_uid))
     return dataset
 
@@ -133,6 +138,46 @@ def _description(
         anatomic_regions=[vertebra] if segment.trabecular else None,
         display_color=hd.color.CIELabColor.from_string(_COLOURS[segment.level]),
     )
+
+
+def _as_single_images(slices: Sequence[Dataset]) -> tuple[list[Dataset], dict[str, Dataset]]:
+    """Slices with each frame under a UID of its own, and the frames by that UID.
+
+    highdicom takes one multi-frame object, whole. A stack may be a part of one, or lie in several.
+    """
+    images, frames = [], dict[str, Dataset]()
+    for header in slices:
+        number = frame_number(header)
+        if number is None:
+            images.append(header)
+            continue
+        image = Dataset()
+        image.update(header)
+        # new elements: setting the attribute would change those that all headers share
+        image.add_new("SOPClassUID", "UI", CTImageStorage)
+        image.add_new("SOPInstanceUID", "UI", derived_uid("frame", str(header.SOPInstanceUID), str(number)))
+        frames[str(image.SOPInstanceUID)] = header
+        images.append(image)
+    return images, frames
+
+
+def _refer_to_frames(dataset: Dataset, frames: Mapping[str, Dataset]) -> None:
+    """Put the frames themselves where `_as_single_images` had stand-ins, each object once among the instances."""
+    if not frames:
+        return
+
+    def visit(parent: Dataset, element: DataElement) -> None:
+        if element.tag == _REFERENCED_INSTANCE and (frame := frames.get(str(element.value))) is not None:
+            element.value = frame.SOPInstanceUID
+            parent.ReferencedSOPClassUID = frame.SOPClassUID
+            parent.ReferencedFrameNumber = frame_number(frame)
+
+    dataset.walk(visit)
+    for series in dataset.ReferencedSeriesSequence:
+        items = {str(item.ReferencedSOPInstanceUID): item for item in series.ReferencedInstanceSequence}
+        for item in items.values():
+            item.pop("ReferencedFrameNumber", None)
+        series.ReferencedInstanceSequence = list(items.values())
 
 
 def _fix_dimension_uid(dataset: Dataset, uid: str) -> None:

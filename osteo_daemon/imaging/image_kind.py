@@ -60,6 +60,12 @@ def why_derived(header: Dataset) -> str | None:
     scale = str(header.get("RescaleType") or "").strip().upper()
     if scale not in _HU_TYPES:
         return f"the values are not Hounsfield units (rescale type {scale})"
+    # frames of multi-frame CT say it in attributes of their own (PS3.3 C.8.16.2.1.2 and .3)
+    volumetric, technique = (
+        str(header.get(keyword) or "") for keyword in ("VolumetricProperties", "VolumeBasedCalculationTechnique")
+    )
+    if volumetric in ("SAMPLED", "DISTORTED") or technique not in ("", "NONE"):
+        return f"frames calculated from a volume ({' '.join(filter(None, (volumetric, technique)))})"
     description = _description(header)
     if _MONO_ENERGY.search(description) or _DESCRIBED.search(description):
         return "described as virtual, spectral or projected images"

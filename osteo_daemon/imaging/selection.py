@@ -13,16 +13,12 @@ from pathlib import Path
 
 import numpy as np
 from pydicom.dataset import Dataset
-from pydicom.uid import (
-    UID,
-    CTImageStorage,
-    EnhancedCTImageStorage,
-    LegacyConvertedEnhancedCTImageStorage,
-)
+from pydicom.uid import UID, CTImageStorage
 
 from osteo_daemon.domain.eligibility import ExclusionCode
 from osteo_daemon.domain.findings import QualityFlag, Severity
 from osteo_daemon.errors import NotEligible
+from osteo_daemon.imaging.enhanced import MULTI_FRAME_CT
 from osteo_daemon.imaging.image_kind import named_enhanced, texts, why_derived
 from osteo_daemon.imaging.kernel import KernelClass, classify_kernel
 from osteo_daemon.imaging.series import MINIMUM_RUN, Slice, Stack, split_stacks
@@ -124,7 +120,7 @@ def refusal(rejections: Sequence[Rejection]) -> NotEligible:
 
 
 def other_series(headers: Sequence[tuple[Path, Dataset]], ct_series: Collection[str]) -> list[Rejection]:
-    """Series that hold no CT image with a position: dose reports, secondary captures, PET, multi-frame CT.
+    """Series that hold no CT image with a position: dose reports, secondary captures, PET.
 
     Args:
         headers: every object of the study.
@@ -143,8 +139,8 @@ def other_series(headers: Sequence[tuple[Path, Dataset]], ct_series: Collection[
 def _why_not_ct(sop_class: UID) -> str:
     if sop_class == CTImageStorage:
         return "CT images without a position in the patient"
-    if sop_class in (EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage):
-        return "multi-frame CT, which is not read; send single-frame CT images"
+    if sop_class in MULTI_FRAME_CT:
+        return "multi-frame CT without a position in the patient for each frame"
     return f"no CT images ({sop_class.name})"
 
 

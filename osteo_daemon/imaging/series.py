@@ -1,10 +1,13 @@
-"""DICOM files to stacks of parallel slices, and a stack to a `CtVolume` with its true geometry."""
+"""DICOM files to stacks of parallel slices, and a stack to a `CtVolume` with its true geometry.
+
+A frame of a multi-frame CT object is a slice like any other, see `osteo_daemon.imaging.enhanced`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from pydicom.errors import InvalidDicomError
 from pydicom.uid import CTImageStorage
 
 from osteo_daemon.errors import Damaged, NotDicom, PixelDataUnreadable
+from osteo_daemon.imaging.enhanced import frame_headers, is_multi_frame_ct, read_frames
 from osteo_daemon.imaging.volume import CtVolume
 
 SPACING_TOLERANCE_MM = 0.1
@@ -36,13 +40,36 @@ HIGHEST_PADDING_HU = -1400.0
 too large still shows as itself."""
 
 
+_DECODE_ERRORS = (
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    TypeError,
+    NotImplementedError,
+    RuntimeError,
+)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Slice:
-    """One CT image: its header without pixels and where its bytes lie."""
+    """One CT image: its header without pixels and where its bytes lie.
+
+    Attributes:
+        position_mm: (3,) Image Position (Patient), LPS.
+        frame_number: which frame of a multi-frame object, from 1 on; None for an object of one image.
+    """
 
     header: Dataset
     path: Path
-    position_mm: npt.NDArray[np.float64]  # (3,) Image Position (Patient), LPS
+    position_mm: npt.NDArray[np.float64]
+    frame_number: int | None = None
+
+    @property
+    def place(self) -> tuple[Path, int | None]:
+        """File and frame."""
+        return self.path, self.frame_number
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,21 +162,30 @@ def read_header(path: Path) -> Dataset:
             if not meta.get(fallback):
                 raise NotDicom(f"{path.name} has no {keyword}")
             setattr(header, keyword, meta.get(fallback))
-    if header.SOPClassUID == CTImageStorage and "Rows" not in header:
+    if (header.SOPClassUID == CTImageStorage or is_multi_frame_ct(header)) and "Rows" not in header:
         raise NotDicom(f"{path.name} is cut off before its pixels")
     return header
 
 
 def ct_slices(headers: Sequence[tuple[Path, Dataset]]) -> dict[str, list[Slice]]:
-    """CT images with a position in the patient, by SeriesInstanceUID, each SOP instance once."""
-    series: dict[str, dict[str, Slice]] = {}
+    """CT images and frames with a position in the patient, by SeriesInstanceUID, each SOP instance once."""
+    series: dict[str, dict[tuple[str, int | None], Slice]] = {}
     for path, header in headers:
-        if header.SOPClassUID != CTImageStorage or not _has_geometry(header):
-            continue
-        position = np.asarray(header.ImagePositionPatient, dtype=np.float64)
-        instances = series.setdefault(str(header.get("SeriesInstanceUID") or ""), {})
-        instances.setdefault(str(header.SOPInstanceUID), Slice(header, path, position))
+        for image, number in _images(header):
+            if not _has_geometry(image):
+                continue
+            position = np.asarray(image.ImagePositionPatient, dtype=np.float64)
+            instances = series.setdefault(str(header.get("SeriesInstanceUID") or ""), {})
+            instances.setdefault((str(header.SOPInstanceUID), number), Slice(image, path, position, number))
     return {uid: list(instances.values()) for uid, instances in series.items()}
+
+
+def _images(header: Dataset) -> Iterator[tuple[Dataset, int | None]]:
+    if header.SOPClassUID == CTImageStorage:
+        yield header, None
+    elif is_multi_frame_ct(header):
+        for number, frame in enumerate(frame_headers(header), start=1):
+            yield frame, number
 
 
 def _has_geometry(header: Dataset) -> bool:
@@ -164,10 +200,10 @@ def _has_geometry(header: Dataset) -> bool:
 def split_stacks(slices: Sequence[Slice]) -> list[Stack]:
     """Slices of one series as even stacks, the longest first.
 
-    Slices are grouped by orientation, matrix, pixel spacing, kernel, tube voltage and acquisition, ordered along the
-    normal and cut wherever the step changes, so that no stack bridges a gap. Copies of an image under another UID count
-    once. Where several sweeps lie under one series they are told apart by the order of their instance numbers; images
-    that share a position for no visible reason give no stack.
+    Slices are grouped by orientation, matrix, pixel spacing, kernel, tube voltage and acquisition, frames by their
+    stack and moment, too; then ordered along the normal and cut wherever the step changes, so that no stack bridges a
+    gap. Copies of an image under another UID count once. Where several sweeps lie under one series they are told apart
+    by the order of their instance numbers; images that share a position for no visible reason give no stack.
     """
     groups: dict[tuple[object, ...], list[Slice]] = {}
     for item in slices:
@@ -184,7 +220,8 @@ def split_stacks(slices: Sequence[Slice]) -> list[Stack]:
 def _grid_key(header: Dataset) -> tuple[object, ...]:
     orientation = tuple(round(float(value) / ORIENTATION_TOLERANCE) for value in header.ImageOrientationPatient)
     spacing = tuple(round(float(value), 4) for value in header.PixelSpacing)
-    made = tuple(str(header.get(keyword, "")) for keyword in ("ConvolutionKernel", "KVP", "AcquisitionNumber"))
+    keywords = ("ConvolutionKernel", "KVP", "StackID", "TemporalPositionIndex", "AcquisitionNumber")
+    made = tuple(str(header.get(keyword, "")) for keyword in keywords)
     return (orientation, spacing, header.get("Rows"), header.get("Columns"), *made)
 
 
@@ -226,26 +263,28 @@ def _without_copies(ordered: Sequence[Slice], normal: npt.NDArray[np.float64]) -
     kept: list[Slice] = []
     for item in ordered:
         near = [other for other in kept[-4:] if abs((item.position_mm - other.position_mm) @ normal) <= 1e-3]
-        if near and any(_pixel_digest(item.path) == _pixel_digest(other.path) for other in near):
+        if near and any(_pixel_digest(item) == _pixel_digest(other) for other in near):
             continue
         kept.append(item)
     return kept
 
 
-def _pixel_digest(path: Path) -> bytes:
+def _pixel_digest(item: Slice) -> bytes:
     try:
-        pixels = pydicom.dcmread(path, specific_tags=["PixelData"]).PixelData
-    except (OSError, EOFError, AttributeError, ValueError) as error:
-        raise PixelDataUnreadable(f"{type(error).__name__}, file {path.name}; send or copy the study again") from error
+        if item.frame_number is not None:
+            return hashlib.sha256(next(read_frames(item.path, [item.frame_number])).tobytes()).digest()
+        pixels = pydicom.dcmread(item.path, specific_tags=["PixelData"]).PixelData
+    except _DECODE_ERRORS as error:
+        raise _unreadable(item, error) from error
     return hashlib.sha256(pixels).digest()
 
 
 def _sweeps(group: Sequence[Slice], normal: npt.NDArray[np.float64]) -> list[list[Slice]]:
     """Slices in the order of their instance numbers, cut wherever they turn back; one list when nothing tells."""
-    numbers = [item.header.get("InstanceNumber") for item in group]
-    if None in numbers or len(set(numbers)) < len(numbers):
+    numbers = [(item.header.get("InstanceNumber"), item.frame_number or 0) for item in group]
+    if any(number is None for number, _ in numbers) or len(set(numbers)) < len(numbers):
         return [list(group)]
-    ordered = sorted(group, key=lambda item: int(item.header.InstanceNumber))
+    ordered = sorted(group, key=lambda item: (int(item.header.InstanceNumber), item.frame_number or 0))
     sweeps: list[list[Slice]] = [ordered[:1]]
     direction = 0.0
     for before, item in itertools.pairwise(ordered):
@@ -278,36 +317,45 @@ def read_volume(stack: Stack) -> CtVolume:
     """
     header = stack.header
     voxels = np.empty((len(stack.slices), int(header.Rows), int(header.Columns)), dtype=np.float32)
-    for index, item in enumerate(stack.slices):
-        voxels[index] = _read_slice(item)
+    for index, (item, pixels) in enumerate(_stored_values(stack.slices)):
+        voxels[index] = _hounsfield(item, pixels)
     voxels[voxels < HIGHEST_PADDING_HU] = LOWEST_HU
     return CtVolume(voxels, stack.affine)
 
 
-def _read_slice(item: Slice) -> npt.NDArray[np.float32]:
+def _stored_values(slices: Sequence[Slice]) -> Iterator[tuple[Slice, npt.NDArray[np.integer[Any]]]]:
+    """Slices with their pixels as stored; the frames of one file are read in one go, one at a time."""
+    for path, group in itertools.groupby(slices, key=lambda item: item.path):
+        items = list(group)
+        numbers = [item.frame_number for item in items if item.frame_number is not None]
+        frames = read_frames(path, numbers) if numbers else (pydicom.dcmread(path).pixel_array for _ in items)
+        for item in items:
+            try:
+                pixels = next(frames)
+            except (*_DECODE_ERRORS, StopIteration) as error:
+                raise _unreadable(item, error) from error
+            yield item, pixels
+
+
+def _hounsfield(item: Slice, pixels: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
+    header = item.header
     try:
-        dataset = pydicom.dcmread(item.path)
-        pixels = dataset.pixel_array
-        slope, intercept = float(dataset.RescaleSlope), float(dataset.RescaleIntercept)
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        TypeError,
-        NotImplementedError,
-        RuntimeError,
-    ) as error:
-        raise PixelDataUnreadable(
-            f"slice {item.header.get('InstanceNumber', '?')} ({type(error).__name__}, file {item.path.name}); "
-            "send or copy the study again"
-        ) from error
+        slope, intercept = float(header.RescaleSlope), float(header.RescaleIntercept)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise _unreadable(item, error) from error
     if pixels.ndim != 2:
-        raise PixelDataUnreadable(f"slice {item.header.get('InstanceNumber', '?')} is not a single grey-scale frame")
+        raise PixelDataUnreadable(f"slice {header.get('InstanceNumber', '?')} is not a single grey-scale frame")
     hounsfield = pixels.astype(np.float32) * np.float32(slope) + np.float32(intercept)
-    hounsfield[_padded(dataset, pixels)] = LOWEST_HU
+    hounsfield[_padded(header, pixels)] = LOWEST_HU
     return hounsfield
+
+
+def _unreadable(item: Slice, error: Exception) -> PixelDataUnreadable:
+    frame = "" if item.frame_number is None else f" frame {item.frame_number}"
+    return PixelDataUnreadable(
+        f"slice {item.header.get('InstanceNumber', '?')}{frame} ({type(error).__name__}, file {item.path.name}); "
+        "send or copy the study again"
+    )
 
 
 def _padded(dataset: Dataset, pixels: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.bool_]:

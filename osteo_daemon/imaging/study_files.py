@@ -22,12 +22,12 @@ class StudyFiles:
     Attributes:
         headers: path and header without pixels of every readable object.
         unreadable: the other files.
-        decoded: files of a stack, in its order, and its volume; None when nothing was decoded ahead.
+        decoded: files and frames of a stack, in its order, and its volume; None when nothing was decoded ahead.
     """
 
     headers: tuple[tuple[Path, Dataset], ...]
     unreadable: tuple[Unreadable, ...]
-    decoded: tuple[tuple[Path, ...], CtVolume] | None = None
+    decoded: tuple[tuple[tuple[Path, int | None], ...], CtVolume] | None = None
 
     @classmethod
     def read(cls, paths: Iterable[Path]) -> StudyFiles:
@@ -49,7 +49,7 @@ class StudyFiles:
         if voxels * np.dtype(np.float32).itemsize > maximum_bytes:
             return self
         try:
-            return replace(self, decoded=(_paths(stack), read_volume(stack)))
+            return replace(self, decoded=(_places(stack), read_volume(stack)))
         except Damaged:
             return self
 
@@ -59,10 +59,10 @@ class StudyFiles:
         Raises:
             PixelDataUnreadable: a slice cannot be decoded.
         """
-        if self.decoded is not None and self.decoded[0] == _paths(stack):
+        if self.decoded is not None and self.decoded[0] == _places(stack):
             return self.decoded[1]
         return read_volume(stack)
 
 
-def _paths(stack: Stack) -> tuple[Path, ...]:
-    return tuple(item.path for item in stack.slices)
+def _places(stack: Stack) -> tuple[tuple[Path, int | None], ...]:
+    return tuple(item.place for item in stack.slices)

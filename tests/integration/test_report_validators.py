@@ -21,6 +21,7 @@ from tests import validators
 from tests.report_cases import (
     acrin_case,
     encoded_name_case,
+    enhanced_case,
     enhanced_header,
     excluded_case,
     excluded_source_case,
@@ -51,6 +52,7 @@ CASES: dict[str, Callable[[], ReportRequest]] = {
     "UTF-8": lambda: encoded_name_case("ISO_IR 192", "Šťastný^Žofie"),
     "feet first": lambda: short_case(columns_left=False, PatientPosition="FFS"),
     "enhanced multi-frame, excluded": lambda: excluded_source_case(enhanced_header(), "no_ct_series"),
+    "enhanced multi-frame": enhanced_case,
     "report in Japanese": lambda: dataclasses.replace(withheld_case(), wording=load_wording("ja")),
     "report in Chinese": lambda: dataclasses.replace(excluded_case(), wording=load_wording("zh-Hans")),
     "report in French": lambda: dataclasses.replace(excluded_case(), wording=load_wording("fr")),

@@ -277,7 +277,7 @@ def test_series_without_ct_images_are_named_too(tmp_path: Path) -> None:
     assert {entry.series_instance_uid: entry.reason for entry in others} == {
         "2.25.2": "no CT images (Secondary Capture Image Storage)",
         "2.25.3": "no CT images (Positron Emission Tomography Image Storage)",
-        "2.25.4": "multi-frame CT, which is not read; send single-frame CT images",
+        "2.25.4": "multi-frame CT without a position in the patient for each frame",
         "2.25.5": "CT images without a position in the patient",
     }
 

@@ -163,9 +163,7 @@ def _groups(slices: Sequence[Dataset]) -> tuple[Dataset, list[Dataset]]:
     shared = _group(
         **_same_geometry(first),
         FrameAnatomySequence=_item(AnatomicRegionSequence=Items([abdomen]), FrameLaterality="U"),
-        CTAcquisitionTypeSequence=_item(
-            AcquisitionType="SPIRAL", ConstantVolumeFlag="NO", FluoroscopyFlag="NO"
-        ),
+        CTAcquisitionTypeSequence=_item(AcquisitionType="SPIRAL", ConstantVolumeFlag="NO", FluoroscopyFlag="NO"),
         CTAcquisitionDetailsSequence=_item(
             RotationDirection="CW",
             RevolutionTime=0.5,
@@ -198,7 +196,11 @@ def _groups(slices: Sequence[Dataset]) -> tuple[Dataset, list[Dataset]]:
             ),
         ),
         CTXRayDetailsSequence=_item(
-            KVP=first.KVP, FocalSpots=[1.0], FilterType="FLAT", FilterMaterial="ALUMINUM", CalciumScoringMassFactorPatient=1.0
+            KVP=first.KVP,
+            FocalSpots=[1.0],
+            FilterType="FLAT",
+            FilterMaterial="ALUMINUM",
+            CalciumScoringMassFactorPatient=1.0,
         ),
     )
     frames = []

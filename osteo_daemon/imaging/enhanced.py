@@ -55,7 +55,11 @@ def frame_headers(header: Dataset) -> tuple[Dataset, ...]:
     (0008,1160) says which frame of the object it is, from 1 on, as a reference to the frame does.
     """
     groups: Sequence[Dataset] = header.get("PerFrameFunctionalGroupsSequence") or ()
-    if not groups or len(groups) != int(header.get("NumberOfFrames") or 0):
+    try:
+        count = int(header.get("NumberOfFrames") or 0)
+    except (TypeError, ValueError):  # several values
+        return ()
+    if not groups or len(groups) != count:
         return ()
     base = Dataset()
     base.update(header)

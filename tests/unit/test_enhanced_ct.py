@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -26,7 +27,7 @@ from pydicom.uid import (
 from osteo_daemon.dicom.report_objects import build_report_objects
 from osteo_daemon.domain.eligibility import ExclusionCode
 from osteo_daemon.errors import PixelDataUnreadable
-from osteo_daemon.imaging.enhanced import frame_headers
+from osteo_daemon.imaging.enhanced import frame_headers, read_frames
 from osteo_daemon.imaging.image_kind import named_enhanced
 from osteo_daemon.imaging.selection import Candidate, Rejection, other_series, select_series
 from osteo_daemon.imaging.series import ct_slices, read_headers, read_volume
@@ -167,10 +168,10 @@ def test_a_gap_among_the_frames_is_seen(files: list[Path], tmp_path: Path) -> No
     assert [flag.code for flag in candidate.quality_flags] == ["slice_gap"]
 
 
-@pytest.mark.parametrize("frames", [0, COUNT - 1])
-def test_functional_groups_that_do_not_fit_the_frames(files: list[Path], tmp_path: Path, frames: int) -> None:
+@pytest.mark.parametrize("said", [0, COUNT - 1, [COUNT, COUNT]])
+def test_functional_groups_that_do_not_fit_the_frames(files: list[Path], tmp_path: Path, said: Any) -> None:
     def change(dataset: Dataset) -> None:
-        dataset.PerFrameFunctionalGroupsSequence = dataset.PerFrameFunctionalGroupsSequence[:frames]
+        dataset.NumberOfFrames = said
 
     headers, _ = read_headers([_changed(files, tmp_path / "frames.dcm", change)])
     series = ct_slices(headers)
@@ -188,6 +189,23 @@ def test_pixels_that_are_cut_off(files: list[Path], tmp_path: Path) -> None:
     (candidate,), _ = _selected([path])
     with pytest.raises(PixelDataUnreadable, match="frame"):
         read_volume(candidate.stack)
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, RLELossless], ids=lambda uid: uid.keyword)
+def test_one_frame_is_in_memory_at_a_time(tmp_path: Path, syntax: UID) -> None:
+    black = np.zeros((COUNT, 256, 256), dtype=np.int16)
+    single = write_slices(tmp_path / "single", black, column(COUNT, 2.5), **DESCRIBED)
+    path = tmp_path / "frames.dcm"
+    stored_bytes = len(write_enhanced(path, single).PixelData)
+    write_enhanced(path, single, transfer_syntax_uid=syntax)
+    tracemalloc.start()
+    try:
+        count = sum(1 for _ in read_frames(path, range(COUNT, 0, -1)))
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert count == COUNT
+    assert peak_bytes < stored_bytes / 4
 
 
 def test_a_frame_has_values_of_its_own(files: list[Path], tmp_path: Path) -> None:

@@ -22,9 +22,10 @@ from scipy import ndimage
 
 from benchmarks.results import ROOT, write_result
 from benchmarks.unpack import unpack
+from osteo_daemon.imaging.decoding import read_volume
 from osteo_daemon.imaging.preprocess import extract_voi
 from osteo_daemon.imaging.selection import select_series
-from osteo_daemon.imaging.series import ct_slices, read_headers, read_volume
+from osteo_daemon.imaging.slices import ct_slices, read_headers
 from osteo_daemon.imaging.volume import CtVolume
 from osteo_daemon.inference.bundle import find_bundle, read_bundle
 from osteo_daemon.inference.vertebra_network import Prediction, VertebraNetwork

@@ -24,7 +24,9 @@ from benchmarks.inference import acrin, torso
 from benchmarks.results import ROOT, write_result
 from benchmarks.tissue import measure_tissue, upright
 from benchmarks.unpack import unpack
-from osteo_daemon.imaging.series import ct_slices, read_headers, read_volume, split_stacks
+from osteo_daemon.imaging.decoding import read_volume
+from osteo_daemon.imaging.series import split_stacks
+from osteo_daemon.imaging.slices import ct_slices, read_headers
 from osteo_daemon.imaging.volume import CtVolume
 from osteo_daemon.phantom.patient import VirtualPatient
 from osteo_daemon.phantom.scanner import Scanner, coarse_scanner

@@ -21,7 +21,8 @@ from osteo_daemon.errors import NotEligible
 from osteo_daemon.imaging.enhanced import MULTI_FRAME_CT
 from osteo_daemon.imaging.image_kind import named_enhanced, texts, why_derived
 from osteo_daemon.imaging.kernel import KernelClass, classify_kernel
-from osteo_daemon.imaging.series import MINIMUM_RUN, Slice, Stack, split_stacks
+from osteo_daemon.imaging.series import MINIMUM_RUN, split_stacks
+from osteo_daemon.imaging.slices import Slice, Stack
 
 MINIMUM_COVERAGE_MM = 80.0
 """Two lumbar vertebrae with their discs are about 75 mm tall; a shorter stack can't hold two whole ones."""

@@ -10,8 +10,9 @@ import numpy as np
 from pydicom.dataset import Dataset
 
 from osteo_daemon.errors import Damaged
+from osteo_daemon.imaging.decoding import read_volume
 from osteo_daemon.imaging.selection import select_series
-from osteo_daemon.imaging.series import Stack, Unreadable, ct_slices, read_headers, read_volume
+from osteo_daemon.imaging.slices import Stack, Unreadable, ct_slices, read_headers
 from osteo_daemon.imaging.volume import CtVolume
 
 

@@ -29,7 +29,7 @@ from osteo_daemon.domain.findings import (
 )
 from osteo_daemon.errors import ConfigurationError, Damaged, NotEligible, PixelDataUnreadable
 from osteo_daemon.imaging.selection import Candidate, Rejection, not_preferred, other_series, refusal, select_series
-from osteo_daemon.imaging.series import ct_slices, one_study
+from osteo_daemon.imaging.slices import ct_slices, one_study
 from osteo_daemon.imaging.study_files import StudyFiles
 from osteo_daemon.imaging.volume import CtVolume
 from osteo_daemon.inference.bundle import ModelBundle, find_bundle

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from osteo_daemon.imaging.series import LOWEST_HU
+from osteo_daemon.imaging.decoding import LOWEST_HU
 from osteo_daemon.imaging.volume import CtVolume
 
 MAXIMUM_SLICES = 48

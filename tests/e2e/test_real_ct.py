@@ -14,7 +14,8 @@ import pytest
 from pydicom.uid import Comprehensive3DSRStorage, SecondaryCaptureImageStorage, SegmentationStorage
 
 from osteo_daemon.dicom.report_reader import parse_report
-from osteo_daemon.imaging.series import ct_slices, read_headers, split_stacks
+from osteo_daemon.imaging.series import split_stacks
+from osteo_daemon.imaging.slices import ct_slices, read_headers
 from tests.e2e.node import destination, running_node
 from tests.fakes import CountingScp, a_free_port, storescu, until
 from tests.orthanc import AE_TITLE, running_orthanc

@@ -27,15 +27,10 @@ from osteo_daemon.domain.findings import (
 )
 from osteo_daemon.domain.references import KVP_TO_120
 from osteo_daemon.errors import NotEligible
+from osteo_daemon.imaging.decoding import HIGHEST_PADDING_HU, LOWEST_HU, read_volume
 from osteo_daemon.imaging.region import Region
-from osteo_daemon.imaging.series import (
-    HIGHEST_PADDING_HU,
-    LOWEST_HU,
-    ct_slices,
-    read_headers,
-    read_volume,
-    split_stacks,
-)
+from osteo_daemon.imaging.series import split_stacks
+from osteo_daemon.imaging.slices import ct_slices, read_headers
 from osteo_daemon.imaging.volume import CtVolume
 from osteo_daemon.inference.contrast import Phase, measure_enhancement
 from osteo_daemon.inference.quality import check_scale

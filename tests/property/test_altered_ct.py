@@ -23,7 +23,9 @@ from pydicom.uid import generate_uid
 from scipy import ndimage
 
 from osteo_daemon.domain.findings import MEASURED_LEVELS, Severity
-from osteo_daemon.imaging.series import ct_slices, read_headers, read_volume, split_stacks
+from osteo_daemon.imaging.decoding import read_volume
+from osteo_daemon.imaging.series import split_stacks
+from osteo_daemon.imaging.slices import ct_slices, read_headers
 from osteo_daemon.imaging.volume import CtVolume
 from osteo_daemon.inference.bundle import find_bundle
 from osteo_daemon.inference.canonical import resample_canonical

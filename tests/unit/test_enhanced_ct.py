@@ -27,10 +27,11 @@ from pydicom.uid import (
 from osteo_daemon.dicom.report_objects import build_report_objects
 from osteo_daemon.domain.eligibility import ExclusionCode
 from osteo_daemon.errors import PixelDataUnreadable
+from osteo_daemon.imaging.decoding import read_volume
 from osteo_daemon.imaging.enhanced import frame_headers, read_frames
 from osteo_daemon.imaging.image_kind import named_enhanced
 from osteo_daemon.imaging.selection import Candidate, Rejection, other_series, select_series
-from osteo_daemon.imaging.series import ct_slices, read_headers, read_volume
+from osteo_daemon.imaging.slices import ct_slices, read_headers
 from osteo_daemon.imaging.study_files import StudyFiles
 from tests import validators
 from tests.ct_series import column, write_slices

@@ -15,17 +15,12 @@ from pydicom.uid import (
 
 from osteo_daemon.domain.eligibility import ExclusionCode
 from osteo_daemon.errors import Damaged, NotDicom, NotEligible, PixelDataUnreadable
+from osteo_daemon.imaging.decoding import read_volume
 from osteo_daemon.imaging.image_kind import named_enhanced
 from osteo_daemon.imaging.kernel import KernelClass, classify_kernel
 from osteo_daemon.imaging.selection import not_preferred, other_series, refusal, select_series
-from osteo_daemon.imaging.series import (
-    ct_slices,
-    one_study,
-    read_header,
-    read_headers,
-    read_volume,
-    split_stacks,
-)
+from osteo_daemon.imaging.series import split_stacks
+from osteo_daemon.imaging.slices import ct_slices, one_study, read_header, read_headers
 from tests.ct_series import column, write_slices
 
 

@@ -81,10 +81,6 @@ class Supervisor:
         get_logger().info("stopped", exit_code=exit_code)
         return exit_code
 
-    def pids(self) -> dict[str, int]:
-        """Process id of each running role."""
-        return {child.role: child.process.pid for child in self._children if child.process is not None}
-
     def _end(self, signum: int, _frame: FrameType | None) -> None:
         self._ended_by = signum
 

@@ -121,12 +121,6 @@ class Claims(Database):
             if changed.rowcount != 1:
                 raise LeaseLost(f"job {job.job_id}, fencing token {job.fencing_token}")
 
-    def overdue(self, *, now: datetime | None = None) -> list[Job]:
-        """Jobs that are screened beyond their deadline: their workers may be killed."""
-        query = select(JobRow.__table__).where(JobRow.state == JobState.SCREENING, JobRow.deadline < (now or utc_now()))
-        with self._reading() as connection:
-            return [to_job(row) for row in connection.execute(query)]
-
     def worker_ended(self, worker: str, reason: str, *, code: str = WORKER_LOST, now: datetime | None = None) -> int:
         """SCREENING to READY at once for what a worker held that is known to be gone; returns how many.
 

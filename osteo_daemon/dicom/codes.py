@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from pydicom.sr.coding import Code
@@ -93,11 +94,6 @@ CENTRE_LPS: tuple[Code, Code, Code] = (
     private("CENTRE_LPS_Y", "Vertebral centre, patient coordinate y (posterior)"),
     private("CENTRE_LPS_Z", "Vertebral centre, patient coordinate z (superior)"),
 )
-BMD = private("CT_ABMD", "Areal bone mineral density, estimated from CT")
-BMD_INTERVAL_90: tuple[Code, Code] = (
-    private("CT_ABMD_LOW90", "Lower limit of the BMD's 90% prediction interval, est. from CT"),
-    private("CT_ABMD_HIGH90", "Upper limit of the BMD's 90% prediction interval, est. from CT"),
-)
 VOXEL_COUNT = private("VOXEL_COUNT", "Voxels in the measured region")
 STANDARD_ERROR = private("ATT_STD_ERROR", "Standard error of the mean attenuation")
 HEIGHTS: tuple[Code, Code, Code] = (
@@ -106,13 +102,52 @@ HEIGHTS: tuple[Code, Code, Code] = (
     private("HEIGHT_POST", "Posterior height of the vertebral body"),
 )
 COMPRESSION_GRADE = private("COMPRESSION_GRD", "Grade of vertebral compression by loss of height, 0 to 3")
-T_SCORE = private("CT_TSCORE", "T-score, estimated from CT")
-CLASS_PROBABILITIES: Mapping[str, Code] = MappingProxyType(
+
+
+@dataclass(frozen=True, slots=True)
+class EstimateCodes:
+    """Codes of what the network estimates; ``interval_90`` are the limits of the BMD's 90 % prediction interval."""
+
+    bmd: Code
+    interval_90: tuple[Code, Code]
+    t_score: Code
+    class_probabilities: Mapping[str, Code]
+
+
+ESTIMATES: Mapping[str, EstimateCodes] = MappingProxyType(
     {
-        # the network's class names; the report says "normal" nowhere
-        "normal": private("P_NEITHER", "Probability of neither class below, estimated from CT"),
-        "osteopenia": private("P_OSTEOPENIA", "Probability of osteopenia, estimated from CT"),
-        "osteoporosis": private("P_OSTEOPOROSIS", "Probability of osteoporosis, estimated from CT"),
+        "clinical": EstimateCodes(
+            bmd=private("CT_ABMD", "Areal bone mineral density, estimated from CT"),
+            interval_90=(
+                private("CT_ABMD_LOW90", "Lower limit of the BMD's 90% prediction interval, est. from CT"),
+                private("CT_ABMD_HIGH90", "Upper limit of the BMD's 90% prediction interval, est. from CT"),
+            ),
+            t_score=private("CT_TSCORE", "T-score, estimated from CT"),
+            class_probabilities=MappingProxyType(
+                {
+                    # the network's class names; the report says "normal" nowhere
+                    "normal": private("P_NEITHER", "Probability of neither class below, estimated from CT"),
+                    "osteopenia": private("P_OSTEOPENIA", "Probability of osteopenia, estimated from CT"),
+                    "osteoporosis": private("P_OSTEOPOROSIS", "Probability of osteoporosis, estimated from CT"),
+                }
+            ),
+        ),
+        # codes of their own: viewers and registries that take single values out of a report drop the status beside them
+        "investigational": EstimateCodes(
+            bmd=private("INV_ABMD", "Investigational: areal BMD, estimated from CT"),
+            interval_90=(
+                private("INV_ABMD_LOW90", "Investigational: lower 90% limit of the BMD est. from CT"),
+                private("INV_ABMD_HIGH90", "Investigational: upper 90% limit of the BMD est. from CT"),
+            ),
+            t_score=private("INV_TSCORE", "Investigational: T-score, estimated from CT"),
+            class_probabilities=MappingProxyType(
+                {
+                    "normal": private("INV_NEITHER", "Investigational: probability of neither class below"),
+                    "osteopenia": private("INV_OSTEOPENIA", "Investigational: probability of osteopenia"),
+                    "osteoporosis": private("INV_OSTEOPOROSIS", "Investigational: probability of osteoporosis"),
+                }
+            ),
+        ),
     }
 )
 HOUNSFIELD = Code("[hnsf'U]", "UCUM", "Hounsfield unit")

@@ -129,17 +129,18 @@ class MeasurementGroups:
     ) -> sr.VolumetricROIMeasurementsAndQualitativeEvaluations:
         """Group of the network channel: estimates with their status, kept apart from what was measured."""
         measurements = []
+        estimates = codes.ESTIMATES[network.status]
         if network.bmd_g_cm2 is not None:
-            measurements += _number(codes.BMD, network.bmd_g_cm2, codes.G_PER_CM2)
+            measurements += _number(estimates.bmd, network.bmd_g_cm2, codes.G_PER_CM2)
         if network.bmd_interval_90_g_cm2 is not None:
-            for code, limit in zip(codes.BMD_INTERVAL_90, network.bmd_interval_90_g_cm2, strict=True):
+            for code, limit in zip(estimates.interval_90, network.bmd_interval_90_g_cm2, strict=True):
                 measurements += _number(code, limit, codes.G_PER_CM2)
         model = self.network_model
         name, version = ("network", self.software_version) if model is None else (model.bundle, model.version)
         if network.t_score is not None:
             reference = network.t_score_reference
             measurements += _number(
-                codes.T_SCORE,
+                estimates.t_score,
                 network.t_score,
                 codes.UNITY,
                 algorithm=None
@@ -147,7 +148,7 @@ class MeasurementGroups:
                 else sr.AlgorithmIdentification(name=name, version=version, parameters=[f"reference={reference}"]),
             )
         for name, probability in (network.class_probabilities or {}).items():
-            measurements += _number(codes.CLASS_PROBABILITIES[name], round(100 * probability, 1), codes.PERCENT)
+            measurements += _number(estimates.class_probabilities[name], round(100 * probability, 1), codes.PERCENT)
         parameters = [f"sha256={model.sha256}"] if model is not None else []
         parameters += [f"status={network.status}"]
         parameters += [f"level {name}={value!r}" for name, value in network.level_probabilities.items()]

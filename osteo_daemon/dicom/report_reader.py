@@ -163,13 +163,15 @@ def _finding(level: Level, items: ContentItems) -> VertebraFinding:
 
 
 def _network(items: ContentItems, status: Dataset) -> NetworkFinding:
-    probabilities = {name: items.number(code) for name, code in codes.CLASS_PROBABILITIES.items()}
     status_code = _value(status).CodeValue
-    lower, upper = (items.number(code) for code in codes.BMD_INTERVAL_90)
-    t_score = next(iter(items.numbers(codes.T_SCORE)), None)
+    named_status = next(name for name, code in codes.NETWORK_STATUSES.items() if code.value == status_code)
+    estimates = codes.ESTIMATES[named_status]
+    probabilities = {name: items.number(code) for name, code in estimates.class_probabilities.items()}
+    lower, upper = (items.number(code) for code in estimates.interval_90)
+    t_score = next(iter(items.numbers(estimates.t_score)), None)
     return NetworkFinding(
-        status=next(name for name, code in codes.NETWORK_STATUSES.items() if code.value == status_code),
-        bmd_g_cm2=items.number(codes.BMD),
+        status=named_status,
+        bmd_g_cm2=items.number(estimates.bmd),
         t_score=None if t_score is None else t_score[0],
         class_probabilities={name: _fraction(value) for name, value in probabilities.items() if value is not None}
         or None,

@@ -22,6 +22,15 @@ class Concept:
     meaning: str
 
 
+@dataclass(frozen=True, slots=True)
+class EstimateConcepts:
+    """What the network estimates, by its status; ``interval_90`` are the limits of the 90 % prediction interval."""
+
+    bmd: Concept
+    interval_90: tuple[Concept, Concept]
+    t_score: Concept
+
+
 VERTEBRAE: Final = {
     Level.T10: Concept("7610001", "SCT", "T10 vertebra"),
     Level.T11: Concept("12989004", "SCT", "T11 vertebra"),
@@ -39,12 +48,24 @@ MEAN: Final = Concept("373098007", "SCT", "Mean")
 MEDIAN: Final = Concept("373099004", "SCT", "Median")
 STANDARD_DEVIATION: Final = Concept("386136009", "SCT", "Standard Deviation")
 CORRECTED_ATTENUATION: Final = Concept("ATT_CORRECTED", PRIVATE, "Attenuation corrected for acquisition, mean")
-BMD: Final = Concept("CT_ABMD", PRIVATE, "Areal bone mineral density, estimated from CT")
-BMD_INTERVAL_90: Final = (
-    Concept("CT_ABMD_LOW90", PRIVATE, "Lower limit of the BMD's 90% prediction interval, est. from CT"),
-    Concept("CT_ABMD_HIGH90", PRIVATE, "Upper limit of the BMD's 90% prediction interval, est. from CT"),
-)
-T_SCORE: Final = Concept("CT_TSCORE", PRIVATE, "T-score, estimated from CT")
+ESTIMATES: Final = {
+    "clinical": EstimateConcepts(
+        bmd=Concept("CT_ABMD", PRIVATE, "Areal bone mineral density, estimated from CT"),
+        interval_90=(
+            Concept("CT_ABMD_LOW90", PRIVATE, "Lower limit of the BMD's 90% prediction interval, est. from CT"),
+            Concept("CT_ABMD_HIGH90", PRIVATE, "Upper limit of the BMD's 90% prediction interval, est. from CT"),
+        ),
+        t_score=Concept("CT_TSCORE", PRIVATE, "T-score, estimated from CT"),
+    ),
+    "investigational": EstimateConcepts(
+        bmd=Concept("INV_ABMD", PRIVATE, "Investigational: areal BMD, estimated from CT"),
+        interval_90=(
+            Concept("INV_ABMD_LOW90", PRIVATE, "Investigational: lower 90% limit of the BMD est. from CT"),
+            Concept("INV_ABMD_HIGH90", PRIVATE, "Investigational: upper 90% limit of the BMD est. from CT"),
+        ),
+        t_score=Concept("INV_TSCORE", PRIVATE, "Investigational: T-score, estimated from CT"),
+    ),
+}
 NETWORK_STATUS: Final = Concept("NETWORK_STATUS", PRIVATE, "Status of the network estimate")
 CATEGORY: Final = Concept("CATEGORY", PRIVATE, "Attenuation category of the study")
 CATEGORIES: Final = {

@@ -115,7 +115,8 @@ def _attenuation(message: ReportMessage, finding: VertebraFinding) -> _Resource:
 
 
 def _network(message: ReportMessage, finding: VertebraFinding, network: NetworkFinding) -> _Resource:
-    resource = _observation(message, finding, concepts.BMD)
+    estimates = concepts.ESTIMATES[network.status]
+    resource = _observation(message, finding, estimates.bmd)
     wording = message.wording
     notes = [wording.tables["status"][network.status]]
     if network.status == "investigational":
@@ -125,17 +126,17 @@ def _network(message: ReportMessage, finding: VertebraFinding, network: NetworkF
         resource["dataAbsentReason"] = _absent(wording.reason(network.withheld.get("bmd", "")))
     else:
         resource["valueQuantity"] = _quantity(network.bmd_g_cm2, concepts.G_PER_CM2)
-    for concept, limit in zip(concepts.BMD_INTERVAL_90, network.bmd_interval_90_g_cm2 or (), strict=False):
+    for concept, limit in zip(estimates.interval_90, network.bmd_interval_90_g_cm2 or (), strict=False):
         components.append({"code": _concept(concept), "valueQuantity": _quantity(limit, concepts.G_PER_CM2)})
     if network.t_score is not None:
         components.append(
-            {"code": _concept(concepts.T_SCORE), "valueQuantity": _quantity(network.t_score, concepts.T_SCORE_UNIT)}
+            {"code": _concept(estimates.t_score), "valueQuantity": _quantity(network.t_score, concepts.T_SCORE_UNIT)}
         )
         if network.t_score_reference:
             notes.append(wording.text("impression", "t_score_reference", reference=network.t_score_reference))
     elif "t_score" in network.withheld:
         reason = _absent(wording.reason(network.withheld["t_score"]))
-        components.append({"code": _concept(concepts.T_SCORE), "dataAbsentReason": reason})
+        components.append({"code": _concept(estimates.t_score), "dataAbsentReason": reason})
     if components:
         resource["component"] = components
     resource["note"] = [{"text": note} for note in notes]

@@ -101,14 +101,15 @@ def _vertebra_rows(message: ReportMessage, finding: VertebraFinding) -> Iterator
 
 def _network_rows(message: ReportMessage, network: NetworkFinding) -> Iterator[tuple[str, str, str, str]]:
     yield "TX", _coded(concepts.NETWORK_STATUS), _text(message.wording.tables["status"][network.status]), ""
+    estimates = concepts.ESTIMATES[network.status]
     density = _coded(concepts.G_PER_CM2)
     if network.bmd_g_cm2 is not None:
-        yield "NM", _coded(concepts.BMD), f"{network.bmd_g_cm2:g}", density
+        yield "NM", _coded(estimates.bmd), f"{network.bmd_g_cm2:g}", density
     if network.bmd_interval_90_g_cm2 is not None:
-        for concept, limit in zip(concepts.BMD_INTERVAL_90, network.bmd_interval_90_g_cm2, strict=True):
+        for concept, limit in zip(estimates.interval_90, network.bmd_interval_90_g_cm2, strict=True):
             yield "NM", _coded(concept), f"{limit:g}", density
     if network.t_score is not None:
-        yield "NM", _coded(concepts.T_SCORE), f"{network.t_score:g}", _coded(concepts.T_SCORE_UNIT)
+        yield "NM", _coded(estimates.t_score), f"{network.t_score:g}", _coded(concepts.T_SCORE_UNIT)
 
 
 def _text(value: str) -> str:

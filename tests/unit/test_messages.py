@@ -37,6 +37,7 @@ HL7 = DestinationSettings(
     name="ris", kind="hl7", host="h", port=1, receiving_application="RIS", receiving_facility="A&E"
 )
 FHIR = DestinationSettings(name="server", kind="fhir", url="https://h/r4")
+INVESTIGATIONAL = concepts.ESTIMATES["investigational"]
 CASES = [synthetic_case, indeterminate_case, withheld_case, excluded_case]
 
 
@@ -54,16 +55,21 @@ def resources(request: ReportRequest) -> list[dict[str, Any]]:
 
 
 def test_concepts_are_those_of_the_structured_report() -> None:
-    for name in ("FINDING_SITE", "ATTENUATION", "MEAN", "MEDIAN", "STANDARD_DEVIATION", "CORRECTED_ATTENUATION", "BMD",
-                 "T_SCORE", "NETWORK_STATUS", "CATEGORY", "IMPRESSION", "RECOMMENDATION", "COMMENT", "CT_UNSPECIFIED",
+    for name in ("FINDING_SITE", "ATTENUATION", "MEAN", "MEDIAN", "STANDARD_DEVIATION", "CORRECTED_ATTENUATION",
+                 "NETWORK_STATUS", "CATEGORY", "IMPRESSION", "RECOMMENDATION", "COMMENT", "CT_UNSPECIFIED",
                  "HOUNSFIELD", "G_PER_CM2"):  # fmt: skip
         same(getattr(concepts, name), getattr(codes, name))
     for mine, theirs in ((concepts.VERTEBRAE, codes.VERTEBRAE), (concepts.CATEGORIES, codes.CATEGORIES)):
         assert mine.keys() == theirs.keys()
         for key in mine:
             same(mine[key], theirs[key])
-    for mine, theirs in zip(concepts.BMD_INTERVAL_90, codes.BMD_INTERVAL_90, strict=True):
-        same(mine, theirs)
+    assert concepts.ESTIMATES.keys() == codes.ESTIMATES.keys()
+    for status, estimates in concepts.ESTIMATES.items():
+        expected = codes.ESTIMATES[status]
+        same(estimates.bmd, expected.bmd)
+        same(estimates.t_score, expected.t_score)
+        for mine, theirs in zip(estimates.interval_90, expected.interval_90, strict=True):
+            same(mine, theirs)
 
 
 def same(mine: Any, theirs: Any) -> None:
@@ -119,9 +125,9 @@ def test_hl7_holds_the_numbers_of_every_level() -> None:
         assert float(values["Mean"][5]) == finding.attenuation_hu.mean
         assert float(values["Median"][5]) == finding.attenuation_hu.median
         assert values["Mean"][6].split("^")[0] == "[hnsf'U]"
-        assert float(values["CT_ABMD"][5]) == finding.network.bmd_g_cm2
-        assert float(values["CT_ABMD_LOW90"][5]) == 0.751
-        assert float(values["CT_TSCORE"][5]) == finding.network.t_score
+        assert float(values["INV_ABMD"][5]) == finding.network.bmd_g_cm2
+        assert float(values["INV_ABMD_LOW90"][5]) == 0.751
+        assert float(values["INV_TSCORE"][5]) == finding.network.t_score
     text = message(request, HL7).data.decode()
     assert "does not rule out low bone density" in text
     assert "normal" not in text.lower()
@@ -181,7 +187,7 @@ def test_fhir_holds_the_numbers_and_points_to_what_it_brings() -> None:
         finding = findings[Level(resource["bodySite"]["text"].split()[0])]
         assert finding.attenuation_hu is not None
         assert finding.network is not None
-        if resource["code"]["text"] == concepts.BMD.meaning:
+        if resource["code"]["text"] == INVESTIGATIONAL.bmd.meaning:
             assert resource["valueQuantity"]["value"] == finding.network.bmd_g_cm2
             assert any("Investigational" in note["text"] for note in resource["note"])
         else:
@@ -191,9 +197,11 @@ def test_fhir_holds_the_numbers_and_points_to_what_it_brings() -> None:
 
 def test_fhir_says_why_a_value_is_absent() -> None:
     network = next(
-        entry for entry in resources(withheld_case()) if entry.get("code", {}).get("text") == concepts.BMD.meaning
+        entry
+        for entry in resources(withheld_case())
+        if entry.get("code", {}).get("text") == INVESTIGATIONAL.bmd.meaning
     )
-    t_score = next(entry for entry in network["component"] if entry["code"]["text"] == concepts.T_SCORE.meaning)
+    t_score = next(entry for entry in network["component"] if entry["code"]["text"] == INVESTIGATIONAL.t_score.meaning)
     assert t_score["dataAbsentReason"]["text"] == "the header gives no age"
     blocked = [entry for entry in resources(indeterminate_case()) if "dataAbsentReason" in entry]
     assert ["metal implant" in entry["dataAbsentReason"]["text"] for entry in blocked] == [True]

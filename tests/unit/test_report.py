@@ -283,12 +283,23 @@ def test_flags_of_completeness_and_verification(sr: Dataset) -> None:
 
 def test_investigational_values_stand_apart_and_say_so(sr: Dataset) -> None:
     measured, estimated = groups(sr)[::2], groups(sr)[1::2]
-    private = {codes.BMD.value, codes.T_SCORE.value, *(code.value for code in codes.CLASS_PROBABILITIES.values())}
+    of_status = {
+        status: {estimates.bmd, *estimates.interval_90, estimates.t_score, *estimates.class_probabilities.values()}
+        for status, estimates in codes.ESTIMATES.items()
+    }
+    # a viewer that shows single values shows their meanings
+    assert all("nvestigational" in code.meaning for code in of_status["investigational"])
+    assert not any("nvestigational" in code.meaning for code in of_status["clinical"])
+    investigational, clinical = ({code.value for code in of_status[name]} for name in ("investigational", "clinical"))
+    assert not investigational & clinical
     for group in measured:
-        assert not private & {item.ConceptNameCodeSequence[0].CodeValue for item in walk(group)}
+        assert not (investigational | clinical) & {item.ConceptNameCodeSequence[0].CodeValue for item in walk(group)}
     for group in estimated:
         status = child(group, codes.NETWORK_STATUS.value).ConceptCodeSequence[0]
         assert status.CodeMeaning.startswith("Investigational")
+        named = {item.ConceptNameCodeSequence[0].CodeValue for item in walk(group)}
+        assert investigational <= named
+        assert not clinical & named
         assert "investigational" in child(group, "112039").TextValue
     comments = [item.TextValue for item in walk(sr) if item.ConceptNameCodeSequence[0].CodeValue == "121106"]
     english = load_wording()

@@ -21,17 +21,12 @@ from pydicom.dataset import Dataset
 from pynetdicom import AE, _config, evt
 
 from osteo_daemon.dicom.commitment import CommitmentReport, answer_report, commitment_context
-from osteo_daemon.dicom.contexts import (
-    ACCOMPANYING_CLASSES,
-    SCREENED_CLASSES,
-    supported_contexts,
-    verification_context,
-)
-from osteo_daemon.dicom.header import Identifiers, file_header, read_identifiers
+from osteo_daemon.dicom.contexts import supported_contexts, verification_context
 from osteo_daemon.dicom.listener import HardenedServer, ListenerLimits, Network, allowed, networks_of
+from osteo_daemon.dicom.received import ReceivedObject, printable, received_object
 from osteo_daemon.dicom.status import StoreStatus, status_of
 from osteo_daemon.dicom.uids import IMPLEMENTATION_CLASS_UID
-from osteo_daemon.errors import ConfigurationError, DataSetMismatch, OsteoError, UnsupportedSopClass
+from osteo_daemon.errors import ConfigurationError, OsteoError, UnsupportedSopClass
 from osteo_daemon.log import get_logger
 from osteo_daemon.settings import DestinationSettings, ReceiverSettings, SourceSettings
 
@@ -42,21 +37,6 @@ _POLL_SECONDS = 0.05
 _CALLED_UNKNOWN = (0x01, 0x01, 0x07)
 _CALLING_UNKNOWN = (0x01, 0x01, 0x03)
 _LIMIT_EXCEEDED = (0x02, 0x03, 0x02)
-
-_STORED_CLASSES = frozenset((*SCREENED_CLASSES, *ACCOMPANYING_CLASSES))
-
-
-@dataclass(frozen=True, slots=True)
-class ReceivedObject:
-    """One object as it came: its UIDs, its sender, and the bytes of a Part 10 file in two parts."""
-
-    identifiers: Identifiers
-    transfer_syntax_uid: str
-    source_ae: str
-    address: str
-    association_id: str
-    screenable: bool
-    parts: tuple[bytes, memoryview]
 
 
 @dataclass(slots=True)
@@ -88,7 +68,7 @@ class StorageScp:
         self,
         settings: ReceiverSettings,
         sources: tuple[SourceSettings, ...],
-        store: Callable[[ReceivedObject], None],
+        store: Callable[[ReceivedObject], object],
         closed: Callable[[str], None] = lambda _association_id: None,
         destinations: tuple[DestinationSettings, ...] = (),
         reported: Callable[[str, CommitmentReport], None] | None = None,
@@ -207,8 +187,8 @@ class StorageScp:
             return
         get_logger().warning(
             "association_refused",
-            ae_title=_printable(calling),
-            called_ae_title=_printable(called),
+            ae_title=printable(calling),
+            called_ae_title=printable(called),
             address=host,
             reason=reason,
         )
@@ -250,8 +230,8 @@ class StorageScp:
         self._note(identifier)
         get_logger().warning(
             "object_refused",
-            ae_title=_printable(source_ae),
-            sop_instance_uid=_printable(uid),
+            ae_title=printable(source_ae),
+            sop_instance_uid=printable(uid),
             status=f"0x{status:04X}",
             reason=reason,
         )
@@ -260,27 +240,20 @@ class StorageScp:
     def _received(self, event: Any, association_id: str, source_ae: str) -> ReceivedObject:
         request, context = event.request, event.context
         sop_class = str(request.AffectedSOPClassUID)
-        if sop_class != context.abstract_syntax or sop_class not in _STORED_CLASSES:
-            raise UnsupportedSopClass(f"{_printable(sop_class)} under a context for {context.abstract_syntax}")
-        data_set = request.DataSet.getbuffer()
-        identifiers = read_identifiers(data_set, str(context.transfer_syntax))
-        if identifiers.sop_class_uid != sop_class:
-            raise DataSetMismatch("SOP Class UID differs between command and data set")
-        if identifiers.sop_instance_uid != str(request.AffectedSOPInstanceUID):
-            raise DataSetMismatch("SOP Instance UID differs between command and data set")
-        header = file_header(sop_class, identifiers.sop_instance_uid, str(context.transfer_syntax))
-        return ReceivedObject(
-            identifiers=identifiers,
+        if sop_class != context.abstract_syntax:
+            raise UnsupportedSopClass(f"{printable(sop_class)} under a context for {context.abstract_syntax}")
+        return received_object(
+            request.DataSet.getbuffer(),
+            sop_class_uid=sop_class,
+            sop_instance_uid=str(request.AffectedSOPInstanceUID),
             transfer_syntax_uid=str(context.transfer_syntax),
             source_ae=source_ae,
             address=event.assoc.requestor.address,
             association_id=association_id,
-            screenable=sop_class in SCREENED_CLASSES,
-            parts=(header, data_set),
         )
 
     def _on_aborted(self, event: Any) -> None:
-        get_logger().info("association_aborted", ae_title=_printable(event.assoc.requestor.ae_title))
+        get_logger().info("association_aborted", ae_title=printable(event.assoc.requestor.ae_title))
 
     def _on_closed(self, event: Any) -> None:
         identifier = _association_id(event.assoc)
@@ -290,7 +263,7 @@ class StorageScp:
             return  # it stored nothing, or its end was told already
         get_logger().info(
             "association_ended",
-            ae_title=_printable(event.assoc.requestor.ae_title.strip()),
+            ae_title=printable(event.assoc.requestor.ae_title.strip()),
             instances=sender.stored,
             bytes=sender.stored_bytes,
             duration_s=round(time.monotonic() - sender.first, 3),
@@ -326,8 +299,3 @@ def _where(error: BaseException) -> str:
     # file and line, never the message: it may quote what a peer sent
     frames = traceback.extract_tb(error.__traceback__)
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-
-
-def _printable(text: str) -> str:
-    # what a stranger sent goes into a log line: no control characters, no novel
-    return "".join(character if character.isprintable() else "?" for character in text[:64])

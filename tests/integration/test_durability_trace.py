@@ -31,22 +31,22 @@ sys.exit(receiver.run(load_settings(Path(sys.argv[1]))))
 MUTANTS = {
     "acknowledged before the write": """
 import dataclasses, threading
-honest = receiver.Receiver.accept
-class Early(receiver.Receiver):
+honest = receiver.DurableIntake.accept
+class Early(receiver.DurableIntake):
     def accept(self, received):
         copy = dataclasses.replace(received, parts=tuple(bytes(part) for part in received.parts))
         threading.Timer(0.3, honest, (self, copy)).start()
-receiver.Receiver = Early
+receiver.DurableIntake = Early
 """,
     "acknowledged before the commit": """
 import threading
 from osteo_daemon.jobs.records import RecordOutcome
-honest = receiver.Receiver._record
-class Early(receiver.Receiver):
+honest = receiver.DurableIntake._record
+class Early(receiver.DurableIntake):
     def _record(self, received, instance):
         threading.Timer(0.3, honest, (self, received, instance)).start()
         return RecordOutcome.STORED
-receiver.Receiver = Early
+receiver.DurableIntake = Early
 """,
     "file not synced": """
 import os, stat

@@ -1,0 +1,141 @@
+"""How an object becomes ours, whichever way it came: file first, then row, and only then may anybody hear of it.
+
+The listener, what is fetched from an archive and what comes over the web all pass here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from osteo_daemon.dicom.compare import Comparison, compare_objects
+from osteo_daemon.dicom.received import ReceivedObject
+from osteo_daemon.domain.job import Priority
+from osteo_daemon.domain.study import SopInstance
+from osteo_daemon.errors import ConflictingInstance, StoreUnavailable
+from osteo_daemon.jobs.records import RecordOutcome
+from osteo_daemon.jobs.spool import Spool, StoredFile
+from osteo_daemon.jobs.store import JobStore
+from osteo_daemon.log import get_logger
+from osteo_daemon.settings import Settings
+
+
+class DurableIntake:
+    """Spool and job store behind one call; several threads may use it at once.
+
+    Args:
+        spool: where the bytes go.
+        jobs: where the rows go.
+        priorities: of new studies, by the AE title of their sender; routine for all others.
+    """
+
+    def __init__(self, spool: Spool, jobs: JobStore, priorities: Mapping[str, Priority] = MappingProxyType({})) -> None:
+        self._spool = spool
+        self._jobs = jobs
+        self._priorities = priorities
+        self._studies: dict[str, str] = {}
+
+    def accept(self, received: ReceivedObject) -> RecordOutcome:
+        """Make an object durable: file first, then its row; returning means both are on disk.
+
+        Raises:
+            SpoolFull: no room.
+            StoreUnavailable: the row was not committed.
+            ConflictingInstance: other pixels are stored under this UID; these are in quarantine.
+            OSError: the disk failed.
+        """
+        stored = self._write(received)
+        instance = _instance(received, stored)
+        outcome = self._record(received, instance)
+        if outcome is RecordOutcome.CONFLICT:
+            outcome = self._resolve(received, instance, stored)
+        if outcome is RecordOutcome.OWN_RESULT:
+            self._spool.discard(stored)
+        get_logger().debug(
+            "instance_received",
+            outcome=outcome.value,
+            ae_title=received.source_ae,
+            study_instance_uid=instance.study_instance_uid,
+            sop_instance_uid=instance.sop_instance_uid,
+            bytes=instance.size_bytes,
+        )
+        return outcome
+
+    def association_closed(self, association_id: str) -> None:
+        """What was received over this association has no more to come."""
+        self._studies.pop(association_id, None)
+        try:
+            self._jobs.association_closed(association_id)
+        except StoreUnavailable as error:
+            # the study only waits longer: an open association speaks for a bounded time
+            get_logger().warning("association_end_unrecorded", reason=str(error))
+
+    def _write(self, received: ReceivedObject) -> StoredFile:
+        identifiers = received.identifiers
+        return self._spool.store_instance(
+            identifiers.study_instance_uid,
+            identifiers.series_instance_uid,
+            identifiers.sop_instance_uid,
+            received.parts,
+        )
+
+    def _record(self, received: ReceivedObject, instance: SopInstance) -> RecordOutcome:
+        # an association is noted with its second object: one image per association must not cost two commits
+        last = self._studies.get(received.association_id)
+        self._studies[received.association_id] = instance.study_instance_uid
+        return self._jobs.record_instance(
+            instance,
+            received.source_ae,
+            association_id=received.association_id if last is not None else None,
+            screenable=received.screenable,
+            priority=self._priorities.get(received.source_ae, Priority.ROUTINE),
+        )
+
+    def _resolve(self, received: ReceivedObject, instance: SopInstance, stored: StoredFile) -> RecordOutcome:
+        """Other bytes under a known UID: the same image under another header, or a conflict."""
+        known = self._jobs.stored_instance(instance.sop_instance_uid)
+        if known is None:
+            raise StoreUnavailable("the stored instance has gone meanwhile")
+        same_place = (known.study_instance_uid, known.series_instance_uid, known.sop_class_uid) == (
+            instance.study_instance_uid,
+            instance.series_instance_uid,
+            instance.sop_class_uid,
+        )
+        found = compare_objects(known.path, instance.path) if same_place else Comparison.DIFFERENT
+        if found is Comparison.IDENTICAL:
+            self._spool.discard(stored)
+            return RecordOutcome.DUPLICATE
+        if found is Comparison.SAME_IMAGE:
+            outcome = self._jobs.replace_instance(instance, received.source_ae)
+            if outcome is RecordOutcome.REPLACED:
+                return outcome
+        reason = found.value if same_place else "another study, series or SOP class"
+        kept = self._spool.quarantine(instance.study_instance_uid, instance.sop_instance_uid, stored)
+        self._jobs.quarantine_instance(_instance(received, kept), received.source_ae, reason)
+        get_logger().warning(
+            "instance_quarantined",
+            ae_title=received.source_ae,
+            study_instance_uid=instance.study_instance_uid,
+            sop_instance_uid=instance.sop_instance_uid,
+            reason=reason,
+        )
+        raise ConflictingInstance(reason)
+
+
+def source_priorities(settings: Settings) -> dict[str, Priority]:
+    """The class of each source's studies, by AE title."""
+    return {source.ae_title: Priority[source.priority.upper()] for source in settings.sources}
+
+
+def _instance(received: ReceivedObject, stored: StoredFile) -> SopInstance:
+    identifiers = received.identifiers
+    return SopInstance(
+        study_instance_uid=identifiers.study_instance_uid,
+        series_instance_uid=identifiers.series_instance_uid,
+        sop_class_uid=identifiers.sop_class_uid,
+        sop_instance_uid=identifiers.sop_instance_uid,
+        transfer_syntax_uid=received.transfer_syntax_uid,
+        path=stored.path,
+        size_bytes=stored.size_bytes,
+        sha256=stored.sha256,
+    )

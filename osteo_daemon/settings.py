@@ -105,7 +105,7 @@ class DestinationSettings(_Section):
     """A system that gets the results: a PACS, an HL7 interface or a FHIR server."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
-    kind: Literal["dicom", "hl7", "fhir"] = "dicom"
+    kind: Literal["dicom", "dicomweb", "hl7", "fhir"] = "dicom"
     ae_title: AETitle = ""
     host: str = ""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
@@ -121,11 +121,16 @@ class DestinationSettings(_Section):
 
     @model_validator(mode="after")
     def _what_its_kind_needs(self) -> DestinationSettings:
-        needed = {"dicom": ("ae_title", "host", "port"), "hl7": ("host", "port"), "fhir": ("url",)}[self.kind]
+        needed = {
+            "dicom": ("ae_title", "host", "port"),
+            "dicomweb": ("url",),
+            "hl7": ("host", "port"),
+            "fhir": ("url",),
+        }[self.kind]
         missing = [key for key in needed if not getattr(self, key)]
         if missing:
             raise ValueError(f"destination {self.name} of kind {self.kind} needs {', '.join(missing)}")
-        if self.report_exclusions and (self.kind != "dicom" or "sr" not in self.objects):
+        if self.report_exclusions and (self.kind not in ("dicom", "dicomweb") or "sr" not in self.objects):
             raise ValueError(f"destination {self.name} takes no structured report; set report_exclusions = false")
         return self
 
@@ -144,6 +149,72 @@ class DelivererSettings(_Section):
     probe_maximum_seconds: Seconds = 300
     commitment_linger_seconds: Seconds = 2
     commitment_timeout_seconds: Seconds = 600
+
+
+class ArchiveSettings(_Section):
+    """A system that studies are fetched from by `osteo pull`."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
+    retrieve: Literal["c-move", "c-get", "dicomweb"] = "c-move"
+    ae_title: AETitle | Literal[""] = ""
+    host: str = ""
+    port: Port = 0
+    url: Annotated[str, Field(pattern=r"^(https?://[^\s?#]+)?$")] = ""
+    token_file: Path | None = None
+    authorities_file: Path | None = None
+    maximum_matches: int = Field(default=500, ge=2)
+
+    @model_validator(mode="after")
+    def _what_its_way_needs(self) -> ArchiveSettings:
+        needed = ("url",) if self.retrieve == "dicomweb" else ("ae_title", "host", "port")
+        missing = [key for key in needed if not getattr(self, key)]
+        if missing:
+            raise ValueError(f"archive {self.name} with retrieve = {self.retrieve} needs {', '.join(missing)}")
+        return self
+
+
+class PullSettings(_Section):
+    """How gently studies are fetched; each command may say otherwise."""
+
+    between: Annotated[str, Field(pattern=r"^((?:[01]\d|2[0-3]):[0-5]\d-(?:[01]\d|2[0-3]):[0-5]\d)?$")] = ""
+    studies_per_hour: int = Field(default=0, ge=0)
+    maximum_waiting: int = Field(default=20, ge=0)
+    maximum_attempts: int = Field(default=5, ge=1)
+    retry_base_seconds: Seconds = 60
+    retry_maximum_seconds: Seconds = 3600
+    connect_timeout_seconds: Seconds = 10
+    answer_timeout_seconds: Seconds = 300
+
+
+class DicomwebSettings(_Section):
+    """STOW-RS: objects received over HTTP; off while the port is 0."""
+
+    port: Port = 0
+    address: str = "127.0.0.1"
+    source: AETitle = "DICOMWEB"
+    priority: Literal["stat", "routine", "backfill"] = "routine"
+    token_file: Path | None = None
+    certificate_file: Path | None = None
+    key_file: Path | None = None
+    client_authorities_file: Path | None = None
+    maximum_part_bytes: int = Field(default=512 * 1024**2, ge=1024)
+    maximum_request_bytes: int = Field(default=8 * 1024**3, ge=1024)
+    maximum_requests: int = Field(default=8, ge=1)
+    idle_timeout_seconds: Seconds = 30
+
+    @model_validator(mode="after")
+    def _nobody_unknown(self) -> DicomwebSettings:
+        if not self.port:
+            return self
+        if self.token_file is None and self.client_authorities_file is None:
+            raise ValueError("dicomweb needs token_file, or client_authorities_file for certificates of clients")
+        if (self.certificate_file is None) != (self.key_file is None):
+            raise ValueError("dicomweb.certificate_file and dicomweb.key_file go together")
+        if self.certificate_file is None and self.client_authorities_file is not None:
+            raise ValueError("dicomweb.client_authorities_file needs a certificate_file and a key_file of our own")
+        if self.certificate_file is None and not ipaddress.ip_address(self.address).is_loopback:
+            raise ValueError("dicomweb listens beyond loopback with a certificate only: set certificate_file")
+        return self
 
 
 class StoreSettings(_Section):
@@ -214,6 +285,9 @@ class Settings(_Section):
     totalsegmentator: TotalSegmentatorSettings = TotalSegmentatorSettings()
     deliverer: DelivererSettings = DelivererSettings()
     destinations: tuple[DestinationSettings, ...] = ()
+    archives: tuple[ArchiveSettings, ...] = ()
+    pull: PullSettings = PullSettings()
+    dicomweb: DicomwebSettings = DicomwebSettings()
     store: StoreSettings = StoreSettings()
     retention: RetentionSettings = RetentionSettings()
     backup: BackupSettings = BackupSettings()
@@ -225,6 +299,9 @@ class Settings(_Section):
         names = [destination.name for destination in self.destinations]
         if len(set(names)) != len(names):
             raise ValueError("two destinations share one name; give each [[destinations]] entry a name of its own")
+        archives = [archive.name for archive in self.archives]
+        if len(set(archives)) != len(archives):
+            raise ValueError("two archives share one name; give each [[archives]] entry a name of its own")
         titles = [source.ae_title for source in self.sources]
         if len(set(titles)) != len(titles):
             raise ValueError("two sources share one ae_title; list all addresses under one [[sources]] entry")

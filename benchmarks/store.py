@@ -155,7 +155,7 @@ def measure(store: JobStore, count: int, rounds: int) -> dict[str, dict[str, flo
         store.commit_report(job, {"schema": "osteo-result/1"}, objects, [NewDelivery("pacs", (uid,))])
 
     def deliver() -> None:
-        delivery = store.claim_delivery("benchmark", 600)
+        delivery = store.claim_delivery("benchmark", 600, destination="pacs")
         if delivery is None:
             raise RuntimeError("no delivery waits")
 
@@ -179,7 +179,18 @@ def measure(store: JobStore, count: int, rounds: int) -> dict[str, dict[str, flo
         "list: a day": lambda: store.recent(limit=50, since=middle, until=middle + timedelta(days=1)),
         "list: held of one source": lambda: store.recent(limit=50, state=JobState.HELD, source_ae="CT4"),
         "counts_by_state": store.counts_by_state,
+        "delivery_counts": store.delivery_counts,
         "deliveries: first page": lambda: store.deliveries(limit=50),
+        "deliveries: page in the middle": lambda: store.deliveries(limit=50, before_delivery_id=count // 2),
+        "deliveries: one destination": lambda: store.deliveries(
+            limit=50, destination="pacs", before_delivery_id=count // 2
+        ),
+        "deliveries: delivered to one destination": lambda: store.deliveries(
+            limit=50, state=DeliveryState.DELIVERED, destination="pacs", before_delivery_id=count // 2
+        ),
+        "deliveries: dead letters of a destination": lambda: store.deliveries(
+            limit=50, state=DeliveryState.REFUSED, destination="pacs"
+        ),
         "deliveries: dead letters": lambda: store.deliveries(limit=50, state=DeliveryState.REFUSED),
         "retention: what may go": lambda: store.purgeable_images(middle),
         "one study": lambda: store.events(f"1.2.826.0.1.3680043.8.498.{2654435761 * (count // 2) % 4294967296}"),

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, Row, String, exists, func, insert, or_, select, type_coerce, update
+from sqlalchemy import Connection, Row, String, exists, insert, or_, select, type_coerce, update
 from sqlalchemy.orm import aliased
 
 from osteo_daemon.jobs.breakers import Breakers
@@ -55,18 +55,15 @@ class Deliveries(Commitments, Breakers):
             row = _next_delivery(connection, now, destination, lock=True)
             if row is None:
                 return None
-            connection.execute(
-                update(DeliveryRow)
-                .where(DeliveryRow.delivery_id == row.delivery_id)
-                .values(
-                    state=DeliveryState.SENDING,
-                    attempts=row.attempts + (row.state is not DeliveryState.AWAITING),
-                    fencing_token=row.fencing_token + 1,
-                    worker=worker,
-                    lease_until=now + timedelta(seconds=lease_seconds),
-                    not_before=None,
-                    changed_at=now,
-                )
+            move(
+                connection,
+                row.delivery_id,
+                DeliveryState.SENDING,
+                now,
+                attempts=row.attempts + (row.state is not DeliveryState.AWAITING),
+                fencing_token=row.fencing_token + 1,
+                worker=worker,
+                lease_until=now + timedelta(seconds=lease_seconds),
             )
             return loaded(connection, row.delivery_id)
 
@@ -305,14 +302,6 @@ class Deliveries(Commitments, Breakers):
         with self._reading() as connection:
             return loaded(connection, delivery_id)
 
-    def delivery_counts(self) -> dict[tuple[str, DeliveryState], int]:
-        """How many deliveries of each destination stand in each state; what there is none of is left out."""
-        query = select(DeliveryRow.destination, DeliveryRow.state, func.count()).group_by(
-            DeliveryRow.destination, DeliveryRow.state
-        )
-        with self._reading() as connection:
-            return {(destination, state): count for destination, state, count in connection.execute(query)}
-
     def deliveries(
         self,
         *,
@@ -325,13 +314,6 @@ class Deliveries(Commitments, Breakers):
     ) -> list[Delivery]:
         """Deliveries, newest first; ``before_delivery_id`` pages on."""
         query = select(DeliveryRow.delivery_id).order_by(DeliveryRow.delivery_id.desc()).limit(limit)
-        if state is not None:
-            states = (*states, state)
-        if len(states) == 1:
-            # SQLite takes the index of states for "=" alone, and finds one dead letter among a million deliveries by it
-            query = query.where(DeliveryRow.state == next(iter(states)))
-        elif states:
-            query = query.where(DeliveryRow.state.in_(tuple(states)))
         if destination is not None:
             query = query.where(DeliveryRow.destination == destination)
         if before_delivery_id is not None:
@@ -340,8 +322,12 @@ class Deliveries(Commitments, Breakers):
             query = query.join(JobRow, JobRow.job_id == DeliveryRow.job_id).where(
                 JobRow.study_instance_uid == study_instance_uid
             )
+        # a query for each state: for "IN" every delivery in those states would be sorted
+        wanted = {*states} if state is None else {*states, state}
+        queries = [query.where(DeliveryRow.state == one) for one in wanted] or [query]
         with self._reading() as connection:
-            return load_all(connection, connection.execute(query).scalars().all())
+            found = [delivery_id for one in queries for delivery_id in connection.execute(one).scalars()]
+            return load_all(connection, sorted(found, reverse=True)[:limit])
 
 
 def _next_delivery(connection: Connection, now: datetime, destination: str | None, *, lock: bool) -> Row[Any] | None:

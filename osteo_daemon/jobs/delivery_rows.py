@@ -11,6 +11,7 @@ from sqlalchemy import Connection, Row, select, update
 
 from osteo_daemon.domain.job import JobState
 from osteo_daemon.errors import LeaseLost
+from osteo_daemon.jobs.counts import count_deliveries
 from osteo_daemon.jobs.records import Delivery, DeliveryObject, DeliveryState, ReportObject
 from osteo_daemon.jobs.schema import DeliveryObjectRow, DeliveryRow, JobRow, ReportObjectRow
 from osteo_daemon.jobs.transitions import NO_LEASE, add_event, change_state
@@ -36,7 +37,14 @@ def set_values(connection: Connection, delivery_id: int, **values: Any) -> None:
 
 
 def move(connection: Connection, delivery_id: int, state: DeliveryState, now: datetime, **values: Any) -> None:
-    """To another state, without lease."""
+    """To another state, without lease unless ``values`` bring one."""
+    row = connection.execute(
+        select(DeliveryRow.destination, DeliveryRow.state)
+        .where(DeliveryRow.delivery_id == delivery_id)
+        .with_for_update()
+    ).one()
+    if row.state is not state:
+        count_deliveries(connection, {(row.destination, row.state): -1, (row.destination, state): 1})
     set_values(connection, delivery_id, state=state, changed_at=now, **{**NO_LEASE, "not_before": None, **values})
 
 

@@ -11,10 +11,11 @@ from sqlalchemy import Connection, delete, insert, select, update
 from osteo_daemon.domain.job import Job, JobKind, JobState, Priority
 from osteo_daemon.domain.study import SopInstance
 from osteo_daemon.errors import StoreUnavailable
+from osteo_daemon.jobs.counts import count_jobs
 from osteo_daemon.jobs.database import Database
 from osteo_daemon.jobs.records import RecordOutcome
 from osteo_daemon.jobs.schema import AssociationRow, InstanceRow, JobRow, ReportObjectRow, StudyRow
-from osteo_daemon.jobs.transitions import NO_CLAIM, add_event, change_state, count_jobs, screening_job, utc_now
+from osteo_daemon.jobs.transitions import NO_CLAIM, add_event, change_state, screening_job, utc_now
 from osteo_daemon.jobs.turns import know_source
 
 HELD_BY_HAND = "held_by_hand"

@@ -15,14 +15,13 @@ from osteo_daemon.domain.job import FINISHED, JobState
 from osteo_daemon.jobs.database import Database
 from osteo_daemon.jobs.schema import (
     InstanceRow,
-    JobCountRow,
     JobRow,
     LeaseRow,
     QuarantineRow,
     ReportObjectRow,
     StudyRow,
 )
-from osteo_daemon.jobs.transitions import add_event, count_jobs, screening_job, utc_now
+from osteo_daemon.jobs.transitions import add_event, screening_job, utc_now
 
 LIFT = 100
 """By so much revisions rise where the store may have forgotten some: UIDs made from those must not come again."""
@@ -110,31 +109,6 @@ class Inventory(Database):
             ]
         return found
 
-    def wrong_counts(self) -> dict[JobState, tuple[int, int]]:
-        """States whose counter differs from the jobs in it: counted, true."""
-        with self._reading() as connection:
-            true = _sums(connection, select(JobRow.state, func.count()).group_by(JobRow.state))
-            counted = _sums(
-                connection, select(JobCountRow.state, func.sum(JobCountRow.jobs)).group_by(JobCountRow.state)
-            )
-        pairs = {state: (counted.get(state, 0), true.get(state, 0)) for state in JobState}
-        return {state: pair for state, pair in pairs.items() if pair[0] != pair[1]}
-
-    def recount(self) -> None:
-        """Count jobs and instances anew."""
-        with self._writing() as connection:
-            if not self._sqlite:
-                connection.exec_driver_sql("LOCK TABLE jobs, instances, studies IN SHARE MODE")
-            connection.execute(delete(JobCountRow))
-            if true := _sums(connection, select(JobRow.state, func.count()).group_by(JobRow.state)):
-                count_jobs(connection, true)
-            count = (
-                select(func.count())
-                .where(InstanceRow.study_instance_uid == StudyRow.study_instance_uid)
-                .scalar_subquery()
-            )
-            connection.execute(update(StudyRow).where(StudyRow.instances != count).values(instances=count))
-
     def lift_revision(self, study_instance_uid: str, who: str, reason: str, *, now: datetime | None = None) -> None:
         """Raise the revision of a study that is yet to be screened by `LIFT`."""
         with self._writing() as connection:
@@ -176,10 +150,6 @@ class Inventory(Database):
             studies = list(unfinished.scalars())
         for study_instance_uid in studies:
             self.lift_revision(study_instance_uid, "store", "the store was restored from a backup", now=now)
-
-
-def _sums(connection: Any, query: Any) -> dict[JobState, int]:
-    return {state: int(jobs) for state, jobs in connection.execute(query)}
 
 
 def _of_study(connection: Any, row: Any) -> StudyInventory:

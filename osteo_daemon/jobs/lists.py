@@ -1,19 +1,18 @@
-"""What the store tells: jobs, counts, histories, results."""
+"""What the store tells: jobs, histories, results."""
 
 from __future__ import annotations
 
-from collections import Counter
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Row, delete, func, select, tuple_
+from sqlalchemy import Row, select, tuple_
 
 from osteo_daemon.domain.job import Job, JobKind, JobState, Priority
 from osteo_daemon.jobs.database import Database
 from osteo_daemon.jobs.delivery_rows import to_report_object
 from osteo_daemon.jobs.records import Event, JobSummary, ReportObject
-from osteo_daemon.jobs.schema import EventRow, JobCountRow, JobRow, ReportObjectRow, ResultRow, StudyRow
-from osteo_daemon.jobs.transitions import count_jobs, to_job
+from osteo_daemon.jobs.schema import EventRow, JobRow, ReportObjectRow, ResultRow, StudyRow
+from osteo_daemon.jobs.transitions import to_job
 
 
 class Lists(Database):
@@ -79,26 +78,6 @@ class Lists(Database):
                 # both columns of the index bound the page: the next one is found as quickly as the first
                 query = query.where(tuple_(JobRow.created_at, JobRow.job_id) < tuple_(at, before_job_id))
             return [_summary(row) for row in connection.execute(query)]
-
-    def counts_by_state(self) -> dict[JobState, int]:
-        """How many jobs stand in each state; every state is named."""
-        query = select(JobCountRow.state, func.sum(JobCountRow.jobs)).group_by(JobCountRow.state)
-        counts = dict.fromkeys(JobState, 0)
-        with self._reading() as connection:
-            counts.update((state, int(jobs)) for state, jobs in connection.execute(query))
-        return counts
-
-    def fold_counts(self) -> int:
-        """Replace the rows behind `counts_by_state` by one for each state; returns how many went."""
-        with self._writing() as connection:
-            # on PostgreSQL only what this transaction itself removes is counted: others may append meanwhile
-            rows = connection.execute(delete(JobCountRow).returning(JobCountRow.state, JobCountRow.jobs)).all()
-            sums: Counter[JobState] = Counter()
-            for row in rows:
-                sums[row.state] += row.jobs
-            if sums:
-                count_jobs(connection, sums)
-        return len(rows)
 
     def events(self, study_instance_uid: str) -> list[Event]:
         """A study's history, oldest first."""

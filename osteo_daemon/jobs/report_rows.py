@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, insert, select, update
 
 from osteo_daemon.domain.job import Job
+from osteo_daemon.jobs.counts import count_deliveries
 from osteo_daemon.jobs.records import DeliveryState, NewDelivery, ReportKind, ReportObject
 from osteo_daemon.jobs.schema import DeliveryObjectRow, DeliveryRow, ReportObjectRow, ResultRow
 
@@ -71,6 +72,7 @@ def save_delivery(
         )
         .returning(DeliveryRow.delivery_id)
     ).scalar_one()
+    count_deliveries(connection, {(delivery.destination, DeliveryState.PENDING): 1})
     ordered = sorted(delivery.sop_instance_uids, key=lambda uid: _SENDING_ORDER.index(by_uid[uid].kind))
     for position, uid in enumerate(ordered):
         connection.execute(

@@ -18,6 +18,7 @@ from sqlalchemy import Connection, delete, exists, select, update
 from osteo_daemon.domain.job import FINISHED, JobState
 from osteo_daemon.errors import IllegalTransition
 from osteo_daemon.jobs.database import Database
+from osteo_daemon.jobs.delivery_rows import move
 from osteo_daemon.jobs.records import DeliveryState
 from osteo_daemon.jobs.schema import (
     DeliveryRow,
@@ -29,7 +30,7 @@ from osteo_daemon.jobs.schema import (
     StudyRow,
 )
 from osteo_daemon.jobs.spool import Spool
-from osteo_daemon.jobs.transitions import NO_CLAIM, NO_LEASE, add_event, change_state, screening_job, utc_now
+from osteo_daemon.jobs.transitions import NO_CLAIM, add_event, change_state, screening_job, utc_now
 
 PURGED_BY_HAND = "purged_by_hand"
 """Code of an unfinished study whose files a person removed."""
@@ -252,11 +253,11 @@ def _owed(connection: Connection, job: Any) -> bool:
 
 def _end_unfinished(connection: Connection, job: Any, who: str, reason: str, now: datetime) -> None:
     """By force: nothing may be screened or sent whose files are gone."""
-    connection.execute(
-        update(DeliveryRow)
-        .where(DeliveryRow.job_id == job.job_id, DeliveryRow.state != DeliveryState.DELIVERED)
-        .values(state=DeliveryState.REFUSED, outcome=PURGED_BY_HAND, detail=reason, changed_at=now, **NO_LEASE)
+    unfinished = select(DeliveryRow.delivery_id).where(
+        DeliveryRow.job_id == job.job_id, DeliveryRow.state != DeliveryState.DELIVERED
     )
+    for delivery_id in connection.execute(unfinished.with_for_update()).scalars().all():
+        move(connection, delivery_id, DeliveryState.REFUSED, now, outcome=PURGED_BY_HAND, detail=reason)
     if job.state in FINISHED | {JobState.HELD, JobState.FAILED}:
         return
     ended = JobState.FAILED if job.state is JobState.REPORTED else JobState.HELD

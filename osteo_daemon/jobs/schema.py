@@ -195,8 +195,7 @@ class JobRow(Base):
 class JobCountRow(Base):
     """So many jobs more (or fewer) in a state; the sum of all rows is what stands in it.
 
-    Appended by every transition and folded by the scheduler: one counter row would make transitions of several
-    processes wait for each other.
+    Appended by every transition and folded by the scheduler, see `osteo_daemon.jobs.counts`.
     """
 
     __tablename__ = "job_counts"
@@ -204,6 +203,17 @@ class JobCountRow(Base):
     count_id: Mapped[int] = mapped_column(primary_key=True)
     state: Mapped[JobState] = mapped_column(_names(JobState))
     jobs: Mapped[int]
+
+
+class DeliveryCountRow(Base):
+    """So many deliveries more (or fewer) to a destination in a state; summed and folded like `JobCountRow`."""
+
+    __tablename__ = "delivery_counts"
+
+    count_id: Mapped[int] = mapped_column(primary_key=True)
+    destination: Mapped[str] = mapped_column(String(32))
+    state: Mapped[DeliveryState] = mapped_column(_names(DeliveryState))
+    deliveries: Mapped[int]
 
 
 class EventRow(Base):
@@ -260,7 +270,10 @@ class DeliveryRow(Base):
         UniqueConstraint("job_id", "revision", "destination"),
         Index(None, "state", "not_before"),
         Index(None, "state", "delivery_id"),
-        Index(None, "destination", "state", "priority", "delivery_id"),
+        Index(None, "destination", "state", "priority", "delivery_id"),  # claims
+        # lists, newest first
+        Index(None, "destination", "delivery_id"),
+        Index(None, "destination", "state", "delivery_id"),
     )
 
     delivery_id: Mapped[int] = mapped_column(primary_key=True)

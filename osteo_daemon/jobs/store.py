@@ -5,6 +5,7 @@ from __future__ import annotations
 from osteo_daemon.jobs.by_hand import ByHand
 from osteo_daemon.jobs.claims import Claims
 from osteo_daemon.jobs.completeness import Completeness
+from osteo_daemon.jobs.counts import Counts
 from osteo_daemon.jobs.deliveries import Deliveries
 from osteo_daemon.jobs.intake import Intake
 from osteo_daemon.jobs.inventory import Inventory
@@ -16,6 +17,6 @@ from osteo_daemon.jobs.upkeep import Upkeep
 
 
 class JobStore(
-    Intake, Quarantine, Completeness, Claims, Deliveries, Lists, ByHand, Retention, Inventory, Trend, Upkeep
+    Intake, Quarantine, Completeness, Claims, Deliveries, Counts, Lists, ByHand, Retention, Inventory, Trend, Upkeep
 ):
     """Studies, jobs, reports and deliveries of one node; every process and thread may use it at once."""

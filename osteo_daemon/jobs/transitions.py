@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -10,7 +9,8 @@ from sqlalchemy import Connection, Row, insert, select, update
 
 from osteo_daemon.domain.job import TRANSITIONS, Job, JobKind, JobState, Priority
 from osteo_daemon.errors import IllegalTransition, LeaseLost
-from osteo_daemon.jobs.schema import EventRow, JobCountRow, JobRow
+from osteo_daemon.jobs.counts import count_jobs
+from osteo_daemon.jobs.schema import EventRow, JobRow
 
 NO_LEASE: dict[str, Any] = {"worker": None, "lease_until": None}
 """Column values of a delivery that nobody works on."""
@@ -77,11 +77,6 @@ def change_state(
         from_state=job.state,
         to_state=state,
     )
-
-
-def count_jobs(connection: Connection, changes: Mapping[JobState, int]) -> None:
-    """So many jobs more (or fewer) stand in each state, in the transaction that moves them."""
-    connection.execute(insert(JobCountRow), [{"state": state, "jobs": jobs} for state, jobs in changes.items()])
 
 
 def add_event(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections import Counter
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -310,6 +311,9 @@ class StoreMachine(RuleBasedStateMachine):
             assert job is not None
             counted[job.state] += 1
         assert self.store.counts_by_state() == counted
+        standing = Counter((delivery.destination, delivery.state) for delivery in self.store.deliveries(limit=10**6))
+        assert self.store.delivery_counts() == standing
+        assert self.store.wrong_counts() == {}
         for summary in self.store.recent():
             assert summary.instances == len(self.instances[summary.study_instance_uid])
 

@@ -35,7 +35,21 @@ def _network(value: str) -> str:
     return value
 
 
+def _certificate_identity(value: str) -> str:
+    kind, _, name = value.strip().partition(":")
+    if kind == "sha256":
+        digest = name.replace(":", "").replace(" ", "").lower()
+        if re.fullmatch("[0-9a-f]{64}", digest):
+            return f"sha256:{digest}"
+    elif kind == "ip":
+        return f"ip:{ipaddress.ip_address(name)}"
+    elif kind in ("dns", "uri", "cn", "subject") and name:
+        return f"dns:{name.lower()}" if kind == "dns" else f"{kind}:{name}"
+    raise ValueError("sha256:DIGEST, dns:NAME, ip:ADDRESS, uri:URI, cn:NAME or subject:NAME (RFC 4514)")
+
+
 AETitle = Annotated[str, AfterValidator(_ae_title)]
+CertificateIdentity = Annotated[str, AfterValidator(_certificate_identity)]
 Network = Annotated[str, AfterValidator(_network)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -50,6 +64,10 @@ class SourceSettings(_Section):
 
     ae_title: AETitle
     addresses: Annotated[tuple[Network, ...], Field(min_length=1)]
+    certificates: tuple[CertificateIdentity, ...] = ()
+    tls_required: bool = False
+    maximum_associations: int = Field(default=0, ge=0)
+    bytes_per_hour: int = Field(default=0, ge=0)
     priority: Literal["stat", "routine", "backfill"] = "routine"
 
 
@@ -65,6 +83,36 @@ class ReceiverSettings(_Section):
     dimse_timeout_seconds: Seconds = 60
     network_timeout_seconds: Seconds = 120
     minimum_free_bytes: int = Field(default=2 * 1024**3, ge=0)
+
+
+class TlsSettings(_Section):
+    """Our certificate, whom we believe, and the TLS listener beside (or instead of) the plain one."""
+
+    port: Port = 0
+    only: bool = False
+    certificate_file: Path | None = None
+    key_file: Path | None = None
+    ca_file: Path | None = None
+    crl_file: Path | None = None
+    expiry_warning_days: Annotated[int, Field(ge=0)] = 30
+
+    @model_validator(mode="after")
+    def _what_a_listener_needs(self) -> TlsSettings:
+        missing = [key for key in ("certificate_file", "key_file", "ca_file") if getattr(self, key) is None]
+        if self.port and missing:
+            raise ValueError(f"a TLS port needs {', '.join(missing)}")
+        if self.only and not self.port:
+            raise ValueError("only = true needs a port")
+        return self
+
+
+class QuotaSettings(_Section):
+    """What one sender may take; 0: no limit. An entry of ``[[sources]]`` may set its own."""
+
+    associations_per_ae_title: int = Field(default=40, ge=0)
+    associations_per_address: int = Field(default=40, ge=0)
+    bytes_per_hour_per_ae_title: int = Field(default=500 * 10**9, ge=0)
+    bytes_per_hour_per_address: int = Field(default=500 * 10**9, ge=0)
 
 
 class CompletenessSettings(_Section):
@@ -118,6 +166,12 @@ class DestinationSettings(_Section):
     receiving_facility: Annotated[str, Field(max_length=180)] = ""
     url: Annotated[str, Field(pattern=r"^(https?://[^\s?#]+)?$")] = ""
     token_file: Path | None = None
+    tls: bool = False
+    ca_file: Path | None = None
+    certificate_file: Path | None = None
+    key_file: Path | None = None
+    server_name: str = ""
+    certificates: tuple[CertificateIdentity, ...] = ()
 
     @model_validator(mode="after")
     def _what_its_kind_needs(self) -> DestinationSettings:
@@ -279,6 +333,8 @@ class Settings(_Section):
     state_dir: Path = Path("/var/lib/osteo-daemon")
     models_dir: Path | None = None
     receiver: ReceiverSettings = ReceiverSettings()
+    tls: TlsSettings = TlsSettings()
+    quotas: QuotaSettings = QuotaSettings()
     sources: tuple[SourceSettings, ...] = ()
     completeness: CompletenessSettings = CompletenessSettings()
     screener: ScreenerSettings = ScreenerSettings()
@@ -305,6 +361,9 @@ class Settings(_Section):
         titles = [source.ae_title for source in self.sources]
         if len(set(titles)) != len(titles):
             raise ValueError("two sources share one ae_title; list all addresses under one [[sources]] entry")
+        unfounded = [entry.name for entry in self.destinations if entry.tls and not (entry.ca_file or self.tls.ca_file)]
+        if unfounded:
+            raise ValueError(f"destination {unfounded[0]} with tls = true needs a ca_file, its own or that of [tls]")
         return self
 
     @property

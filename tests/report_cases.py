@@ -146,6 +146,7 @@ def _finding(level: Level, number: int, volume: CtVolume, centre: Sequence[float
             expert_weights=(0.25, 0.3333, 0.4167),
             bmd_interval_90_g_cm2=(0.7512, 1.0734),
             t_score_reference="NHANES 2005-14, women 21-30 y, sBMD",
+            quality_flags=(QualityFlag("network_out_of_distribution", Severity.CAUTION),) if number == 3 else (),
         ),
         quality_flags=(QualityFlag("level_disagreement", Severity.INFO),) if number == 2 else (),
         heights_mm=(26.04, 25.5, 27.0),

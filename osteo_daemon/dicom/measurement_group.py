@@ -176,6 +176,7 @@ class MeasurementGroups:
                     sr.QualitativeEvaluation(codes.WITHHELD[value], codes.slug_code(reason))
                     for value, reason in network.withheld.items()
                 ),
+                *(_flag_evaluation(flag) for flag in network.quality_flags),
             ],
         )
 

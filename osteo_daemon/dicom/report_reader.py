@@ -189,6 +189,7 @@ def _network(items: ContentItems, status: Dataset) -> NetworkFinding:
             for name, code in codes.WITHHELD.items()
             for item in items.named(code)
         },
+        quality_flags=_flags(items),
     )
 
 

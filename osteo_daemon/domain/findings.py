@@ -145,6 +145,7 @@ class NetworkFinding:
         bmd_interval_90_g_cm2: 90 % prediction interval of the BMD, or None when that is withheld.
         t_score_reference: the young adults that the T-score compares with, as the bundle names them.
         withheld: why a value isn't given: ``bmd``, ``t_score`` or ``class`` to a code of docs/report.md.
+        quality_flags: on these estimates alone; they never touch the category.
     """
 
     status: str
@@ -156,6 +157,7 @@ class NetworkFinding:
     bmd_interval_90_g_cm2: tuple[float, float] | None = None
     t_score_reference: str | None = None
     withheld: Mapping[str, str] = field(default_factory=dict)
+    quality_flags: tuple[QualityFlag, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +297,7 @@ def _vertebra_to_json(vertebra: VertebraFinding) -> dict[str, Any]:
             else list(network.bmd_interval_90_g_cm2),
             "t_score_reference": network.t_score_reference,
             "withheld": dict(network.withheld),
+            "quality_flags": [_flag_to_json(flag) for flag in network.quality_flags],
         },
         "quality_flags": [_flag_to_json(flag) for flag in vertebra.quality_flags],
         "heights_mm": None if vertebra.heights_mm is None else list(vertebra.heights_mm),
@@ -319,12 +322,13 @@ def _vertebra_from_json(entry: Mapping[str, Any]) -> VertebraFinding:
 
 
 def _network_from_json(entry: Mapping[str, Any]) -> NetworkFinding:
-    # results written before 0.2.0 have no interval, reference and reasons
+    # results written before 0.2.0 have no interval, reference, reasons and flags
     interval = entry.get("bmd_interval_90_g_cm2")
     return NetworkFinding(
         **{
             **entry,
             "expert_weights": tuple(entry["expert_weights"]),
             "bmd_interval_90_g_cm2": None if interval is None else (interval[0], interval[1]),
+            "quality_flags": tuple(_flag_from_json(flag) for flag in entry.get("quality_flags", ())),
         }
     )

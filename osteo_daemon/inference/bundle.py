@@ -86,24 +86,36 @@ class ModelBundle:
     def load_weights(self) -> dict[str, torch.Tensor]:
         """The weights on the CPU, by parameter name.
 
+        Raises:
+            BundleError: as of `load_tensors`.
+        """
+        return self.load_tensors(WEIGHTS_NAME)
+
+    def load_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of one file in safetensors format, on the CPU.
+
         The digest is checked again on the very bytes that are parsed.
 
         Raises:
-            BundleError: the file has gone or changed since the bundle was read, or is not in safetensors format.
+            BundleError: the bundle has no such file, it has gone or changed since the bundle was read, or is not in
+                safetensors format.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load
 
+        path = self.path / name
+        if name not in self.files:
+            raise BundleError(f"{path} is missing; {_READ_AGAIN}")
         try:
-            content = (self.path / WEIGHTS_NAME).read_bytes()
+            content = path.read_bytes()
         except OSError as error:
-            raise BundleError(f"{self.path / WEIGHTS_NAME} cannot be read ({error.strerror}); {_READ_AGAIN}") from error
-        if hashlib.sha256(content).hexdigest() != self.files[WEIGHTS_NAME]:
-            raise BundleError(f"{self.path / WEIGHTS_NAME} changed after the bundle was verified; restart to read it")
+            raise BundleError(f"{path} cannot be read ({error.strerror}); {_READ_AGAIN}") from error
+        if hashlib.sha256(content).hexdigest() != self.files[name]:
+            raise BundleError(f"{path} changed after the bundle was verified; restart to read it")
         try:
             return cast("dict[str, torch.Tensor]", load(content))
         except SafetensorError as error:
-            raise BundleError(f"{self.path / WEIGHTS_NAME} is not in safetensors format; {_READ_AGAIN}") from error
+            raise BundleError(f"{path} is not in safetensors format; {_READ_AGAIN}") from error
 
 
 def read_bundle(path: str | Path) -> ModelBundle:

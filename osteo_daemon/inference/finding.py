@@ -47,6 +47,9 @@ def finding_of(
             bmd_interval_90_g_cm2=_interval(prediction.bmd_interval_90_g_cm2),
             t_score_reference=reference if prediction.t_score is not None and patient.classifiable else None,
             withheld=_withheld(prediction, patient),
+            quality_flags=(QualityFlag("network_out_of_distribution", Severity.CAUTION),)
+            if prediction.out_of_distribution
+            else (),
         )
         likeliest = max(prediction.level_probabilities, key=lambda level: prediction.level_probabilities[level])
         # an investigational network raises no doubt about names either

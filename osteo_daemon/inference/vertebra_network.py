@@ -20,6 +20,7 @@ from osteo_daemon.network.config import CLASSES, BmdScale, Calibration, MoEConfi
 from osteo_daemon.network.heads import class_probabilities
 from osteo_daemon.network.moe import gate_entropy
 from osteo_daemon.network.multitask import UNKNOWN_LEVEL, MultitaskMoE
+from osteo_daemon.network.outlier import OUTLIERS_KEY, OUTLIERS_NAME, OutlierModel
 
 MINIMUM_COVERAGE: Final = 0.8
 """With less of the VOI inside the scan, diagnosis and BMD are withheld: the rest repeats the scan's edge."""
@@ -46,6 +47,8 @@ class Prediction:
         expert_weights: gate weight per expert (mean over the tasks' gates); sums to 1.
         gate_entropy: of those weights, 0 one expert to 1 all alike.
         coverage: share of the VOI inside the scan.
+        outlier_distance: of its features to the training set's, None where the bundle does not tell them.
+        out_of_distribution: that distance or the gate's entropy lies above the bundle's limit; None as above.
     """
 
     level: str
@@ -58,6 +61,8 @@ class Prediction:
     expert_weights: tuple[float, ...]
     gate_entropy: float
     coverage: float
+    outlier_distance: float | None = None
+    out_of_distribution: bool | None = None
 
 
 @contextmanager
@@ -90,6 +95,7 @@ class VertebraNetwork:
         calibration: Calibration,
         scale: BmdScale,
         device: torch.device,
+        outliers: OutlierModel | None = None,
     ) -> None:
         self.bundle = bundle
         self.scale = scale
@@ -97,6 +103,7 @@ class VertebraNetwork:
         self.device = device
         self._network = network.to(device).eval()
         self._calibration = calibration
+        self._outliers = outliers
 
     @classmethod
     def from_bundle(cls, bundle: ModelBundle, device: str | torch.device = "cpu") -> VertebraNetwork:
@@ -117,6 +124,12 @@ class VertebraNetwork:
             network.load_state_dict(bundle.load_weights())
         except RuntimeError as error:
             raise BundleError(f"the weights of {bundle.name} do not fit its configs/network.json") from error
+        outliers = None
+        if OUTLIERS_KEY in bundle.inference:
+            numbers = bundle.inference[OUTLIERS_KEY]
+            if not isinstance(numbers, Mapping):
+                raise BundleError(f"configs/inference.json of {bundle.name}: outliers is not an object")
+            outliers = OutlierModel.from_parts(numbers, bundle.load_tensors(OUTLIERS_NAME), network.encoded_width)
         return cls(
             bundle,
             network,
@@ -124,6 +137,7 @@ class VertebraNetwork:
             Calibration.from_json(bundle.inference["calibration"]),
             BmdScale.from_json(bundle.inference["bmd_scale"]),
             torch.device(device),
+            outliers,
         )
 
     def predict(self, volume: CtVolume, vertebrae: Sequence[VertebraPlace], batch_size: int = 1) -> list[Prediction]:
@@ -168,6 +182,8 @@ class VertebraNetwork:
                 "weights": weights,
                 "entropy": gate_entropy(weights),
             }
+            if self._outliers is not None:
+                answers["distance"] = self._outliers.distance(out.encoded)
             return {name: value.double().cpu() for name, value in answers.items()}
 
     def _prediction(self, level: str, coverage: float, answer: Mapping[str, Tensor]) -> Prediction:
@@ -175,6 +191,10 @@ class VertebraNetwork:
         given = level in config.bmd_levels and coverage >= MINIMUM_COVERAGE
         bmd, sd = float(answer["bmd"]), float(answer["sd"])
         half = self._calibration.bmd_interval_90 * sd
+        distance = out_of_distribution = None
+        if self._outliers is not None:
+            distance = float(answer["distance"])
+            out_of_distribution = self._outliers.exceeds(distance, float(answer["entropy"]))
         return Prediction(
             level=level,
             class_probabilities=dict(zip(CLASSES, answer["class"].tolist(), strict=True)) if given else None,
@@ -186,4 +206,6 @@ class VertebraNetwork:
             expert_weights=tuple(answer["weights"].tolist()),
             gate_entropy=float(answer["entropy"]),
             coverage=coverage,
+            outlier_distance=distance,
+            out_of_distribution=out_of_distribution,
         )

@@ -1,6 +1,7 @@
 """Gated residual experts.
 
-Routing is decided for each sample from its own image features. Expert-choice routing, where experts pick among the
+Routing is decided for each sample from its own image features: densely by default, over the ``top_k`` largest weights
+renormalised, and by one router for all tasks or one for each (MMoE, Ma et al. 2018). Expert-choice routing, where experts pick among the
 samples of a batch, is not offered: a patient's result must not depend on who shares the batch.
 """
 
@@ -20,7 +21,11 @@ class Gate(NamedTuple):
 
 
 class Router(nn.Module):
-    """A linear gate over image features; dense softmax, or the k largest renormalised (Shazeer 2017, without noise)."""
+    """A linear gate over image features; dense softmax, or the k largest renormalised (Shazeer 2017, without noise).
+
+    With ``top_k`` 1 the renormalised weight is always 1: then the tasks send no gradient to the gate, and only its
+    supervision and the load balance teach it. Use 2 or more.
+    """
 
     def __init__(self, width: int, expert_count: int, top_k: int | None, temperature: float) -> None:
         super().__init__()

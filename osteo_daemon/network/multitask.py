@@ -26,7 +26,9 @@ class MoEOutput(NamedTuple):
         level_logits: (B, L).
         gate_logits: (B, T, E) per gate (T is 1, or 3 with one gate per task) before top-k.
         gate_weights: (B, T, E), each row sums to 1.
-        features: (B, F) fused features before the experts, for distances to the training set.
+        features: (B, F) fused features before the experts.
+        encoded: (B, 2C + S) pooled features of the encoder and standardised HU statistics, for the distance to the
+            training set (`osteo_daemon.network.outlier`).
     """
 
     class_logits: Tensor
@@ -36,6 +38,7 @@ class MoEOutput(NamedTuple):
     gate_logits: Tensor
     gate_weights: Tensor
     features: Tensor
+    encoded: Tensor
 
 
 class MultitaskMoE(nn.Module):
@@ -50,6 +53,7 @@ class MultitaskMoE(nn.Module):
         self.encoder = VertebraEncoder(config)
         self.hu_statistics = HuStatistics(config) if config.hu_channel else None
         side = len(HU_STATISTICS) if config.hu_channel else 0
+        self.encoded_width = self.encoder.width + side
         self.hu_projection = nn.Sequential(nn.Linear(side, config.hu_width), nn.GELU()) if side else None
         fused = self.encoder.width + (config.hu_width if side else 0)
         width = config.feature_width
@@ -102,4 +106,5 @@ class MultitaskMoE(nn.Module):
             gate_logits=torch.stack([gate.logits for gate in gates], dim=1),
             gate_weights=torch.stack([gate.weights for gate in gates], dim=1),
             features=features,
+            encoded=torch.cat([image, *side], dim=1),
         )

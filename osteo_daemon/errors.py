@@ -46,6 +46,10 @@ class SpoolFull(Transient):
     """The spool has no room"""
 
 
+class QuotaExceeded(Transient):
+    """The sender has had its share for the time being"""
+
+
 class PeerUnavailable(Transient):
     """The peer did not answer or asked to try again"""
 
@@ -84,6 +88,10 @@ class DataSetMismatch(Damaged):
 
 class ConflictingInstance(Damaged):
     """Other pixels arrived under a SOP Instance UID that is already stored"""
+
+
+class MalformedMessage(Damaged):
+    """A message over HTTP cannot be read"""
 
 
 class LeaseLost(OsteoError):

@@ -59,6 +59,14 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class PeerSettings(_Section):
+    """Where an application entity listens."""
+
+    ae_title: AETitle
+    host: Annotated[str, Field(min_length=1)]
+    port: Annotated[int, Field(ge=1, le=65535)]
+
+
 class SourceSettings(_Section):
     """A peer that may open associations: its AE title and the addresses or networks it may come from."""
 
@@ -69,6 +77,8 @@ class SourceSettings(_Section):
     maximum_associations: int = Field(default=0, ge=0)
     bytes_per_hour: int = Field(default=0, ge=0)
     priority: Literal["stat", "routine", "backfill"] = "routine"
+    query: PeerSettings | None = None
+    commitment: PeerSettings | None = None
 
 
 class ReceiverSettings(_Section):
@@ -119,7 +129,20 @@ class CompletenessSettings(_Section):
     """When a study counts as complete."""
 
     quiet_seconds: Seconds = 60
+    quiet_minimum_seconds: Seconds = 20
+    quiet_maximum_seconds: Seconds = 300
+    early_quiet_seconds: Seconds = 10
+    missing_wait_seconds: Seconds = 900
     sweep_seconds: Seconds = 5
+    mpps: bool = True
+    ian: bool = True
+    query_timeout_seconds: Seconds = 10
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> CompletenessSettings:
+        if self.quiet_minimum_seconds > self.quiet_maximum_seconds:
+            raise ValueError("quiet_minimum_seconds is longer than quiet_maximum_seconds")
+        return self
 
 
 class ScreenerSettings(_Section):
@@ -299,6 +322,22 @@ class RetentionSettings(_Section):
     sweep_seconds: Seconds = 3600
 
 
+class KeepSettings(_Section):
+    """AE titles whose studies are kept whatever ``[retention]`` says."""
+
+    sources: tuple[AETitle, ...] = ()
+
+
+class CommitmentScpSettings(_Section):
+    """Storage commitment for senders."""
+
+    enabled: bool = False
+    poll_seconds: Seconds = 5
+    retry_base_seconds: Seconds = 10
+    retry_maximum_seconds: Seconds = 3600
+    give_up_after_seconds: Seconds = 7 * 24 * 3600
+
+
 class BackupSettings(_Section):
     """Backups by the scheduler; without a folder there are none."""
 
@@ -346,6 +385,8 @@ class Settings(_Section):
     dicomweb: DicomwebSettings = DicomwebSettings()
     store: StoreSettings = StoreSettings()
     retention: RetentionSettings = RetentionSettings()
+    keep: KeepSettings = KeepSettings()
+    commitment_scp: CommitmentScpSettings = CommitmentScpSettings()
     backup: BackupSettings = BackupSettings()
     site: SiteSettings = SiteSettings()
     log: LogSettings = LogSettings()
@@ -361,6 +402,8 @@ class Settings(_Section):
         titles = [source.ae_title for source in self.sources]
         if len(set(titles)) != len(titles):
             raise ValueError("two sources share one ae_title; list all addresses under one [[sources]] entry")
+        if strangers := sorted(set(self.keep.sources) - set(titles)):
+            raise ValueError(f"keep.sources names {strangers[0]}, which is no ae_title under [[sources]]")
         unfounded = [entry.name for entry in self.destinations if entry.tls and not (entry.ca_file or self.tls.ca_file)]
         if unfounded:
             raise ValueError(f"destination {unfounded[0]} with tls = true needs a ca_file, its own or that of [tls]")

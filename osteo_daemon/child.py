@@ -1,9 +1,11 @@
-"""A child process that never outlives the process that started it."""
+"""A child process that never outlives the process that started it, or that is held to little memory and time."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
+import resource
 import signal
 import subprocess
 from collections.abc import Callable, Collection, Sequence
@@ -53,3 +55,16 @@ def die_with_parent(death_signal: signal.Signals) -> Callable[[], None]:
             os._exit(0)
 
     return ask
+
+
+def confine(memory_bytes: int, *, cpu_seconds: float) -> None:
+    """Hold this process, for good, to some address space and CPU time; it leaves no core and writes no file.
+
+    For a process that is about to read bytes from the network with native code.
+    """
+    seconds = math.ceil(cpu_seconds)
+    # SIGXCPU first, which says what happened; SIGKILL when that is not enough
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):
+        resource.setrlimit(limit, (0, 0))

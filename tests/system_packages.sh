@@ -4,6 +4,7 @@ set -euo pipefail
 
 declare -A provided_by=(
   [storescu]=dcmtk
+  [ojph_compress]=openjph-tools
   [Orthanc]=orthanc
   [dciodvfy]=dicom3tools
   [strace]=strace

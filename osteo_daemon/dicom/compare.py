@@ -6,7 +6,6 @@ here, so it never runs in the process that answers the PACS.
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from osteo_daemon.child import confine
 from osteo_daemon.errors import NotDicom
 
 _MEMORY_BYTES = 4 << 30
@@ -112,9 +112,10 @@ def _same_pixels(first: Any, second: Any) -> bool:
 
 
 def _main(arguments: list[str]) -> int:
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (_CPU_SECONDS, _CPU_SECONDS))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    from osteo_daemon.imaging.codecs import choose_decoders
+
+    choose_decoders()
+    confine(_MEMORY_BYTES, cpu_seconds=_CPU_SECONDS)
     sys.stdout.write(compare_files(Path(arguments[0]), Path(arguments[1])).name)
     sys.stdout.flush()
     return 0

@@ -88,7 +88,9 @@ class DurableIntake:
             received.source_ae,
             association_id=received.association_id if last is not None else None,
             screenable=received.screenable,
-            priority=self._priorities.get(received.source_ae, Priority.ROUTINE),
+            priority=Priority.BACKFILL
+            if received.fetched
+            else self._priorities.get(received.source_ae, Priority.ROUTINE),
         )
 
     def _resolve(self, received: ReceivedObject, instance: SopInstance, stored: StoredFile) -> RecordOutcome:

@@ -30,7 +30,7 @@ _ITEM_END = 0xFFFEE00D
 _SEQUENCE_END = 0xFFFEE0DD
 _UNDEFINED = 0xFFFFFFFF
 # PS3.5 7.1.2: these have two reserved bytes and a length of 32 bits
-_LONG_VRS = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
+LONG_VRS = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
 _TEXT_VRS = (b"AE", b"AS", b"CS", b"DA", b"DS", b"DT", b"IS", b"LO", b"LT", b"PN", b"SH", b"ST", b"TM", b"UI")
 _SHORT_VRS = frozenset((*_TEXT_VRS, b"AT", b"FL", b"FD", b"SL", b"SS", b"UL", b"US"))
 _UID = re.compile(r"[0-9.]{1,64}")
@@ -163,7 +163,7 @@ class _Walk:
         vr = bytes(self._view[position + 4 : position + 6])
         if vr in _SHORT_VRS:
             return tag, vr, self._u16.unpack_from(self._view, position + 6)[0], position + 8
-        if vr in _LONG_VRS:
+        if vr in LONG_VRS:
             return tag, vr, self._u32.unpack_from(self._view, position + 8)[0], position + 12
         raise NotDicom(f"element ({group:04x},{element:04x}) has no known VR")
 

@@ -1,13 +1,17 @@
 """A virtual multi-site cohort: patients, their scans and their densitometry, with the truth known.
 
-    python -m train.cohort --out runs/cohort --patients 320
+    python -m train.cohort --out runs/cohort
 
-makes ``voi.npy`` and ``table.json`` (`train.data`); it resumes after a stop. Every patient follows from (seed, number)
-alone, so the number of workers and of stops changes nothing.
+renders what ``train/cohort.json`` says: that file was committed with its digest before anything was trained on it. It makes
+``voi.npy``, ``core.npy``, their coarse versions and ``table.json`` (`train.data`) and resumes after a stop. Every patient
+follows from (seed, number) alone, so the number of workers and of stops changes nothing.
 
 Three sites have their own scanners and densitometer makers. With one maker a site, maker and population are
 confounded, as they are in reality; only truth, which a real site doesn't have, can separate them. The external hospital
-has a scanner and a maker that no training patient saw; it carries no training target.
+has a scanner and a maker that no training patient saw; it carries no training target. Most training patients were never measured at all.
+
+Patients differ in body shape, shell and texture beyond what density and age explain (`Spread`): else a network could read
+density off the shell.
 """
 
 from __future__ import annotations
@@ -23,18 +27,25 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+from scipy import ndimage
 from tqdm import tqdm
 
 import osteo_daemon.phantom
 from osteo_daemon.network.config import MoEConfig
-from osteo_daemon.phantom.patient import VirtualPatient
+from osteo_daemon.phantom.acquire import blur_voi
+from osteo_daemon.phantom.labels import body_mask, core_mask
+from osteo_daemon.phantom.patient import Constitution, VirtualPatient
 from osteo_daemon.phantom.scanner import Kernel, Phase, Scanner
 from osteo_daemon.phantom.spine import build_spine
-from osteo_daemon.phantom.study import render_voi
-from train.data import MARGIN_VOXELS, NO_LABEL, VoiRow, digest_of, write_table
+from osteo_daemon.phantom.study import PhantomVoi, render_voi
+from train import truth
+from train.data import CORE_SCALE, MARGIN_VOXELS, NO_LABEL, VoiRow, digest_of, write_table
+from train.readings import Densitometry, measure
+from train.rescan import draw_lattice, rescan
 from train.splits import part_of
-from train.truth import MAKERS, Maker, diagnosis, draw_density_mg_cm3, draw_levels, t_score
+from train.truth import MAKERS, Maker, diagnosis, draw_density_mg_cm3, draw_truth, t_score
 
+CONFIGURATION: Final = Path(__file__).with_name("cohort.json")
 UNSEEN_MAKER: Final = "Unseen"
 
 
@@ -119,6 +130,33 @@ def phantom_sha256() -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Spread:
+    """How patients depart from the phantom's tables, independently of their density and age. All assumptions.
+
+    Attributes:
+        body_height, body_depth, disc_height, cortex, texture_length, texture_spread: SD of the factor's logarithm.
+        disc_hu, muscle_hu, fat_hu: SD of what is added.
+    """
+
+    body_height: float = 0.05
+    body_depth: float = 0.05
+    disc_height: float = 0.12
+    cortex: float = 0.25
+    texture_length: float = 0.12
+    texture_spread: float = 0.2
+    disc_hu: float = 8.0
+    muscle_hu: float = 6.0
+    fat_hu: float = 8.0
+
+    def draw(self, rng: np.random.Generator) -> Constitution:
+        """One patient's departures."""
+        factors = ("body_height", "body_depth", "disc_height", "cortex", "texture_length", "texture_spread")
+        values = {name: float(np.exp(rng.normal(0.0, getattr(self, name)))) for name in factors}
+        values |= {name: float(rng.normal(0.0, getattr(self, name))) for name in ("disc_hu", "muscle_hu", "fat_hu")}
+        return Constitution(**values)
+
+
+@dataclass(frozen=True, slots=True)
 class CohortConfig:
     """What the cohort is drawn from; its digest names it.
 
@@ -132,11 +170,13 @@ class CohortConfig:
         levels: rendered for each patient.
         shift_mm, turn_deg: SD of the localiser's error.
         voi_shape, voi_spacing_mm: of the network; `MARGIN_VOXELS` are added on each side.
+        spread: of body shape, shell, texture and soft tissue.
+        densitometry: who has a reading, from which machine.
     """
 
-    patients: int = 320
-    external_share: float = 0.15
-    seed: int = 20261
+    patients: int = 1200
+    external_share: float = 0.28
+    seed: int = 20263
     age_years: tuple[int, int] = (30, 90)
     female_share: float = 0.6
     coarse_share: float = 0.1
@@ -145,16 +185,35 @@ class CohortConfig:
     turn_deg: float = 3.0
     voi_shape: tuple[int, int, int] = field(default_factory=lambda: MoEConfig().voi_shape)
     voi_spacing_mm: float = field(default_factory=lambda: MoEConfig().voi_spacing_mm)
+    spread: Spread = field(default_factory=Spread)
+    densitometry: Densitometry = field(default_factory=Densitometry)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, with the sites, for the digest and the table."""
+        """Plain values, with the sites and every constant of the truth, for the digest and the table."""
         values = {
             **asdict(self),
             "sites": [asdict(site) for site in SITES],
             "makers": list(MAKERS),
+            "truth": {name: value for name, value in sorted(vars(truth).items()) if name.lstrip("_").isupper()},
             "phantom_sha256": phantom_sha256(),
         }
         return dict(json.loads(json.dumps(values)))
+
+    @classmethod
+    def read(cls, path: Path = CONFIGURATION, **changes: Any) -> CohortConfig:
+        """The committed configuration, with ``changes`` for a smaller trial.
+
+        Raises:
+            ValueError: its digest isn't that of its values.
+        """
+        document = json.loads(path.read_text())
+        values = document["cohort"]
+        if digest_of(values) != document["sha256"]:
+            raise ValueError(f"{path.name} was changed after its digest was written")
+        own = {name: values[name] for name in cls.__dataclass_fields__}
+        own["spread"], own["densitometry"] = Spread(**own["spread"]), Densitometry(**own["densitometry"])
+        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in own.items()}
+        return cls(**{**plain, **changes})
 
     @property
     def stored_shape(self) -> tuple[int, int, int]:
@@ -183,6 +242,7 @@ def draw_patient(config: CohortConfig, number: int) -> tuple[VirtualPatient, Sca
         scoliosis_deg=float(rng.normal(0.0, 4.0)),
         osteophytes=osteophytes,
         disc_degeneration=float(np.clip(rng.normal((age - 30) / 75.0, 0.2), 0.0, 0.9)),
+        constitution=config.spread.draw(np.random.default_rng([config.seed, number, 4])),
     )
     coarse = rng.random() < config.coarse_share
     scanner = Scanner(
@@ -198,40 +258,58 @@ def draw_patient(config: CohortConfig, number: int) -> tuple[VirtualPatient, Sca
     return patient, scanner, site
 
 
-def make_patient(config: CohortConfig, number: int) -> tuple[list[VoiRow], npt.NDArray[np.int16]]:
-    """Rows and (L, D, H, W) int16 VOIs of one patient."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Rendered:
+    """One patient: rows without readings, and (L, D, H, W) arrays in their order.
+
+    Attributes:
+        rows: truth and acquisition.
+        arrays: by the name of the file they go to: int16 HU or uint8 share of trabecular bone times `CORE_SCALE`.
+    """
+
+    rows: list[VoiRow]
+    arrays: dict[str, npt.NDArray[Any]]
+
+
+ARRAYS: Final = {"voi": np.int16, "core": np.uint8, "coarse": np.int16, "coarse_core": np.uint8}
+
+
+def make_patient(config: CohortConfig, number: int) -> Rendered:
+    """Scan one patient."""
     patient, scanner, site = draw_patient(config, number)
     spine = build_spine(patient)
-    rng = np.random.default_rng([config.seed, number, 2])
-    labels = draw_levels(
-        rng,
+    measured = tuple(truth.LEVEL_OFFSET_G_CM2)
+    labels = draw_truth(
+        np.random.default_rng([config.seed, number, 2]),
         age_years=patient.age_years,
         sex=patient.sex,
         osteophytes=patient.osteophytes,
-        density_mg_cm3={level: spine[level].trabecular_mg_cm3 for level in ("L1", "L2", "L3", "L4")},
-        depth_mm={level: spine[level].depth for level in ("L1", "L2", "L3", "L4")},
-        # the unseen maker's own scale is beside the point: it is never trained on nor scored
-        maker=site.maker or "Hologic",
+        density_mg_cm3={level: spine[level].trabecular_mg_cm3 for level in measured},
+        depth_mm={level: spine[level].depth for level in measured},
     )
     name = f"virtual-{config.seed}-{number:05d}"
     rows: list[VoiRow] = []
-    vois = np.empty((len(config.levels), *config.stored_shape), dtype=np.int16)
+    arrays = {key: np.empty((len(config.levels), *config.stored_shape), dtype=kind) for key, kind in ARRAYS.items()}
     for i, level in enumerate(config.levels):
-        noise = np.random.default_rng([config.seed, number, 3, i])
         voi = render_voi(
             patient,
             level,
             scanner,
             config.stored_shape,
             config.voi_spacing_mm,
-            noise,
+            np.random.default_rng([config.seed, number, 3, i]),
             shift_mm=config.shift_mm,
             turn_deg=config.turn_deg,
         )
         # the phantom's first axis runs cranially, the network's caudally
-        vois[i] = np.rint(np.clip(voi.voxels[::-1], -1024, 3071)).astype(np.int16)
-        truth = labels.get(level)
-        seen = truth is not None and site.maker is not None
+        hu = np.ascontiguousarray(np.clip(voi.voxels[::-1], -1024, 3071), dtype=np.float32)
+        core = np.ascontiguousarray(trabecular_share(voi, scanner, config.voi_spacing_mm)[::-1])
+        lattice = draw_lattice(np.random.default_rng([config.seed, number, 5, i]), config.voi_spacing_mm)
+        arrays["voi"][i] = np.rint(hu)
+        arrays["core"][i] = np.rint(core * CORE_SCALE)
+        arrays["coarse"][i] = np.rint(rescan(hu, lattice, config.voi_spacing_mm))
+        arrays["coarse_core"][i] = np.rint(rescan(core, lattice, config.voi_spacing_mm) * CORE_SCALE)
+        found = labels.get(level)
         rows.append(
             VoiRow(
                 patient=name,
@@ -246,16 +324,27 @@ def make_patient(config: CohortConfig, number: int) -> tuple[list[VoiRow], npt.N
                 kernel=scanner.kernel,
                 phase=scanner.phase,
                 density_mg_cm3=spine[level].trabecular_mg_cm3,
-                sbmd_g_cm2=None if truth is None else truth.sbmd_g_cm2,
-                reading_g_cm2=truth.reading_g_cm2 if truth is not None and seen else None,
-                target_sbmd_g_cm2=truth.reading_sbmd_g_cm2 if truth is not None and seen else None,
-                diagnosis=diagnosis(t_score(truth.reading_sbmd_g_cm2, level))
-                if truth is not None and seen
-                else NO_LABEL,
-                true_diagnosis=NO_LABEL if truth is None else diagnosis(t_score(truth.sbmd_g_cm2, level)),
+                sbmd_g_cm2=None if found is None else found.sbmd_g_cm2,
+                reading_g_cm2=None,
+                target_sbmd_g_cm2=None,
+                diagnosis=NO_LABEL,
+                true_diagnosis=NO_LABEL if found is None else diagnosis(t_score(found.sbmd_g_cm2, level)),
+                visible_g_cm2=None if found is None else found.visible_g_cm2,
             )
         )
-    return rows, vois
+    return Rendered(rows, arrays)
+
+
+def trabecular_share(voi: PhantomVoi, scanner: Scanner, spacing_mm: float) -> npt.NDArray[np.float32]:
+    """(D, H, W) share of trabecular bone in each voxel as the scanner sees it, 0 to 1.
+
+    The true core begins 3 mm under the surface; bone of nearly its density reaches 1 mm further.
+    """
+    level = voi.vertebra.level
+    inside = core_mask(voi.labels, level)
+    grown = ndimage.binary_dilation(inside, iterations=max(1, round(1.0 / spacing_mm)), mask=body_mask(voi.labels, level))
+    seen = blur_voi(grown.astype(np.float32), scanner, spacing_mm, voi.vertebra.axes)
+    return np.asarray(np.clip(seen, 0.0, 1.2), dtype=np.float32)
 
 
 def make_cohort(config: CohortConfig, folder: Path, workers: int = 2) -> None:
@@ -273,29 +362,38 @@ def make_cohort(config: CohortConfig, folder: Path, workers: int = 2) -> None:
     if (folder / "table.json").exists():
         return
     count = len(config.levels)
-    path = folder / "voi.npy"
     shape = (config.patients * count, *config.stored_shape)
-    if path.exists():
-        voxels = np.lib.format.open_memmap(path, mode="r+")
-    else:
-        voxels = np.lib.format.open_memmap(path, mode="w+", dtype=np.int16, shape=shape)
+    files = {}
+    for key, kind in ARRAYS.items():
+        path = folder / f"{key}.npy"
+        if path.exists():
+            files[key] = np.lib.format.open_memmap(path, mode="r+")
+        else:
+            files[key] = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
     parts = folder / "rows"
     parts.mkdir(exist_ok=True)
     todo = [n for n in range(config.patients) if not (parts / f"{n}.json").exists()]
     with ProcessPoolExecutor(max_workers=workers, initializer=_one_thread) as pool:
         bar = tqdm(
-            total=config.patients, initial=config.patients - len(todo), unit="patient", desc="cohort", mininterval=2
+            total=config.patients, initial=config.patients - len(todo), unit="patient", desc="cohort", mininterval=5
         )
-        for number, (rows, vois) in zip(todo, pool.map(make_patient, [config] * len(todo), todo), strict=True):
-            voxels[number * count : (number + 1) * count] = vois
+        for number, done in zip(todo, pool.map(make_patient, [config] * len(todo), todo), strict=True):
+            for key, array in done.arrays.items():
+                files[key][number * count : (number + 1) * count] = array
             temporary = parts / f"{number}.part"
-            temporary.write_text(json.dumps([asdict(row) for row in rows]))
+            temporary.write_text(json.dumps([asdict(row) for row in done.rows]))
             temporary.replace(parts / f"{number}.json")
             bar.update()
         bar.close()
-    voxels.flush()
-    table = [VoiRow(**row) for n in range(config.patients) for row in json.loads((parts / f"{n}.json").read_text())]
-    write_table(folder, table, document)
+    for array in files.values():
+        array.flush()
+    rows = [VoiRow(**row) for n in range(config.patients) for row in json.loads((parts / f"{n}.json").read_text())]
+    write_table(folder, measure(rows, config.densitometry, makers_of_sites()), document)
+
+
+def makers_of_sites() -> dict[str, Maker | None]:
+    """Maker of each site's machine, None at the external hospital."""
+    return {site.name: site.maker for site in SITES}
 
 
 def _one_thread() -> None:
@@ -307,11 +405,11 @@ def main() -> None:
     """Command line of ``python -m train.cohort``."""
     parser = argparse.ArgumentParser(description="make a virtual multi-site cohort")
     parser.add_argument("--out", type=Path, default=Path("runs/cohort"))
-    parser.add_argument("--patients", type=int, default=CohortConfig.__dataclass_fields__["patients"].default)
-    parser.add_argument("--seed", type=int, default=CohortConfig.__dataclass_fields__["seed"].default)
+    parser.add_argument("--patients", type=int, help="another number than the committed one, for a trial")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args()
-    make_cohort(CohortConfig(patients=given.patients, seed=given.seed), given.out, given.workers)
+    changes = {} if given.patients is None else {"patients": given.patients}
+    make_cohort(CohortConfig.read(**changes), given.out, given.workers)
 
 
 if __name__ == "__main__":

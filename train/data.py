@@ -1,7 +1,9 @@
 """VOIs on disk and batches in memory.
 
 A data set is a folder: ``voi.npy`` (N, D, H, W) int16 HU with a margin around the network's grid, ``table.json`` with
-one row per VOI and the configuration it was made from. It is made once and read through a memory map.
+one row per VOI and the configuration it was made from. It is made once and read through a memory map. A virtual cohort also
+has ``core.npy``, the share of trabecular bone in each voxel, and both once more as a coarser series would show them
+(``coarse.npy``, ``coarse_core.npy``).
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,12 +21,17 @@ import torch
 from torch import Tensor
 
 from osteo_daemon.network.config import MoEConfig
+from train.counterfactual import DensityChange
 from train.splits import Part, check_disjoint
+from train.truth import diagnosis, t_score
 
 MARGIN_VOXELS: Final = 4
 """Stored around the network's grid on every side: room for a random shift."""
 
 NO_LABEL: Final = -1
+
+CORE_SCALE: Final = 200
+"""Value of ``core.npy`` in a voxel that is trabecular bone all through."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +52,8 @@ class VoiRow:
         target_sbmd_g_cm2: the reading converted by Hui's formula: the training target, None without a label.
         diagnosis: class of ``target_sbmd_g_cm2``, `NO_LABEL` without a label.
         true_diagnosis: class of ``sbmd_g_cm2``.
+        visible_g_cm2: what an ideal reader of the CT could say of the sBMD (`train.truth.LevelTruth`).
+        machine_sbmd_g_cm2: what the site's machine would say without chance, converted; None at the external hospital.
     """
 
     patient: str
@@ -64,15 +73,28 @@ class VoiRow:
     target_sbmd_g_cm2: float | None
     diagnosis: int
     true_diagnosis: int
+    visible_g_cm2: float | None = None
+    machine_sbmd_g_cm2: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class VoiSet:
-    """A data set opened for reading: rows and a (N, D, H, W) memory map of int16 HU."""
+    """A data set opened for reading.
+
+    Attributes:
+        rows: one per VOI.
+        hu: (N, D, H, W) memory map of int16 HU.
+        config: what the set was made from.
+        core: (N, D, H, W) uint8 share of trabecular bone times `CORE_SCALE`, where the set has it.
+        coarse, coarse_core: both as a coarser series shows them, where the set has them.
+    """
 
     rows: tuple[VoiRow, ...]
     hu: npt.NDArray[np.int16]
     config: dict[str, Any]
+    core: npt.NDArray[np.uint8] | None = None
+    coarse: npt.NDArray[np.int16] | None = None
+    coarse_core: npt.NDArray[np.uint8] | None = None
 
     def indices(self, *parts: Part, labelled: bool = False) -> npt.NDArray[np.int64]:
         """Rows of these parts, only those with a densitometer's reading when ``labelled``."""
@@ -84,6 +106,20 @@ class VoiSet:
             ],
             dtype=np.int64,
         )
+
+    def crop(self, config: MoEConfig) -> tuple[slice, slice, slice]:
+        """Of a stored VOI to the network's grid.
+
+        Raises:
+            ValueError: the stored VOI is smaller.
+        """
+        stored = self.hu.shape[1:]
+        if any(a < b for a, b in zip(stored, config.voi_shape, strict=True)):
+            raise ValueError(f"VOIs of {stored} voxels are too small for a network of {config.voi_shape}")
+        first, second, third = (
+            slice((a - b) // 2, (a - b) // 2 + b) for a, b in zip(stored, config.voi_shape, strict=True)
+        )
+        return first, second, third
 
 
 def write_table(folder: Path, rows: Sequence[VoiRow], config: dict[str, Any]) -> None:
@@ -107,7 +143,15 @@ def open_set(folder: Path) -> VoiSet:
     if hu.shape[0] != len(rows) or hu.dtype != np.int16:
         raise ValueError(f"{folder} holds {hu.shape} {hu.dtype} voxels for {len(rows)} rows")
     check_disjoint([row.patient for row in rows], [row.part for row in rows])
-    return VoiSet(rows, hu, document["config"])
+    others = {
+        name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        for name in ("core", "coarse", "coarse_core")
+        if (folder / f"{name}.npy").exists()
+    }
+    for name, array in others.items():
+        if array.shape != hu.shape:
+            raise ValueError(f"{name}.npy of {folder} has the shape {array.shape}, voi.npy {hu.shape}")
+    return VoiSet(rows, hu, document["config"], **others)
 
 
 def digest_of(config: dict[str, Any]) -> str:
@@ -125,6 +169,9 @@ class Augmentation:
         noise_hu: largest SD of added white noise, far below a scan's own.
         offset_hu: SD of a constant added to the VOI: what calibration leaves.
         cutout: probability of a box outside the body being replaced by its mean.
+        coarse: probability of taking the vertebra as a coarser series shows it, where the set has that.
+        density: probability of another trabecular density with the target moved along (`train.counterfactual`). It changes
+            the label, so self-supervision leaves it off.
     """
 
     shift_voxels: int = 4
@@ -132,12 +179,21 @@ class Augmentation:
     noise_hu: float = 4.0
     offset_hu: float = 2.0
     cutout: float = 0.3
+    coarse: float = 0.0
+    density: float = 0.0
 
-    def apply(self, hu: npt.NDArray[np.float32], rng: np.random.Generator) -> npt.NDArray[np.float32]:
-        """One VOI with its margin to one VOI of the network's grid, float32 HU."""
-        shift = rng.integers(-self.shift_voxels, self.shift_voxels + 1, size=3)
-        start = MARGIN_VOXELS + shift
-        shape = np.array(hu.shape) - 2 * MARGIN_VOXELS
+    def apply(
+        self, hu: npt.NDArray[np.float32], rng: np.random.Generator, shape: tuple[int, ...] | None = None
+    ) -> npt.NDArray[np.float32]:
+        """One VOI with its margin to one VOI of the network's grid, float32 HU.
+
+        Args:
+            shape: of that grid; None leaves `MARGIN_VOXELS` on each side.
+        """
+        shape = tuple(n - 2 * MARGIN_VOXELS for n in hu.shape) if shape is None else shape
+        margin = (np.array(hu.shape) - shape) // 2
+        reach = np.minimum(margin, self.shift_voxels)
+        start = margin + rng.integers(-reach, reach + 1)
         out = hu[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))].copy()
         if self.flip and rng.random() < 0.5:
             out = out[:, :, ::-1].copy()
@@ -196,26 +252,33 @@ def batches(
     epoch: int = 0,
     hide_level: float = 0.0,
     keep_last: bool = True,
+    coarse: bool = False,
 ) -> Iterator[Batch]:
     """Iterate over the rows, shuffled and augmented when ``augmentation`` is given.
+
+    Without augmentation ``coarse`` chooses the vertebrae as a coarser series shows them.
 
     Every random number depends on (seed, epoch, row) only, so a resumed run sees what an unbroken one would have.
     """
     order = indices
     if augmentation is not None:
         order = np.random.default_rng([seed, epoch]).permutation(indices)
-    centre = tuple(slice(MARGIN_VOXELS, -MARGIN_VOXELS) for _ in range(3))
+    centre = data.crop(config)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         if len(chosen) < batch_size and not keep_last:
             return
-        vois, hidden = [], []
+        vois, hidden, rows = [], [], []
         for i in chosen:
             rng = np.random.default_rng([seed, epoch, int(i)])
-            stored = data.hu[i].astype(np.float32)
-            vois.append(stored[centre] if augmentation is None else augmentation.apply(stored, rng))
+            row = data.rows[i]
+            if augmentation is None:
+                vois.append((data.coarse if coarse and data.coarse is not None else data.hu)[i][centre].astype(np.float32))
+            else:
+                voi, row = _augmented(data, int(i), augmentation, rng, config.voi_shape)
+                vois.append(voi)
             hidden.append(rng.random() < hide_level)
-        rows = [data.rows[i] for i in chosen]
+            rows.append(row)
         level = torch.tensor([config.levels.index(row.level) for row in rows])
         yield Batch(
             hu=torch.from_numpy(np.stack(vois)),
@@ -228,3 +291,40 @@ def batches(
             device=torch.tensor([devices.index(row.device) if row.device in devices else NO_LABEL for row in rows]),
             index=torch.from_numpy(np.asarray(chosen)),
         )
+
+
+def _augmented(
+    data: VoiSet, i: int, augmentation: Augmentation, rng: np.random.Generator, shape: tuple[int, ...]
+) -> tuple[npt.NDArray[np.float32], VoiRow]:
+    """One VOI of the network's grid and its row, whose target follows a changed density."""
+    hu, core, row = data.hu, data.core, data.rows[i]
+    if rng.random() < augmentation.coarse and data.coarse is not None:
+        hu, core = data.coarse, data.coarse_core
+    voi = hu[i].astype(np.float32)
+    if rng.random() < augmentation.density and core is not None:
+        change = DensityChange.draw(rng, row.density_mg_cm3)
+        spacing_mm = float(data.config["voi_spacing_mm"])
+        voi = change.apply(voi, core[i].astype(np.float32) / CORE_SCALE, row.kvp, spacing_mm)
+        if row.target_sbmd_g_cm2 is not None:
+            target = row.target_sbmd_g_cm2 + change.sbmd_g_cm2
+            row = replace(row, target_sbmd_g_cm2=target, diagnosis=diagnosis(t_score(target, row.level)))
+    return augmentation.apply(voi, rng, shape), row
+
+
+def epoch_rows(
+    data: VoiSet, labelled_share: float | None, seed: int, epoch: int
+) -> npt.NDArray[np.int64]:
+    """Training rows of one epoch.
+
+    Args:
+        labelled_share: of the epoch have a reading: every labelled row once, others drawn anew each epoch; None takes all
+            rows as they are.
+    """
+    everything = data.indices("train")
+    labelled = data.indices("train", labelled=True)
+    if labelled_share is None or len(labelled) == 0:
+        return everything
+    others = np.setdiff1d(everything, labelled)
+    count = min(len(others), round(len(labelled) * (1.0 / labelled_share - 1.0)))
+    drawn = np.random.default_rng([seed, epoch, 77]).choice(others, count, replace=False)
+    return np.sort(np.concatenate([labelled, drawn]))

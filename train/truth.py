@@ -9,6 +9,7 @@ offset from the L1-L4 mean, so T-scores of single vertebrae use a reference shif
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -60,7 +61,18 @@ LEVEL_RESIDUAL_G_CM2: Final = 0.025
 READING_SD_G_CM2: Final = 0.012
 """Precision error of one densitometry, about 1 % (assumption)."""
 CONVERSION_ERROR: Final = 0.04
-"""Relative SD of a maker's scale for one patient: the lower end of the published 4-7 % error of cross-calibration."""
+"""Relative error that is left after conversion to sBMD: the lower end of the published 4-7 % of cross-calibration. Half
+of its variance belongs to the machine, half to the patient on it (the split is an assumption)."""
+PATIENT_ERROR: Final = CONVERSION_ERROR * math.sqrt(0.5)
+"""Relative SD of a maker's scale from patient to patient."""
+MACHINE_ERROR: Final[dict[Maker, float]] = {
+    "Hologic": 0.0,
+    "Lunar": CONVERSION_ERROR * math.sqrt(0.75),
+    "Norland": -CONVERSION_ERROR * math.sqrt(0.75),
+}
+"""Relative error of the one machine of each maker in this simulation: constant for all its patients, with a mean of zero
+and a root mean square of ``PATIENT_ERROR`` over the makers. Which maker reads high is an arbitrary choice and no
+statement about makers. An image can't show it; only who was sent to which machine can."""
 
 
 def to_sbmd(bmd_g_cm2: float, maker: Maker) -> float:
@@ -94,20 +106,19 @@ def draw_density_mg_cm3(rng: np.random.Generator, age_years: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class LevelTruth:
-    """Truth and reading of one level.
+    """Truth of one level.
 
     Attributes:
-        sbmd_g_cm2: true sBMD.
-        reading_g_cm2: what the site's densitometer said, on its own scale.
-        reading_sbmd_g_cm2: the reading converted with Hui's formula: what training may use.
+        visible_g_cm2: the part of the sBMD that follows from what was drawn of body, age and sex: what an ideal reader of
+            the CT could say.
+        sbmd_g_cm2: true sBMD, with what no CT of the body shows.
     """
 
+    visible_g_cm2: float
     sbmd_g_cm2: float
-    reading_g_cm2: float
-    reading_sbmd_g_cm2: float
 
 
-def draw_levels(
+def draw_truth(
     rng: np.random.Generator,
     *,
     age_years: float,
@@ -115,22 +126,19 @@ def draw_levels(
     osteophytes: float,
     density_mg_cm3: dict[str, float],
     depth_mm: dict[str, float],
-    maker: Maker,
 ) -> dict[str, LevelTruth]:
-    """Truth and readings of L1-L4 of one patient.
+    """Truth of L1-L4 of one patient, no densitometer yet.
 
     Args:
-        rng: of this patient's densitometry.
+        rng: of this patient.
         density_mg_cm3: true trabecular density by level.
         depth_mm: true antero-posterior depth of the body by level.
-        maker: of the densitometer.
     """
     person = rng.normal(0.0, PATIENT_RESIDUAL_G_CM2)
-    bias = 1.0 + rng.normal(0.0, CONVERSION_ERROR)
     young = _HU_AT_25 / _HU_PER_MG
     levels = {}
     for level, offset in LEVEL_OFFSET_G_CM2.items():
-        sbmd = (
+        visible = (
             REFERENCE_MEAN_G_CM2
             + offset
             + SBMD_PER_MG * (density_mg_cm3[level] - young)
@@ -138,10 +146,26 @@ def draw_levels(
             + (_MALE_OFFSET if sex == "M" else 0.0)
             + _OSTEOPHYTE * (osteophytes - 0.2)
             + _DEPTH_PER_MM * (depth_mm[level] - 35.0)
-            + person
-            + rng.normal(0.0, LEVEL_RESIDUAL_G_CM2)
         )
-        sbmd = max(0.3, float(sbmd))
-        reading = from_sbmd(sbmd + rng.normal(0.0, READING_SD_G_CM2), maker) * bias
-        levels[level] = LevelTruth(sbmd, float(reading), float(to_sbmd(reading, maker)))
+        sbmd = max(0.3, float(visible + person + rng.normal(0.0, LEVEL_RESIDUAL_G_CM2)))
+        levels[level] = LevelTruth(float(visible), sbmd)
     return levels
+
+
+def machine_sbmd(sbmd_g_cm2: float, maker: Maker) -> float:
+    """What the maker's machine would say of a true sBMD without chance, converted to sBMD: its own version of truth."""
+    return to_sbmd(from_sbmd(sbmd_g_cm2, maker) * (1.0 + MACHINE_ERROR[maker]), maker)
+
+
+def draw_readings(rng: np.random.Generator, sbmd_g_cm2: dict[str, float], maker: Maker) -> dict[str, float]:
+    """Readings of one patient on one machine, in g/cm2 on the maker's own scale.
+
+    Args:
+        rng: of this patient's densitometry; the same numbers are drawn for every maker.
+        sbmd_g_cm2: true sBMD by level.
+    """
+    factor = 1.0 + MACHINE_ERROR[maker] + rng.normal(0.0, PATIENT_ERROR)
+    return {
+        level: from_sbmd(sbmd + rng.normal(0.0, READING_SD_G_CM2), maker) * factor
+        for level, sbmd in sbmd_g_cm2.items()
+    }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+import socket
+import ssl
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -65,6 +68,19 @@ def certificate_from_der(encoded: bytes) -> Certificate:
         not_before=read.not_valid_before_utc,
         not_after=read.not_valid_after_utc,
     )
+
+
+def certificate_of(connection: socket.socket) -> Certificate | None:
+    """What the peer of a connection has proven to be; None only where there is no TLS at all."""
+    if not isinstance(connection, ssl.SSLSocket):
+        return None
+    shown = connection.getpeercert(binary_form=True) or b""
+    try:
+        return certificate_from_der(shown)
+    except ValueError:
+        # OpenSSL takes more than this reader: nobody's certificate, never a plain connection
+        end = datetime.max.replace(tzinfo=UTC)
+        return Certificate(hashlib.sha256(shown).hexdigest(), frozenset(), end, end)
 
 
 def read_certificates(path: Path) -> tuple[Certificate, ...]:

@@ -29,6 +29,7 @@ LOGGABLE = frozenset(
         "bytes",
         "called_ae_title",
         "category",
+        "certificate",
         "code",
         "count",
         "delivery_id",

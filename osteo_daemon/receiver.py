@@ -43,6 +43,8 @@ class Receiver:
             intake.association_closed,
             settings.destinations,
             self._commitment_reported,
+            settings.tls,
+            settings.quotas,
         )
         if leftovers:
             get_logger().info("leftovers_removed", count=leftovers)
@@ -53,6 +55,15 @@ class Receiver:
     def port(self) -> int:
         """The port listened on."""
         return self._scp.port
+
+    @property
+    def tls_port(self) -> int:
+        """The TLS port listened on; 0: none."""
+        return self._scp.tls_port
+
+    def reload_certificates(self) -> None:
+        """Load the TLS port's files now."""
+        self._scp.reload_certificates()
 
     def start(self) -> None:
         """Listen."""
@@ -94,6 +105,8 @@ def run(settings: Settings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
     receiver = Receiver(settings)
+    # in a thread of its own: the handler may run where a lock is held
+    signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=receiver.reload_certificates).start())
     receiver.start()
     get_logger().info(
         "receiver_listening",
@@ -102,6 +115,8 @@ def run(settings: Settings) -> int:
         port=receiver.port,
         count=len(settings.sources),
     )
+    if receiver.tls_port:
+        get_logger().info("receiver_listening_tls", address=settings.receiver.address, port=receiver.tls_port)
     ended.wait()
     receiver.stop()
     get_logger().info("stopped")

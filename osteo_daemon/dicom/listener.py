@@ -4,6 +4,7 @@
 * A PDU is read within a bounded length and a bounded time; the bound does not wait for negotiation.
 * Connections that have not become associations are capped apart from associations; the oldest gives way.
 * A message, and the queue of messages, has a bound: the peer waits in TCP.
+* A peer that does not read what we answer holds a thread for a bounded time only.
 
 Overrides private names of pynetdicom 3.0: the dependency is pinned below 3.1.
 """
@@ -11,9 +12,8 @@ Overrides private names of pynetdicom 3.0: the dependency is pinned below 3.1.
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import socket
-import ssl
+import struct
 import threading
 import time
 from dataclasses import dataclass
@@ -21,9 +21,10 @@ from typing import Any
 
 from pynetdicom.transport import AssociationSocket, RequestHandler, ThreadedAssociationServer
 
-from osteo_daemon.log import get_logger
-
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+from osteo_daemon.dicom.admission import Network, allowed
+from osteo_daemon.dicom.refusals import Refusals
+from osteo_daemon.dicom.tls import ListenerTls
+from osteo_daemon.tls import reason_of
 
 _LARGEST_CHUNK_BYTES = 1 << 20
 _ASSOCIATE_BYTES = 1 << 20  # 128 contexts with every syntax and negotiation item stay far below
@@ -37,6 +38,7 @@ class ListenerLimits:
     Attributes:
         networks: who may connect at all; nobody when empty.
         pending_per_address: connections of one address that are not yet associations.
+        pending: the same of all addresses.
         associate_seconds: from connection to A-ASSOCIATE-RQ, TLS handshake included.
         pdu_seconds: for one PDU, once its first byte is there.
         maximum_pdu_bytes: as offered in negotiation.
@@ -49,6 +51,7 @@ class ListenerLimits:
     maximum_pdu_bytes: int
     maximum_object_bytes: int = 2 << 30
     pending_per_address: int = 64
+    pending: int = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +62,8 @@ class _Connection:
     association: Any  # None until its thread is made
 
     @property
-    def established(self) -> bool:
-        return self.association is not None and bool(self.association.is_established)
+    def silent(self) -> bool:
+        return self.association is None or not self.association.is_established
 
     @property
     def ended(self) -> bool:
@@ -154,63 +157,90 @@ class HardenedServer(ThreadedAssociationServer):  # type: ignore[misc]
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, *arguments: Any, limits: ListenerLimits, **keywords: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        limits: ListenerLimits,
+        refusals: Refusals,
+        tls: ListenerTls | None = None,
+        **keywords: Any,
+    ) -> None:
         self.limits = limits
+        self._refusals = refusals
+        self._tls = tls
         self._lock = threading.Lock()
         self._connections: dict[int, _Connection] = {}
         keywords["request_handler"] = _BoundedRequestHandler
         super().__init__(*arguments, **keywords)
+
+    def service_actions(self) -> None:
+        """Between two looks for connections: new certificates, and the sums of refusals."""
+        super().service_actions()
+        if self._tls is not None:
+            self._tls.refresh()
+        self._refusals.settle()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """A plain accept: nothing here waits for the peer."""
         connection, address = self.socket.accept()
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        # the library sends without a time-out: a peer that reads nothing would hold its threads for ever
+        seconds, microseconds = divmod(int(self.limits.pdu_seconds * 1e6), 1_000_000)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", seconds, microseconds))
         return connection, address
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Only known networks; of one address only so many connections that are no associations yet."""
+        """Only known networks; only so many connections that are no associations yet, of one address and of all."""
         host = client_address[0]
         if not allowed(host, self.limits.networks):
-            get_logger().warning("connection_refused", address=host, reason="address not among the sources")
+            self.refuse(host, "address not among the sources")
             return False
         with self._lock:
             self._connections = {key: entry for key, entry in self._connections.items() if not entry.ended}
-            silent = sorted(
-                (entry.since, key)
-                for key, entry in self._connections.items()
-                if entry.host == host and not entry.established
-            )
-            excess = max(len(silent) + 1 - self.limits.pending_per_address, 0)
-            evicted = [self._connections.pop(key) for _since, key in silent[:excess]]
+            silent = sorted((entry.since, key, entry.host) for key, entry in self._connections.items() if entry.silent)
+            own = [key for _since, key, owner in silent if owner == host]
+            excess = own[: max(len(own) + 1 - self.limits.pending_per_address, 0)]
+            if not excess and len(silent) >= self.limits.pending:
+                excess = [silent[0][1]]
+            evicted = [self._connections.pop(key) for key in excess]
             self._connections[id(request)] = _Connection(time.monotonic(), host, request, None)
         for entry in evicted:
-            get_logger().warning("connection_refused", address=host, reason="too many silent connections")
+            self.refuse(entry.host, "too many silent connections")
             _hang_up(entry.socket)
         return True
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """The TLS handshake, then the association, both in the connection's own thread."""
-        if self.ssl_context is not None:
-            request.settimeout(self.limits.associate_seconds)
+        if self._tls is not None:
             key = id(request)
+            secured = None
             try:
-                secured = self.ssl_context.wrap_socket(request, server_side=True)
-            except (OSError, ssl.SSLError) as error:
-                get_logger().warning("connection_refused", address=client_address[0], reason=type(error).__name__)
-                self._forget(key)
-                self.shutdown_request(request)
-                return
-            with self._lock:
-                if (entry := self._connections.pop(key, None)) is not None:
+                # made before the handshake: who hangs up on a silent connection needs the socket that is in use
+                request.settimeout(self.limits.associate_seconds)
+                secured = self._tls.context.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+                with self._lock:
+                    if (entry := self._connections.pop(key, None)) is None:
+                        raise OSError("had to give way")
                     self._connections[id(secured)] = _Connection(entry.since, entry.host, secured, None)
-            secured.settimeout(None)
+                secured.do_handshake()
+                secured.settimeout(None)
+            except OSError as error:
+                self.refuse(client_address[0], f"TLS: {reason_of(error)}")
+                self._forget(key)
+                self._forget(id(secured))
+                self.shutdown_request(request if secured is None else secured)
+                return
             request = secured
         super().process_request_thread(request, client_address)
 
+    def refuse(self, address: str, reason: str) -> None:
+        """Tell of a connection that is not taken."""
+        self._refusals.tell("connection_refused", address=address, reason=reason)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that could not become an association; the socket server would print a traceback."""
-        get_logger().warning("connection_failed", address=client_address[0])
+        self._refusals.tell("connection_failed", address=client_address[0], reason="no association came of it")
         self._forget(id(request))
 
     def watch(self, association: Any, request: Any, host: str) -> None:
@@ -218,6 +248,11 @@ class HardenedServer(ThreadedAssociationServer):  # type: ignore[misc]
         with self._lock:
             if (entry := self._connections.get(id(request))) is not None:
                 self._connections[id(request)] = _Connection(entry.since, host, request, association)
+
+    def shutdown_unstarted(self) -> None:
+        """Give the port back without ever having served."""
+        self.server_close()
+        self.ae._servers.remove(self)
 
     def _forget(self, key: int) -> None:
         with self._lock:
@@ -230,31 +265,8 @@ class HardenedServer(ThreadedAssociationServer):  # type: ignore[misc]
         for entry in entries:
             _hang_up(entry.socket)
 
-    @property
-    def established(self) -> int:
-        """Associations that are open."""
-        with self._lock:
-            return sum(entry.established for entry in self._connections.values())
-
-
-def allowed(host: str, networks: tuple[Network, ...]) -> bool:
-    """True when ``host`` lies in one of ``networks``; an IPv4 address mapped into IPv6 counts as itself."""
-    address = ipaddress.ip_address(host.partition("%")[0])
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-        address = address.ipv4_mapped
-    return any(address in network for network in networks)
-
-
-def networks_of(host: str) -> tuple[Network, ...]:
-    """The addresses that a host name has now; none, and a log line, when it has none."""
-    try:
-        found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)}
-    except OSError:
-        get_logger().warning("host_unknown", host=host)
-        return ()
-    return tuple(ipaddress.ip_network(address) for address in sorted(found))
-
 
 def _hang_up(connection: socket.socket) -> None:
     with contextlib.suppress(OSError):  # it went first
-        connection.shutdown(socket.SHUT_RDWR)
+        # of the plain socket, under TLS too: its own shutdown would take the TLS state from the thread that reads
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)

@@ -6,37 +6,36 @@ report here on their storage commitments: PACSs report to the port of the AE tha
 
 from __future__ import annotations
 
-import ipaddress
 import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from pydicom.dataset import Dataset
 from pynetdicom import AE, _config, evt
 
+from osteo_daemon.certificates import certificate_of
+from osteo_daemon.dicom.admission import LIMIT_EXCEEDED, Admission, Caller, Rejection
 from osteo_daemon.dicom.commitment import CommitmentReport, answer_report, commitment_context
 from osteo_daemon.dicom.contexts import supported_contexts, verification_context
-from osteo_daemon.dicom.listener import HardenedServer, ListenerLimits, Network, allowed, networks_of
+from osteo_daemon.dicom.listener import HardenedServer, ListenerLimits
+from osteo_daemon.dicom.quota import Quota
 from osteo_daemon.dicom.received import ReceivedObject, printable, received_object
+from osteo_daemon.dicom.refusals import Refusals
 from osteo_daemon.dicom.status import StoreStatus, status_of
+from osteo_daemon.dicom.tls import ListenerTls, tls_files
 from osteo_daemon.dicom.uids import IMPLEMENTATION_CLASS_UID
 from osteo_daemon.errors import ConfigurationError, OsteoError, UnsupportedSopClass
 from osteo_daemon.log import get_logger
-from osteo_daemon.settings import DestinationSettings, ReceiverSettings, SourceSettings
+from osteo_daemon.settings import DestinationSettings, QuotaSettings, ReceiverSettings, SourceSettings, TlsSettings
 
 _IDLE_SECONDS = 2.0
 _POLL_SECONDS = 0.05
-
-# A-ASSOCIATE-RJ (PS3.8 table 9-21): result, source, reason
-_CALLED_UNKNOWN = (0x01, 0x01, 0x07)
-_CALLING_UNKNOWN = (0x01, 0x01, 0x03)
-_LIMIT_EXCEEDED = (0x02, 0x03, 0x02)
 
 
 @dataclass(slots=True)
@@ -59,9 +58,11 @@ class StorageScp:
         closed: called with the association id when an association has ended.
         destinations: who may report on storage commitments, from the address that their host has at the start.
         reported: makes a report durable, given the peer's AE title; its KeyError says that it is on nothing of ours.
+        tls: a second port, or the only one.
+        quotas: what one sender may take.
 
     Raises:
-        ConfigurationError: the address cannot be listened on.
+        ConfigurationError: the address cannot be listened on, or the certificates cannot be used.
     """
 
     def __init__(
@@ -72,25 +73,37 @@ class StorageScp:
         closed: Callable[[str], None] = lambda _association_id: None,
         destinations: tuple[DestinationSettings, ...] = (),
         reported: Callable[[str, CommitmentReport], None] | None = None,
+        tls: TlsSettings = TlsSettings(),  # noqa: B008 - frozen
+        quotas: QuotaSettings = QuotaSettings(),  # noqa: B008 - frozen
     ) -> None:
         _config.LOG_HANDLER_LEVEL = "none"  # its own event log prints titles and addresses of every PDU
         self._settings = settings
         self._store = store
         self._closed = closed
-        self._networks: MappingProxyType[str, tuple[Network, ...]] = MappingProxyType(
-            {
-                source.ae_title: tuple(ipaddress.ip_network(entry, strict=False) for entry in source.addresses)
-                for source in sources
-            }
-        )
         self._reported = reported
-        reporters: dict[str, tuple[Network, ...]] = {}
-        for entry in destinations if reported is not None else ():
-            if entry.kind == "dicom" and entry.commitment == "storage-commitment":
-                reporters[entry.ae_title] = (*reporters.get(entry.ae_title, ()), *networks_of(entry.host))
-        self._reporters = MappingProxyType(reporters)
+        files = tls_files(tls)
+        self._tls = None if files is None else ListenerTls(files, tls.expiry_warning_days)
+        reporters = destinations if reported is not None else ()
+        self._admission = Admission(settings.ae_title, sources, reporters, secured=files is not None)
+        self._quota = Quota(quotas, sources, settings.maximum_associations)
+        self._refusals = Refusals()
         self._senders: dict[str, _Sender] = {}
         self._lock = threading.Lock()
+        self._plain = None if tls.only else self._listen(settings.port, None)
+        try:
+            self._secured = None if self._tls is None else self._listen(tls.port, self._tls)
+        except ConfigurationError:
+            if self._plain is not None:
+                self._plain.shutdown_unstarted()
+            raise
+        self._servers = [server for server in (self._plain, self._secured) if server is not None]
+        self._threads = [
+            threading.Thread(target=server.serve_forever, args=(_POLL_SECONDS,), name="listener")
+            for server in self._servers
+        ]
+
+    def _listen(self, port: int, tls: ListenerTls | None) -> HardenedServer:
+        settings = self._settings
         entity = AE(ae_title=settings.ae_title)
         entity.supported_contexts = [*supported_contexts(), commitment_context()]
         entity.implementation_class_uid = IMPLEMENTATION_CLASS_UID
@@ -102,9 +115,7 @@ class StorageScp:
         # counted here instead: the library's count includes connections that never said a word
         entity.maximum_associations = 1 << 30
         limits = ListenerLimits(
-            networks=tuple(
-                network for networks in (*self._networks.values(), *self._reporters.values()) for network in networks
-            ),
+            networks=self._admission.networks,
             associate_seconds=settings.acse_timeout_seconds,
             pdu_seconds=settings.dimse_timeout_seconds,
             maximum_pdu_bytes=settings.maximum_pdu_bytes,
@@ -118,36 +129,53 @@ class StorageScp:
             (evt.EVT_ABORTED, self._on_aborted),
         ]
         try:
-            self._server: HardenedServer = entity.make_server(
-                (settings.address, settings.port),
+            server: HardenedServer = entity.make_server(
+                (settings.address, port),
                 ae_title=settings.ae_title,
                 evt_handlers=handlers,
                 server_class=HardenedServer,
                 limits=limits,
+                refusals=self._refusals,
+                tls=tls,
             )
         except OSError as error:
-            where = f"{settings.address} port {settings.port}"
+            where = f"{settings.address} port {port}"
+            key = "receiver.port" if tls is None else "tls.port"
             raise ConfigurationError(
-                f"receiver: cannot listen on {where}: {error.strerror}; another node? receiver.port sets it"
+                f"receiver: cannot listen on {where}: {error.strerror}; another node? {key} sets it"
             ) from error
-        entity._servers.append(self._server)  # as AE.start_server does; shutdown() takes it out again
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(_POLL_SECONDS,), name="listener")
+        entity._servers.append(server)  # as AE.start_server does; shutdown() takes it out again
+        return server
 
     @property
     def port(self) -> int:
-        """The port listened on."""
-        return int(self._server.server_address[1])
+        """The plain port listened on; the TLS port where there is no plain one."""
+        return int(self._servers[0].server_address[1])
+
+    @property
+    def tls_port(self) -> int:
+        """The TLS port listened on; 0: none."""
+        return 0 if self._secured is None else int(self._secured.server_address[1])
 
     def start(self) -> None:
         """Accept associations in threads of their own."""
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
+
+    def reload_certificates(self) -> None:
+        """Load certificates, CA and revocation lists now; broken ones change nothing."""
+        if self._tls is not None:
+            self._tls.refresh(at_once=True)
 
     def stop(self, grace_seconds: float) -> None:
         """Stop accepting; let associations finish; end those that are idle, and all when the grace is over."""
-        self._server.shutdown()
-        self._thread.join()
+        for server, thread in zip(self._servers, self._threads, strict=True):
+            server.shutdown()
+            thread.join()
         deadline = time.monotonic() + grace_seconds
-        while associations := [entry for entry in self._server.active_associations if entry.is_established]:
+        while associations := [
+            entry for server in self._servers for entry in server.active_associations if entry.is_established
+        ]:
             now = time.monotonic()
             for association in associations:
                 if now > deadline or self._idle(association, now):
@@ -155,7 +183,9 @@ class StorageScp:
             if now > deadline + _IDLE_SECONDS:
                 break
             time.sleep(_POLL_SECONDS)
-        self._server.hang_up_all()
+        for server in self._servers:
+            server.hang_up_all()
+        self._refusals.settle(at_once=True)
 
     def _idle(self, association: Any, now: float) -> bool:
         if association.dimse.message is not None or association.dimse.msg_queue.qsize():
@@ -165,34 +195,43 @@ class StorageScp:
         return sender is None or now - sender.last > _IDLE_SECONDS
 
     def _on_requested(self, event: Any) -> None:
-        """Called AE title, calling AE title and address must agree with the settings (PS3.8 9.3.4)."""
+        """AE titles, address and certificate must agree with the settings (PS3.8 9.3.4), and the quotas have room."""
         association = event.assoc
-        request = association.requestor.primitive
-        calling, called = request.calling_ae_title.strip(), request.called_ae_title.strip()
-        host = association.requestor.address
-        may_store = allowed(host, self._networks.get(calling, ()))
-        may_report = allowed(host, self._reporters.get(calling, ()))
-        refusal: tuple[int, int, int]
-        if called != self._settings.ae_title:
-            refusal, reason = _CALLED_UNKNOWN, "called AE title is not ours"
-        elif calling not in self._networks and calling not in self._reporters:
-            refusal, reason = _CALLING_UNKNOWN, "calling AE title is not among the sources"
-        elif not may_store and not may_report:
-            refusal, reason = _CALLING_UNKNOWN, "calling AE title comes from an address that is not its own"
-        elif self._server.established >= self._settings.maximum_associations:
-            refusal, reason = _LIMIT_EXCEEDED, "too many associations"
-        else:
-            if not may_store:
+        try:
+            request = association.requestor.primitive
+            caller = Caller(
+                request.called_ae_title.strip(),
+                request.calling_ae_title.strip(),
+                association.requestor.address,
+                certificate_of(association.dul.socket.socket),
+            )
+            decision = self._admission.judge(caller)
+            if decision.reason:
+                self._reject(association, caller, decision.reason, decision.rejection)
+                return
+            over = self._quota.admit(
+                _association_id(association), caller.calling_ae_title, caller.address, association.is_alive
+            )
+            if over:
+                self._reject(association, caller, over, LIMIT_EXCEEDED)
+            elif not decision.may_store:
                 association.acceptor.supported_contexts = [verification_context(), commitment_context()]
-            return
-        get_logger().warning(
+        except Exception as error:  # noqa: BLE001
+            # the library goes on with an association when its handler raises: here it must not
+            get_logger().error("association_failed", error=type(error).__name__, detail=_where(error))
+            association.abort(block=False)
+
+    def _reject(self, association: Any, caller: Caller, reason: str, rejection: Rejection) -> None:
+        shown = {} if caller.certificate is None else {"certificate": caller.certificate.fingerprint}
+        self._refusals.tell(
             "association_refused",
-            ae_title=printable(calling),
-            called_ae_title=printable(called),
-            address=host,
+            address=caller.address,
             reason=reason,
+            ae_title=printable(caller.calling_ae_title),
+            called_ae_title=printable(caller.called_ae_title),
+            **shown,
         )
-        association.acse.send_reject(*refusal)
+        association.acse.send_reject(*rejection)
         association.kill()
 
     def _on_echo(self, event: Any) -> int:
@@ -216,8 +255,10 @@ class StorageScp:
         uid = str(event.request.AffectedSOPInstanceUID or "")
         try:
             received = self._received(event, identifier, source_ae)
-            self._store(received)
-            self._note(identifier, stored_bytes=sum(map(len, received.parts)))
+            size = sum(map(len, received.parts))
+            with self._charged(source_ae, received.address, size):
+                self._store(received)
+            self._note(identifier, stored_bytes=size)
             return _answer(StoreStatus.SUCCESS)
         except OsteoError as error:
             status, reason = status_of(error), str(error)
@@ -236,6 +277,16 @@ class StorageScp:
             reason=reason,
         )
         return _answer(status, reason)
+
+    @contextmanager
+    def _charged(self, ae_title: str, address: str, size: int) -> Iterator[None]:
+        """Count bytes against the sender's hour; those that are not stored are given back."""
+        self._quota.charge(ae_title, address, size)
+        try:
+            yield
+        except BaseException:
+            self._quota.refund(ae_title, address, size)
+            raise
 
     def _received(self, event: Any, association_id: str, source_ae: str) -> ReceivedObject:
         request, context = event.request, event.context
@@ -257,6 +308,7 @@ class StorageScp:
 
     def _on_closed(self, event: Any) -> None:
         identifier = _association_id(event.assoc)
+        self._quota.release(identifier)
         with self._lock:
             sender = self._senders.pop(identifier, None)
         if sender is None:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import socket
-import ssl
 import statistics
 import struct
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-from pynetdicom import AE, evt
+from pynetdicom import AE
 
-from osteo_daemon.dicom.listener import HardenedServer, ListenerLimits, allowed
+from osteo_daemon.dicom.admission import allowed
 from tests.fakes import (
     CALLED,
     CALLING,
@@ -230,58 +228,7 @@ def _served(port: int) -> bool:
         return peer.recv(1) == b"\x02"
 
 
-def test_idle_tls_clients_do_not_freeze_the_listener(tmp_path: Path) -> None:
-    """The handshake runs in the connection's own thread; the receiver's TLS port builds on this server class."""
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    command = (
-        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
-    )
-    subprocess.run([*command.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
-    server_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    server_side.load_cert_chain(certificate, key)
-    client_side = ssl.create_default_context(cafile=str(certificate))
-    import ipaddress
-
-    entity = AE(ae_title=CALLED)
-    entity.add_supported_context(VERIFICATION)
-    entity.maximum_associations = 1000
-    limits = ListenerLimits((ipaddress.ip_network("127.0.0.0/8"),), 3.0, 3.0, 16382)
-    server: Any = entity.make_server(
-        (LOOPBACK, 0),
-        ae_title=CALLED,
-        ssl_context=server_side,
-        server_class=HardenedServer,
-        limits=limits,
-        evt_handlers=[(evt.EVT_C_ECHO, lambda _event: 0x0000)],
-    )
-    entity._servers.append(server)
-    import threading
-
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    try:
-        port = server.server_address[1]
-        idle = [connect(port) for _ in range(10)]
-        half = connect(port)
-        half.sendall(b"\x16\x03\x01\x02\x00\x01")
-        begun = time.monotonic()
-        peer = AE(ae_title=CALLING)
-        peer.add_requested_context(VERIFICATION)
-        association = peer.associate(LOOPBACK, port, ae_title=CALLED, tls_args=(client_side, LOOPBACK))
-        assert association.is_established
-        assert association.send_c_echo().Status == 0x0000
-        assert time.monotonic() - begun < 1.5
-        association.release()
-        for silent in (*idle, half):
-            assert closed_within(silent, 6)
-    finally:
-        server.shutdown()
-        thread.join()
-
-
 def test_addresses() -> None:
-    import ipaddress
-
     networks = (ipaddress.ip_network("192.0.2.0/24"), ipaddress.ip_network("2001:db8::/32"))
     assert allowed("192.0.2.7", networks)
     assert allowed("::ffff:192.0.2.7", networks)

@@ -1,0 +1,69 @@
+"""Every refusal is told, and none can flood the log: the first of a kind singly, the minute's rest by number."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from osteo_daemon.log import get_logger
+
+TOLD_ONE_BY_ONE: Final = 20
+"""Lines for one event, address and reason in a minute; further ones are counted."""
+
+_MINUTE_SECONDS: Final = 60.0
+_KINDS: Final = 1024
+_ELSEWHERE: Final = "others"
+
+
+@dataclass(slots=True)
+class _Kind:
+    begun: float
+    count: int = 0
+
+
+class Refusals:
+    """The log of one listener's refusals.
+
+    Args:
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._kinds: dict[tuple[str, str, str], _Kind] = {}
+
+    def tell(self, event: str, *, address: str, reason: str, **attributes: str) -> None:
+        """A line for one refusal, or one more in the sum that `settle` writes."""
+        key = (event, address, reason)
+        with self._lock:
+            if key not in self._kinds and len(self._kinds) >= _KINDS:
+                # from so many addresses at once: they share one sum
+                key = (event, _ELSEWHERE, reason)
+            kind = self._kinds.setdefault(key, _Kind(self._clock()))
+            kind.count += 1
+            told = kind.count <= TOLD_ONE_BY_ONE
+        if told:
+            get_logger().warning(event, address=address, reason=reason, **attributes)
+
+    def settle(self, *, at_once: bool = False) -> None:
+        """Write the sums of the minutes that are over; ``at_once``: of all."""
+        if not self._kinds:
+            return
+        now = self._clock()
+        with self._lock:
+            over = [key for key, kind in self._kinds.items() if at_once or now - kind.begun >= _MINUTE_SECONDS]
+            sums = [(key, self._kinds.pop(key).count) for key in over]
+        for (event, address, reason), count in sums:
+            if count > TOLD_ONE_BY_ONE:
+                get_logger().warning(
+                    "refusals_repeated",
+                    kind=event,
+                    address=address,
+                    reason=reason,
+                    count=count - TOLD_ONE_BY_ONE,
+                    duration_s=_MINUTE_SECONDS,
+                )

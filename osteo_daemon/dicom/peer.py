@@ -36,11 +36,13 @@ def association(
     connect_timeout_seconds: float,
     dimse_timeout_seconds: float,
     handlers: Sequence[Any] = (),
+    roles: Sequence[Any] = (),
 ) -> Iterator[Association]:
     """Open an association, release it at the end, abort it when the body raises.
 
     Args:
         handlers: further event handlers of pynetdicom.
+        roles: role selection items (PS3.7 D.3.3.4).
 
     Raises:
         PeerUnavailable: no connection, no answer in time, aborted, or rejected for now (PS3.8 9.3.4 result 2).
@@ -59,6 +61,7 @@ def association(
         ae_title=peer.ae_title,
         max_pdu=MAXIMUM_PDU_BYTES,
         evt_handlers=[(evt.EVT_CONN_OPEN, _no_delay), *handlers],
+        ext_neg=list(roles),
     )
     if not link.is_established:
         raise _failure(link, peer)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from osteo_daemon.network.config import CLASSES
@@ -20,11 +21,13 @@ class LossWeights:
     Attributes:
         diagnosis, bmd, level: the tasks.
         device: cross-entropy of the gate's first experts against the densitometer, annealed to zero by `device_share`.
-        balance: squared coefficient of variation of the experts' total weight (Shazeer 2017).
+        balance: weight of `balance_loss`.
+        balance_kind: "importance" or "switch" of it.
         bmd_beta: exponent of the variance that weights the Gaussian likelihood (Seitzer 2022): 0 is the plain
             likelihood, 1 is like the squared error.
         logit_adjustment: tau of the prior added to the class logits in training (Menon 2021); 0 is off.
         device_epochs: share of the training after which the gate is no longer supervised.
+        learned: the tasks' weights are divided by variances that are learnt beside the network (`TaskVariances`).
     """
 
     diagnosis: float = 1.0
@@ -32,9 +35,11 @@ class LossWeights:
     level: float = 0.5
     device: float = 1.0
     balance: float = 0.02
+    balance_kind: Literal["importance", "switch"] = "importance"
     bmd_beta: float = 0.5
     logit_adjustment: float = 0.0
     device_epochs: float = 0.7
+    learned: bool = False
 
     def device_share(self, progress: float) -> float:
         """Weight of the gate's supervision after ``progress`` (0-1) of the training: falls linearly to zero."""
@@ -84,10 +89,35 @@ def device_loss(gate_logits: Tensor, device: Tensor, device_count: int) -> Tenso
     return functional.cross_entropy(gates.flatten(0, 1), target.flatten())
 
 
-def balance_loss(gate_weights: Tensor) -> Tensor:
-    """Squared coefficient of variation of each expert's total weight over the batch, mean over the gates."""
+def balance_loss(gate_logits: Tensor, gate_weights: Tensor, kind: Literal["importance", "switch"]) -> Tensor:
+    """How unevenly a batch uses the experts, mean over the gates; 0 when all are used alike.
+
+    Args:
+        gate_logits, gate_weights: (B, T, E) before and after top-k.
+        kind: "importance" is the squared coefficient of variation of each expert's total weight (Shazeer 2017);
+            "switch" is ``E sum(f P) - 1`` with the share f of samples whose largest weight an expert has and its mean
+            probability P before top-k (Fedus 2022), so that experts that top-k left out are pulled in, too.
+    """
+    if kind == "switch":
+        experts = gate_logits.shape[-1]
+        first = functional.one_hot(gate_logits.argmax(-1), experts).to(gate_logits.dtype).mean(0)
+        return (experts * (first * gate_logits.softmax(-1).mean(0)).sum(-1)).mean() - 1.0
     importance = gate_weights.sum(0)
     return (importance.var(dim=1, unbiased=False) / importance.mean(dim=1).square().clamp_min(1e-9)).mean()
+
+
+class TaskVariances(nn.Module):
+    """Homoscedastic uncertainty of each task (Kendall, Gal and Cipolla 2018), three log variances that start at zero."""
+
+    TASKS: Final = ("diagnosis", "bmd", "level")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_variance = nn.Parameter(torch.zeros(len(self.TASKS)))
+
+    def forward(self, losses: Tensor) -> Tensor:
+        """(3,) weighted losses in the order of `TASKS` to ``sum exp(-s) * loss + s / 2``."""
+        return (losses * (-self.log_variance).exp() + 0.5 * self.log_variance).sum()
 
 
 def total_loss(
@@ -99,6 +129,7 @@ def total_loss(
     bmd_scale: float,
     device_count: int,
     progress: float,
+    variances: TaskVariances | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """The weighted sum and each part as a number for the log."""
     parts = {
@@ -109,7 +140,12 @@ def total_loss(
         "bmd": (weights.bmd, bmd_loss(out.bmd, out.bmd_log_variance, batch.bmd, bmd_scale, weights.bmd_beta)),
         "level": (weights.level, functional.cross_entropy(out.level_logits, batch.level)),
         "device": (weights.device_share(progress), device_loss(out.gate_logits, batch.device, device_count)),
-        "balance": (weights.balance, balance_loss(out.gate_weights)),
+        "balance": (weights.balance, balance_loss(out.gate_logits, out.gate_weights, weights.balance_kind)),
     }
-    total = torch.stack([weight * value for weight, value in parts.values()]).sum()
+    weighted = torch.stack([weight * value for weight, value in parts.values()])
+    if variances is None:
+        total = weighted.sum()
+    else:
+        tasks = len(variances.TASKS)
+        total = variances(weighted[:tasks]) + weighted[tasks:].sum()
     return total, {name: float(value.detach()) for name, (_, value) in parts.items()}

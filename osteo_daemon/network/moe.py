@@ -1,8 +1,8 @@
 """Gated residual experts.
 
 Routing is decided for each sample from its own image features: densely by default, over the ``top_k`` largest weights
-renormalised, and by one router for all tasks or one for each (MMoE, Ma et al. 2018). Expert-choice routing, where experts pick among the
-samples of a batch, is not offered: a patient's result must not depend on who shares the batch.
+renormalised, and by one router for all tasks or one for each (MMoE, Ma et al. 2018). Expert-choice routing, where
+experts pick among the samples of a batch, is not offered: a patient's result must not depend on who shares the batch.
 """
 
 from __future__ import annotations

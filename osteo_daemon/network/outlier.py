@@ -60,7 +60,8 @@ class OutlierModel:
     def distance(self, encoded: Tensor) -> Tensor:
         """(B, F) features to (B,) distances in standard deviations of the training set, float64."""
         centred = encoded.double() - self.mean.to(encoded.device).double()
-        return (centred @ self.whitening.to(encoded.device).double()).norm(dim=1)
+        white = centred @ self.whitening.to(encoded.device).double()
+        return white.square().sum(dim=1).sqrt()
 
     def exceeds(self, distance: float, entropy: float) -> bool:
         """True when either lies above its limit; what is not a number always does."""

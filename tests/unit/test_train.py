@@ -217,8 +217,11 @@ def test_logit_adjustment_of_the_ordinal_head_pushes_towards_the_rare_class() ->
 
 def test_gate_losses() -> None:
     even = torch.full((6, 1, 3), 1 / 3)
-    assert balance_loss(even) == pytest.approx(0.0, abs=1e-6)
-    assert balance_loss(torch.eye(3)[torch.zeros(6, dtype=torch.long)][:, None]) > 1.0
+    spread, alone = torch.eye(3)[torch.arange(6) % 3][:, None], torch.eye(3)[torch.zeros(6, dtype=torch.long)][:, None]
+    for kind in ("importance", "switch"):
+        assert balance_loss(even.log(), even, kind) == pytest.approx(0.0, abs=1e-6)
+        assert balance_loss(9 * spread, spread, kind) == pytest.approx(0.0, abs=1e-5)
+        assert balance_loss(9 * alone, alone, kind) > 1.0
     logits = torch.zeros(2, 1, 4)
     logits[0, 0, 1] = 9.0
     assert device_loss(logits, torch.tensor([1, NO_LABEL]), 3) < 0.01

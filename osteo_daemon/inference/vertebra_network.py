@@ -175,7 +175,9 @@ class VertebraNetwork:
             weights = out.gate_weights.mean(1)
             sd = (0.5 * out.bmd_log_variance).exp() * calibration.bmd_sd_factor
             answers = {
-                "class": class_probabilities(out.class_logits, len(CLASSES), calibration.class_temperature),
+                "class": class_probabilities(
+                    out.class_logits, len(CLASSES), calibration.class_temperature, calibration.class_shift
+                ),
                 "bmd": calibration.bmd_slope * out.bmd + calibration.bmd_intercept_g_cm2,
                 "sd": sd * abs(calibration.bmd_slope),
                 "level": (out.level_logits / calibration.level_temperature).softmax(1),

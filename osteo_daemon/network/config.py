@@ -127,6 +127,8 @@ class Calibration:
 
     Attributes:
         class_temperature: divides the class logits (Guo 2017).
+        class_shift: added to the class logits after that, one number for each; empty adds nothing. It brings the
+            probabilities back to the patients' own prior after a training with logit adjustment.
         level_temperature: divides the level logits.
         bmd_slope, bmd_intercept_g_cm2: ``BMD = slope * raw + intercept``; 1 and 0 unless a site recalibrates.
         bmd_sd_factor: on the predicted standard deviation, so that standardised residuals have unit variance.
@@ -139,28 +141,33 @@ class Calibration:
     bmd_intercept_g_cm2: float = 0.0
     bmd_sd_factor: float = 1.0
     bmd_interval_90: float = 1.645
+    class_shift: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if any(not -20.0 < value < 20.0 for value in self.class_shift):
+            raise ValueError(f"class_shift must lie between -20 and 20, got {self.class_shift}")
         for key in ("class_temperature", "level_temperature", "bmd_slope", "bmd_sd_factor", "bmd_interval_90"):
             if not 0 < getattr(self, key) < 100:
                 raise ValueError(f"{key} must lie between 0 and 100, got {getattr(self, key)}")
 
-    def to_json(self) -> dict[str, float]:
+    def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self)
+        return {**asdict(self), "class_shift": list(self.class_shift)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Calibration:
-        """Read the calibration of a bundle's inference.json.
+        """Read the calibration of a bundle's inference.json; one without ``class_shift`` has none.
 
         Raises:
             BundleError: a key is unknown or missing, or a value is out of range.
         """
         names = {field.name for field in fields(cls)}
-        if names != set(values):
+        given = {"class_shift": (), **values}
+        if names != set(given):
             raise BundleError(f"configs/inference.json: calibration needs exactly the keys {', '.join(sorted(names))}")
         try:
-            return cls(**{key: float(value) for key, value in values.items()})
+            shift = tuple(float(value) for value in given.pop("class_shift"))
+            return cls(**{key: float(value) for key, value in given.items()}, class_shift=shift)
         except (TypeError, ValueError) as error:
             raise BundleError(f"configs/inference.json has an unusable calibration: {error}") from error
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -38,12 +40,20 @@ class SoftmaxHead(nn.Module):
         return torch.as_tensor(self.linear(features))
 
 
-def class_probabilities(logits: Tensor, class_count: int, temperature: float = 1.0) -> Tensor:
-    """(B, K - 1) cumulative or (B, K) plain logits to (B, K) probabilities; logits are divided by ``temperature``."""
+def class_probabilities(
+    logits: Tensor, class_count: int, temperature: float = 1.0, shift: Sequence[float] = ()
+) -> Tensor:
+    """(B, K - 1) cumulative or (B, K) plain logits to (B, K) probabilities.
+
+    Logits are divided by ``temperature``, then ``shift`` is added, one number for each logit or none.
+    """
     scaled = logits / temperature
+    if shift:
+        scaled = scaled + torch.tensor(shift, dtype=logits.dtype, device=logits.device)
     if logits.shape[1] == class_count:
         return scaled.softmax(dim=1)
-    worse = scaled.sigmoid()
+    # shifts of their own could put the thresholds out of order
+    worse = scaled.sigmoid().cummin(dim=1).values
     one, zero = torch.ones_like(worse[:, :1]), torch.zeros_like(worse[:, :1])
     return torch.cat([one, worse], dim=1) - torch.cat([worse, zero], dim=1)
 

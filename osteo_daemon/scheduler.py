@@ -21,6 +21,7 @@ from apscheduler.events import EVENT_JOB_ERROR, EVENT_JOB_MAX_INSTANCES, EVENT_J
 from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.schedulers.background import BackgroundScheduler
 
+from osteo_daemon.domain.job import JobState
 from osteo_daemon.errors import ConfigurationError, Damaged, Transient
 from osteo_daemon.jobs.backup import make_backup, remove_old_backups
 from osteo_daemon.jobs.spool import Spool
@@ -197,6 +198,11 @@ class Scheduler:
         if keep.events_days:
             done["events"] = self._jobs.forget_events(now - timedelta(days=keep.events_days))
         detail = ", ".join(f"{count} {what}" for what, count in done.items() if count)
+        kept = 0 if self._settings.destinations else self._jobs.counts_by_state()[JobState.REPORTED]
+        if kept:
+            # their reports are owed to nobody, and nobody has them: neither finished nor on its way
+            get_logger().warning("reports_without_destination", count=kept)
+            detail = f"{detail}, {kept} REPORTED ones stay for want of a destination".removeprefix(", ")
         if detail:
             get_logger().info("retention_done", detail=detail)
         return detail
@@ -217,13 +223,21 @@ class Scheduler:
             self._write(step, {"interval_seconds": step.seconds, "next_at": self._next_at(step)}, {})
 
     def _purge(self, before: datetime, *, images: bool) -> int:
-        find = self._jobs.purgeable_images if images else self._jobs.purgeable_reports
-        count = 0
+        kept, count = frozenset(self._settings.keep.sources), 0
         while count < _STUDIES_PER_SWEEP and not self._stopping.is_set():
-            studies = find(before, _PAGE)
+            studies = (
+                self._jobs.purgeable_images(before, _PAGE, kept_sources=kept)
+                if images
+                else self._jobs.purgeable_reports(before, _PAGE)
+            )
             for study_instance_uid in studies:
                 self._jobs.purge_finished(
-                    study_instance_uid, self._spool, before=before, images=images, reports=not images
+                    study_instance_uid,
+                    self._spool,
+                    before=before,
+                    images=images,
+                    reports=not images,
+                    kept_sources=kept,
                 )
             count += len(studies)
             if len(studies) < _PAGE:

@@ -219,9 +219,12 @@ def prioritise(study_instance_uid: str, priority: str, reason: str, config: Path
 @_study_argument
 @reason_option
 @click.option("--force", is_flag=True, help="Also what was not screened or not delivered: it never will be.")
+@click.option("--also-committed", is_flag=True, help="Even if a sender was promised that this node keeps it.")
 @click.option("--yes", is_flag=True, help="Don't ask.")
 @config_option
-def purge(study_instance_uid: str, reason: str, force: bool, yes: bool, config: Path | None) -> None:
+def purge(
+    study_instance_uid: str, reason: str, force: bool, also_committed: bool, yes: bool, config: Path | None
+) -> None:
     """Remove a study's images and report objects here; job, history and result stay."""
     settings, store = open_store(config)
     jobs = store.recent(study_instance_uid=study_instance_uid, limit=1)
@@ -234,7 +237,7 @@ def purge(study_instance_uid: str, reason: str, force: bool, yes: bool, config: 
 
     spool = Spool(settings.spool_dir)
     with _explained("purge", study_instance_uid):
-        store.purge_study(study_instance_uid, spool, OPERATOR, reason, force=force)
+        store.purge_study(study_instance_uid, spool, OPERATOR, reason, force=force, also_committed=also_committed)
     click.echo(f"purge: {study_instance_uid}")
 
 

@@ -8,7 +8,7 @@ stored into the study, and a file that was written before its removal and record
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from osteo_daemon.domain.job import FINISHED, JobState
 from osteo_daemon.errors import IllegalTransition
 from osteo_daemon.jobs.database import Database
 from osteo_daemon.jobs.delivery_rows import move
+from osteo_daemon.jobs.evidence_schema import CommittedStudyRow
+from osteo_daemon.jobs.pledges import is_committed
 from osteo_daemon.jobs.records import DeliveryState
 from osteo_daemon.jobs.schema import (
     DeliveryRow,
@@ -44,9 +46,14 @@ _ROWS_PER_TRANSACTION = 1000
 class Retention(Database):
     """The scheduler's broom, and the operator's."""
 
-    def purgeable_images(self, before: datetime, limit: int = 100) -> list[str]:
-        """Studies DELIVERED or EXCLUDED before a moment whose images are still there, oldest first."""
-        return self._purgeable(JobRow.images_purged_at.is_(None), before, limit)
+    def purgeable_images(self, before: datetime, limit: int = 100, *, kept_sources: Collection[str] = ()) -> list[str]:
+        """Studies DELIVERED or EXCLUDED before a moment whose images are still there, oldest first.
+
+        Studies that came from ``kept_sources`` or that a sender was promised (`osteo_daemon.jobs.pledges`) are none.
+        """
+        promised = exists().where(CommittedStudyRow.study_instance_uid == JobRow.study_instance_uid)
+        condition = JobRow.images_purged_at.is_(None) & ~promised & JobRow.source_ae.not_in(kept_sources)
+        return self._purgeable(condition, before, limit)
 
     def purgeable_reports(self, before: datetime, limit: int = 100) -> list[str]:
         """Studies finished before a moment whose report objects are still there and are owed to nobody."""
@@ -68,15 +75,18 @@ class Retention(Database):
         before: datetime,
         images: bool,
         reports: bool,
+        kept_sources: Collection[str] = (),
         who: str = "scheduler",
         now: datetime | None = None,
     ) -> bool:
-        """Remove files of a study that was finished before a moment; False when it no longer is so."""
+        """Remove files of a study that was finished before a moment; False when it no longer is so, or is kept."""
         now = now or utc_now()
         with self._writing() as connection:
             self._alone(connection, study_instance_uid)
             job = connection.execute(screening_job(study_instance_uid)).one_or_none()
             if job is None or job.state not in FINISHED or job.changed_at >= before:
+                return False
+            if images and (job.source_ae in kept_sources or is_committed(connection, study_instance_uid)):
                 return False
             what = " and ".join(name for name, wanted in (("images", images), ("reports", reports)) if wanted)
             _mark(connection, job, images, reports, who, f"{what} of a study finished before {before:%Y-%m-%d}", now)
@@ -91,6 +101,7 @@ class Retention(Database):
         reason: str,
         *,
         force: bool = False,
+        also_committed: bool = False,
         now: datetime | None = None,
     ) -> None:
         """A person removes a study's images, reports and quarantined bytes; job, history and result stay.
@@ -102,11 +113,12 @@ class Retention(Database):
             reason: why.
             force: also what was not yet screened or delivered: the study ends as HELD (or FAILED when its report was
                 due), and no delivery of it goes on.
+            also_committed: even if a sender was promised that it is kept, and may have removed its own copy.
             now: the present, for tests.
 
         Raises:
             KeyError: no such study.
-            IllegalTransition: it is not finished, and not forced.
+            IllegalTransition: it is not finished, and not forced; or it was promised.
         """
         now = now or utc_now()
         with self._writing() as connection:
@@ -116,6 +128,11 @@ class Retention(Database):
                 raise KeyError(study_instance_uid)
             if (job.state not in FINISHED or _owed(connection, job)) and not force:
                 raise IllegalTransition(f"study_purged: the study is {job.state} and not everything was delivered")
+            if not also_committed and is_committed(connection, study_instance_uid):
+                raise IllegalTransition("study_purged: a sender was promised that this study is kept")
+            connection.execute(
+                delete(CommittedStudyRow).where(CommittedStudyRow.study_instance_uid == study_instance_uid)
+            )
             _end_unfinished(connection, job, who, reason, now)
             _mark(connection, job, True, True, who, reason, now)
         self.finish_purge(study_instance_uid, spool, quarantined=True, now=now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from osteo_daemon.jobs.announcements import Announcements
 from osteo_daemon.jobs.by_hand import ByHand
 from osteo_daemon.jobs.claims import Claims
 from osteo_daemon.jobs.completeness import Completeness
@@ -10,6 +11,8 @@ from osteo_daemon.jobs.deliveries import Deliveries
 from osteo_daemon.jobs.intake import Intake
 from osteo_daemon.jobs.inventory import Inventory
 from osteo_daemon.jobs.lists import Lists
+from osteo_daemon.jobs.pledges import Pledges
+from osteo_daemon.jobs.pulls import Pulls
 from osteo_daemon.jobs.quarantine import Quarantine
 from osteo_daemon.jobs.retention import Retention
 from osteo_daemon.jobs.trend import Trend
@@ -17,6 +20,20 @@ from osteo_daemon.jobs.upkeep import Upkeep
 
 
 class JobStore(
-    Intake, Quarantine, Completeness, Claims, Deliveries, Counts, Lists, ByHand, Retention, Inventory, Trend, Upkeep
+    Intake,
+    Quarantine,
+    Announcements,
+    Completeness,
+    Claims,
+    Deliveries,
+    Counts,
+    Lists,
+    ByHand,
+    Pledges,
+    Retention,
+    Inventory,
+    Trend,
+    Pulls,
+    Upkeep,
 ):
     """Studies, jobs, reports and deliveries of one node; every process and thread may use it at once."""

@@ -93,6 +93,24 @@ class ReceiverSettings(_Section):
     dimse_timeout_seconds: Seconds = 60
     network_timeout_seconds: Seconds = 120
     minimum_free_bytes: int = Field(default=2 * 1024**3, ge=0)
+    low_free_bytes: int = Field(default=0, ge=0)
+
+    @property
+    def low_watermark_bytes(self) -> int:
+        """Free space below which no new study is begun."""
+        return self.low_free_bytes or 2 * self.minimum_free_bytes
+
+
+class AccompanyingSettings(_Section):
+    """What becomes of objects that travel with a CT: kept, or acknowledged and not written."""
+
+    pictures: Literal["keep", "discard"] = "keep"
+    documents: Literal["keep", "discard"] = "keep"
+    presentations: Literal["keep", "discard"] = "keep"
+    segmentations: Literal["keep", "discard"] = "keep"
+    radiotherapy: Literal["keep", "discard"] = "keep"
+    pet: Literal["keep", "discard"] = "discard"
+    raw: Literal["keep", "discard"] = "discard"
 
 
 class TlsSettings(_Section):
@@ -372,6 +390,7 @@ class Settings(_Section):
     state_dir: Path = Path("/var/lib/osteo-daemon")
     models_dir: Path | None = None
     receiver: ReceiverSettings = ReceiverSettings()
+    accompanying: AccompanyingSettings = AccompanyingSettings()
     tls: TlsSettings = TlsSettings()
     quotas: QuotaSettings = QuotaSettings()
     sources: tuple[SourceSettings, ...] = ()
@@ -399,6 +418,8 @@ class Settings(_Section):
         archives = [archive.name for archive in self.archives]
         if len(set(archives)) != len(archives):
             raise ValueError("two archives share one name; give each [[archives]] entry a name of its own")
+        if self.screener.vertebrae == "segmentation" and self.accompanying.segmentations == "discard":
+            raise ValueError('screener.vertebrae = "segmentation" needs accompanying.segmentations = "keep"')
         titles = [source.ae_title for source in self.sources]
         if len(set(titles)) != len(titles):
             raise ValueError("two sources share one ae_title; list all addresses under one [[sources]] entry")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from datetime import datetime, timedelta
-from typing import Any
 
-from sqlalchemy import Connection, Row, String, exists, insert, or_, select, type_coerce, update
-from sqlalchemy.orm import aliased
+from sqlalchemy import insert, select, update
 
 from osteo_daemon.jobs.breakers import Breakers
 from osteo_daemon.jobs.commitments import STORED_UNPROVEN, Commitments, with_omissions
+from osteo_daemon.jobs.delivery_queue import next_delivery
 from osteo_daemon.jobs.delivery_rows import (
     claimed,
     end_delivered,
@@ -25,9 +24,6 @@ from osteo_daemon.jobs.delivery_rows import (
 from osteo_daemon.jobs.records import Delivery, DeliveryState, HeldReport, ReportKind, ReportObject
 from osteo_daemon.jobs.schema import DeliveryObjectRow, DeliveryRow, JobRow, ReportObjectRow
 from osteo_daemon.jobs.transitions import utc_now
-
-LONGEST_WAIT_SECONDS = 7 * 24 * 3600.0
-"""No moment that is further away was meant: the clock that wrote it has been put right since."""
 
 _EXPIRED_AT_ONCE = 500
 
@@ -49,10 +45,10 @@ class Deliveries(Commitments, Breakers):
         """
         now = now or utc_now()
         with self._reading() as connection:
-            if _next_delivery(connection, now, destination, lock=False) is None:
+            if next_delivery(connection, now, destination, lock=False) is None:
                 return None
         with self._writing() as connection:
-            row = _next_delivery(connection, now, destination, lock=True)
+            row = next_delivery(connection, now, destination, lock=True)
             if row is None:
                 return None
             move(
@@ -76,7 +72,9 @@ class Deliveries(Commitments, Breakers):
         now = now or utc_now()
         with self._writing() as connection:
             claimed(connection, delivery)
-            set_values(connection, delivery.delivery_id, lease_until=now + timedelta(seconds=lease_seconds))
+            until = now + timedelta(seconds=lease_seconds)
+            # the change's time too: it tells whether the clock was set back since the lease was written
+            set_values(connection, delivery.delivery_id, lease_until=until, changed_at=now)
 
     def delivery_object_sent(
         self, delivery: Delivery, sop_instance_uid: str, status: str, *, now: datetime | None = None
@@ -328,45 +326,6 @@ class Deliveries(Commitments, Breakers):
         with self._reading() as connection:
             found = [delivery_id for one in queries for delivery_id in connection.execute(one).scalars()]
             return load_all(connection, sorted(found, reverse=True)[:limit])
-
-
-def _next_delivery(connection: Connection, now: datetime, destination: str | None, *, lock: bool) -> Row[Any] | None:
-    """Of the deliveries that may be claimed the oldest of the most urgent class."""
-    # a query for each state, none with an OR over states: each walks an index to its first row, however many have ended
-    due = or_(
-        DeliveryRow.not_before.is_(None),
-        DeliveryRow.not_before <= now,
-        DeliveryRow.not_before > now + timedelta(seconds=LONGEST_WAIT_SECONDS),
-    )
-    found = []
-    for state, claimable in (
-        (DeliveryState.SENDING, DeliveryRow.lease_until < now),
-        (DeliveryState.PENDING, due),
-        (DeliveryState.AWAITING, due),
-    ):
-        query = (
-            select(DeliveryRow.__table__)
-            .where(DeliveryRow.state == state, claimable, ~_blocked())
-            .order_by(DeliveryRow.priority, DeliveryRow.delivery_id)
-            .limit(1)
-        )
-        if destination is not None:
-            query = query.where(DeliveryRow.destination == destination)
-        row = connection.execute(query.with_for_update(skip_locked=True) if lock else query).first()
-        if row is not None:
-            found.append(row)
-    return min(found, key=lambda row: (row.priority, row.delivery_id), default=None)
-
-
-def _blocked() -> Any:
-    earlier = aliased(DeliveryRow)
-    return exists().where(
-        earlier.job_id == DeliveryRow.job_id,
-        earlier.destination == DeliveryRow.destination,
-        earlier.revision < DeliveryRow.revision,
-        # an expression, not the column: else PostgreSQL may compare each waiting delivery with all that wait
-        (type_coerce(earlier.state, String) + "").in_((DeliveryState.PENDING.value, DeliveryState.SENDING.value)),
-    )
 
 
 def _ended_badly(delivery: Delivery) -> Delivery:

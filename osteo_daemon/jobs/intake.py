@@ -11,6 +11,7 @@ from sqlalchemy import Connection, delete, insert, select, update
 from osteo_daemon.domain.job import Job, JobKind, JobState, Priority
 from osteo_daemon.domain.study import SopInstance
 from osteo_daemon.errors import StoreUnavailable
+from osteo_daemon.jobs.accompanying import is_unscreened, note_accompanying
 from osteo_daemon.jobs.counts import count_jobs
 from osteo_daemon.jobs.database import Database
 from osteo_daemon.jobs.records import RecordOutcome
@@ -41,7 +42,8 @@ class Intake(Database):
             instance: what was received; its file is already durable.
             source_ae: calling AE title.
             association_id: the association it came over, when still open.
-            screenable: False for objects that only accompany a CT: they neither create nor reopen a job.
+            screenable: False for objects that only accompany a CT: they reopen no job, and a study of nothing else is
+                EXCLUDED.
             priority: of the job that the study's first instance creates.
             now: the present, for tests.
 
@@ -85,6 +87,8 @@ class Intake(Database):
                 _note_association(connection, association_id, instance.study_instance_uid, source_ae, now)
             if screenable:
                 _reopen(connection, instance.study_instance_uid, source_ae, "instance_received", now, priority=priority)
+            else:
+                note_accompanying(connection, instance.study_instance_uid, source_ae, priority, now)
         return RecordOutcome.STORED
 
     def replace_instance(self, instance: SopInstance, source_ae: str, *, now: datetime | None = None) -> RecordOutcome:
@@ -259,7 +263,7 @@ def _reopen(
         event=event,
         reason="an instance changed" if only_existing else "a further instance",
         now=now,
-        revision=job.revision + 1,
+        revision=job.revision if is_unscreened(job) else job.revision + 1,
         attempts=0,
         not_before=None,
         code=None,

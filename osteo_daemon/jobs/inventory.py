@@ -9,9 +9,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import delete, func, or_, select, update
 
 from osteo_daemon.domain.job import FINISHED, JobState
+from osteo_daemon.jobs.accompanying import is_unscreened, unscreened
 from osteo_daemon.jobs.database import Database
 from osteo_daemon.jobs.schema import (
     InstanceRow,
@@ -113,7 +114,7 @@ class Inventory(Database):
         """Raise the revision of a study that is yet to be screened by `LIFT`."""
         with self._writing() as connection:
             job = connection.execute(screening_job(study_instance_uid)).one()
-            if job.state not in _LIFTED:
+            if job.state not in _LIFTED and not is_unscreened(job):
                 return
             connection.execute(
                 update(JobRow).where(JobRow.job_id == job.job_id).values(revision=JobRow.revision + LIFT)
@@ -146,7 +147,8 @@ class Inventory(Database):
                         .where(table.path.startswith(f"{old_spool}/", autoescape=True))
                         .values(path=str(new_spool) + path)
                     )
-            unfinished = connection.execute(select(JobRow.study_instance_uid).where(JobRow.state.in_(_LIFTED)))
+            yet_to_come = or_(JobRow.state.in_(_LIFTED), unscreened())
+            unfinished = connection.execute(select(JobRow.study_instance_uid).where(yet_to_come))
             studies = list(unfinished.scalars())
         for study_instance_uid in studies:
             self.lift_revision(study_instance_uid, "store", "the store was restored from a backup", now=now)

@@ -13,11 +13,13 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from osteo_daemon.domain.job import JobState, Priority
 from osteo_daemon.jobs.schema import JobRow, SourceRow
+from osteo_daemon.jobs.transitions import CLOCK_STEP
 
 
 def is_due(now: datetime) -> ColumnElement[bool]:
-    """READY and not told to wait."""
-    return and_(JobRow.state == JobState.READY, or_(JobRow.not_before.is_(None), JobRow.not_before <= now))
+    """READY and not told to wait, or told so by a clock that has been set back since."""
+    waited = or_(JobRow.not_before.is_(None), JobRow.not_before <= now, JobRow.changed_at > now + CLOCK_STEP)
+    return and_(JobRow.state == JobState.READY, waited)
 
 
 def next_in_turn(connection: Connection, now: datetime, *, lock: bool = True) -> Row[Any] | None:

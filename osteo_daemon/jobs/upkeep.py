@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import insert, or_, select, update
 
 from osteo_daemon.jobs.database import Database
 from osteo_daemon.jobs.delivery_rows import loaded, move, note
 from osteo_daemon.jobs.records import DeliveryState, SchedulerRun
 from osteo_daemon.jobs.schema import DeliveryRow, LeaseRow, SchedulerRunRow
-from osteo_daemon.jobs.transitions import utc_now
+from osteo_daemon.jobs.transitions import CLOCK_STEP, utc_now
 
 
 class Upkeep(Database):
@@ -46,7 +46,9 @@ class Upkeep(Database):
                     insert(LeaseRow).values(name=name, holder=holder, fencing_token=1, lease_until=until)
                 )
                 return True
-            if row.holder != holder and row.lease_until >= now and not is_gone(row.holder):
+            # no lease is longer than asked for: one that is was written before the clock was set back
+            held = now <= row.lease_until <= until + CLOCK_STEP
+            if row.holder != holder and held and not is_gone(row.holder):
                 return False
             token = row.fencing_token + (row.holder != holder)
             connection.execute(
@@ -88,7 +90,8 @@ class Upkeep(Database):
         """SENDING to PENDING for deliveries whose deliverer is gone; returns how many."""
         now = now or utc_now()
         expired = select(DeliveryRow.delivery_id, DeliveryRow.worker).where(
-            DeliveryRow.state == DeliveryState.SENDING, DeliveryRow.lease_until < now
+            DeliveryRow.state == DeliveryState.SENDING,
+            or_(DeliveryRow.lease_until < now, DeliveryRow.changed_at > now + CLOCK_STEP),
         )
         with self._reading() as connection:
             if connection.execute(expired.limit(1)).first() is None:

@@ -93,10 +93,25 @@ class StoreMachine(RuleBasedStateMachine):
         self.instances.setdefault(study, set()).add(uid)
         if before is None:
             assert (after.state, after.revision) == (JobState.RECEIVING, 1)
+        elif before.state is JobState.EXCLUDED and before.attempts == 0:
+            # nothing but accompanying objects had come: nothing was screened, so this is no further revision
+            assert (after.state, after.revision) == (JobState.RECEIVING, before.revision)
         elif before.state is JobState.RECEIVING or (before.state is JobState.HELD and after.state is JobState.HELD):
             assert after == before
         else:
             assert (after.state, after.revision) == (JobState.RECEIVING, before.revision + 1)
+
+    @rule(study=STUDIES, number=st.integers(1, 2))
+    def accompanying_object_arrives(self, study: str, number: int) -> None:
+        uid = f"{study}.8.{number}"
+        stored = self.spool.store_instance(study, f"{study}.8", uid, [b"%d" % number])
+        instance = SopInstance(study, f"{study}.8", "1.3", uid, "1.2", stored.path, stored.size_bytes, stored.sha256)
+        before = self.store.job(study)
+        self.store.record_instance(instance, "CT", screenable=False, now=self.now)
+        self.instances.setdefault(study, set()).add(uid)
+        after = self.store.job(study)
+        assert after is not None
+        assert after == before or (before, after.state, after.attempts) == (None, JobState.EXCLUDED, 0)
 
     @rule(seconds=st.sampled_from([1.0, 30.0, 70.0]))
     def time_passes(self, seconds: float) -> None:

@@ -97,3 +97,35 @@ def test_a_failed_attempt_lets_the_others_go_on(store: JobStore) -> None:
     third = claim(store, after_s=30)
     assert third is not None
     assert third.study_instance_uid == "1.1"
+
+
+def test_a_lease_does_not_last_for_as_long_as_the_clock_was_set_back(store: JobStore) -> None:
+    reported(store, "1.1")
+    first = claim(store, after_s=5 * 3600)
+    assert first is not None
+    assert claim(store, after_s=5 * 3600 - 30) is None
+    # whoever is alive writes its lease anew by the present clock, and keeps it
+    store.heartbeat_delivery(first, 60, now=NOW + timedelta(seconds=10))
+    assert claim(store, after_s=20) is None
+    assert store.take_back_deliveries(now=NOW + timedelta(seconds=20)) == 0
+    store.heartbeat_delivery(first, 60, now=NOW + timedelta(hours=5))
+    again = claim(store, after_s=30)
+    assert again is not None
+    assert again.fencing_token == first.fencing_token + 1
+    store.heartbeat_delivery(again, 60, now=NOW + timedelta(hours=5))
+    assert store.take_back_deliveries(now=NOW + timedelta(seconds=40)) == 1
+
+
+def test_a_delivery_does_not_wait_for_a_clock_that_was_set_back(store: JobStore) -> None:
+    reported(store, "1.1")
+    first = claim(store, after_s=5 * 3600)
+    assert first is not None
+    hours = NOW + timedelta(hours=5)
+    store.delivery_retry(first, hours + timedelta(seconds=600), "no answer", now=hours)
+    assert claim(store, after_s=5 * 3600 + 599) is None
+    again = claim(store, after_s=60)
+    assert again is not None
+    store.delivery_object_sent(again, again.objects[0].report.sop_instance_uid, "0x0000", now=hours)
+    store.delivery_await(again, hours + timedelta(seconds=600), "waits", now=hours)
+    assert claim(store, after_s=5 * 3600 + 599) is None
+    assert claim(store, after_s=90) is not None

@@ -13,7 +13,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import create_engine
 from sqlalchemy.exc import IntegrityError
 
-from osteo_daemon.domain.job import TRANSITIONS, Job, JobState
+from osteo_daemon.domain.job import TRANSITIONS, Job, JobState, Priority
 from osteo_daemon.domain.study import SopInstance
 from osteo_daemon.errors import ConfigurationError, IllegalTransition, LeaseLost, StoreUnavailable
 from osteo_daemon.jobs.records import DeliveryState, NewDelivery, RecordOutcome, ReportKind, ReportObject
@@ -318,8 +318,41 @@ def test_objects_that_only_accompany_a_ct_touch_no_job(store: JobStore) -> None:
     assert store.record_instance(instance(7), "CT1", screenable=False) is RecordOutcome.STORED
     assert store.record_instance(instance(1, "1.9"), "CT1", screenable=False) is RecordOutcome.STORED
     assert state_of(store) is JobState.REPORTED
-    assert store.job("1.9") is None
     assert len(store.instances(job)) == 2
+
+
+def test_a_study_of_accompanying_objects_alone_is_excluded_until_its_ct_comes(store: JobStore) -> None:
+    store.record_instance(instance(7), "CT1", screenable=False, priority=Priority.STAT, now=at(0))
+    store.record_instance(instance(8), "CT1", screenable=False, now=at(1))
+    (listed,) = store.recent(code="no_ct_series")
+    assert (listed.state, listed.instances, listed.revision) == (JobState.EXCLUDED, 2, 1)
+    assert store.counts_by_state()[JobState.EXCLUDED] == 1
+    store.record_instance(instance(1), "CT1", now=at(2))
+    job = store.job(STUDY)
+    assert job is not None
+    # the first report of a study is of its first revision, whatever came before the images
+    assert (job.state, job.revision, job.priority) == (JobState.RECEIVING, 1, Priority.STAT)
+    assert [event.to_state for event in store.events(STUDY)] == [JobState.EXCLUDED, JobState.RECEIVING]
+
+
+def test_a_retry_does_not_wait_for_a_clock_that_was_set_back(store: JobStore) -> None:
+    hours = 5 * 3600
+    job = claimed(store, hours)
+    store.retry_later(job, "x", "y", at(hours + 100), now=at(hours + 10))
+    assert store.claim("w", 60, now=at(hours + 20)) is None
+    # set back by less than a step: it waits; by hours: it does not
+    assert store.claim("w", 60, now=at(hours - 40)) is None
+    again = store.claim("w", 60, now=at(60))
+    assert again is not None
+    assert again.attempts == 2
+
+
+def test_no_one_leads_for_as_long_as_the_clock_was_set_back(store: JobStore) -> None:
+    assert store.lead("scheduler", "one", 15, now=at(5 * 3600))
+    assert not store.lead("scheduler", "two", 15, now=at(5 * 3600 + 10))
+    assert not store.lead("scheduler", "two", 15, now=at(5 * 3600 - 30))
+    assert store.lead("scheduler", "two", 15, now=at(60))
+    assert not store.lead("scheduler", "one", 15, now=at(61))
 
 
 def test_our_own_results_are_known(store: JobStore) -> None:

@@ -269,3 +269,21 @@ def test_only_files_of_the_spool_are_removed(spool: Spool) -> None:
         with pytest.raises(ValueError, match="not in the spool"):
             spool.remove([path])
     assert outside.exists()
+
+
+def test_accompanying_objects_go_too(store: JobStore, spool: Spool) -> None:
+    alone = write(spool, 1, "1.9")
+    store.record_instance(alone, "CT1", screenable=False, now=at(0))
+    delivered(store, spool)
+    for study in (STUDY, "1.9"):
+        assert study in store.purgeable_images(at(1000))
+        assert store.purge_finished(study, spool, before=at(1000), images=True, reports=False, now=at(1000))
+    assert not alone.path.exists()
+    # one that comes after its study's images went waits its own time, and goes
+    late = write(spool, 9)
+    store.record_instance(late, "CT1", screenable=False, now=at(2000))
+    assert store.purgeable_images(at(2000)) == []
+    assert store.purgeable_images(at(3000)) == [STUDY]
+    assert store.purge_finished(STUDY, spool, before=at(3000), images=True, reports=False, now=at(3000))
+    assert not late.path.exists()
+    assert store.purgeable_images(at(4000)) == []

@@ -130,3 +130,19 @@ def test_nothing_is_removed_while_the_clock_is_wrong(tmp_path: Path) -> None:
     assert scheduler.retain() == "1 images"  # it started so: sixty days have really passed
     assert not young.path.exists()
     store.close()
+
+
+def test_reports_that_nobody_gets_stay_and_are_told_of(tmp_path: Path) -> None:
+    store, spool = new_sqlite(tmp_path), Spool(tmp_path / "spool")
+    uid = "1.1.1.1"
+    stored = spool.store_instance("1.1", "1.1.1", uid, [b"pixels"])
+    image = SopInstance("1.1", "1.1.1", "1.2", uid, "1.2", stored.path, stored.size_bytes, stored.sha256)
+    store.record_instance(image, "CT", now=PAST)
+    store.mark_complete("1.1", who="test", reason="test", now=PAST)
+    job = store.claim("w", 60, now=PAST)
+    assert job is not None
+    store.commit_report(job, {}, [], [], now=PAST)
+    scheduler = Scheduler(Settings(state_dir=tmp_path))
+    assert scheduler.retain() == "1 REPORTED ones stay for want of a destination"
+    assert image.path.exists()
+    store.close()

@@ -94,6 +94,18 @@ class MalformedMessage(Damaged):
     """A message over HTTP cannot be read"""
 
 
+class Declined(OsteoError):
+    """A peer asks for something that is not done
+
+    ``status`` (PS3.7 annex C) and ``error_id`` (0000,0903) tell the peer why.
+    """
+
+    def __init__(self, status: int, detail: str, error_id: int | None = None) -> None:
+        self.status = status
+        self.error_id = error_id
+        super().__init__(detail)
+
+
 class LeaseLost(OsteoError):
     """The lease on this job has passed to another worker"""
 

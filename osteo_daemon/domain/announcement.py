@@ -45,3 +45,13 @@ class Announcement:
     state: StepState
     studies: frozenset[str]
     instances: tuple[AnnouncedInstance, ...]
+
+
+class AnnounceOutcome(StrEnum):
+    """What became of an announcement or of a change to one."""
+
+    DONE = "done"
+    DUPLICATE = "duplicate"  # there is one under this UID
+    UNKNOWN = "unknown"  # there is none under this UID
+    FOREIGN = "foreign"  # it is another peer's
+    ENDED = "ended"  # the step has ended: it takes no more changes

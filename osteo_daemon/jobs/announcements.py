@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from datetime import datetime
-from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import Connection, delete, insert, select, update
 
-from osteo_daemon.domain.announcement import AnnouncedInstance, Announcement, StepState
+from osteo_daemon.domain.announcement import AnnouncedInstance, Announcement, AnnounceOutcome, StepState
 from osteo_daemon.domain.completeness import Lists
 from osteo_daemon.jobs.database import Database
 from osteo_daemon.jobs.evidence_schema import AnnouncedInstanceRow, AnnouncedStudyRow, AnnouncementRow
@@ -17,16 +16,6 @@ from osteo_daemon.jobs.schema import InstanceRow
 from osteo_daemon.jobs.transitions import utc_now
 
 _ROWS_PER_TRANSACTION = 200
-
-
-class AnnounceOutcome(StrEnum):
-    """What became of an announcement or of a change to one."""
-
-    DONE = "done"
-    DUPLICATE = "duplicate"  # there is one under this UID
-    UNKNOWN = "unknown"  # there is none under this UID
-    FOREIGN = "foreign"  # it is another peer's
-    ENDED = "ended"  # the step has ended: it takes no more changes
 
 
 class Announcements(Database):

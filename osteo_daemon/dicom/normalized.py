@@ -1,0 +1,156 @@
+"""Normalised services of the listener (N-CREATE, N-SET, N-ACTION): one table of who answers what, one edge for errors.
+
+What is answered with success is durable. What cannot be read, or is not ours to do, is declined with a status of PS3.7
+annex C; nothing a peer sends ends a role or shows in a log with its content.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from pydicom.dataset import Dataset
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pynetdicom import build_context, evt
+from pynetdicom.presentation import PresentationContext
+
+from osteo_daemon.dicom.received import printable
+from osteo_daemon.errors import Declined, OsteoError, Transient
+from osteo_daemon.log import get_logger, where
+
+SUCCESS: Final = 0x0000
+INVALID_ATTRIBUTE_VALUE: Final = 0x0106
+PROCESSING_FAILURE: Final = 0x0110
+DUPLICATE_INSTANCE: Final = 0x0111
+NO_SUCH_INSTANCE: Final = 0x0112
+INVALID_ARGUMENT_VALUE: Final = 0x0115
+INVALID_INSTANCE: Final = 0x0117
+NO_SUCH_CLASS: Final = 0x0118
+MISSING_ATTRIBUTE: Final = 0x0120
+NO_SUCH_ACTION: Final = 0x0123
+NOT_AUTHORISED: Final = 0x0124
+RESOURCE_LIMITATION: Final = 0x0213
+"""Statuses of PS3.7 annex C."""
+
+MAXIMUM_ITEMS: Final = 100_000
+"""Objects in one list or request."""
+
+_MAXIMUM_BYTES: Final = 32 << 20
+_UID: Final = re.compile(r"[0-9.]{1,64}")
+
+Handler = Callable[[Any], Dataset | None]
+"""Does what an event of pynetdicom asks and gives what is answered beside the status; raises Declined or Transient."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What one SOP class lets a peer do."""
+
+    sop_class_uid: str
+    create: Handler | None = None
+    set: Handler | None = None
+    action: Handler | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NormalizedServices:
+    """The services that a listener offers."""
+
+    services: Sequence[Service] = ()
+    _by_class: Mapping[str, Service] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Index the services."""
+        object.__setattr__(self, "_by_class", {service.sop_class_uid: service for service in self.services})
+
+    def contexts(self) -> list[PresentationContext]:
+        """Presentation contexts of all but storage commitment, which peers need for their reports, too."""
+        return [
+            build_context(service.sop_class_uid, [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+            for service in self.services
+            if service.action is None
+        ]
+
+    def handlers(self) -> list[tuple[Any, Callable[[Any], tuple[Dataset | int, Dataset | None]]]]:
+        """Event handlers for pynetdicom."""
+        return [
+            (evt.EVT_N_CREATE, lambda event: self._answer(event, "create", event.request.AffectedSOPClassUID)),
+            (evt.EVT_N_SET, lambda event: self._answer(event, "set", event.request.RequestedSOPClassUID)),
+            (evt.EVT_N_ACTION, lambda event: self._answer(event, "action", event.request.RequestedSOPClassUID)),
+        ]
+
+    def _answer(self, event: Any, what: str, sop_class_uid: object) -> tuple[Dataset | int, Dataset | None]:
+        name = printable(event.assoc.requestor.ae_title.strip())
+        status, detail, error_id = PROCESSING_FAILURE, "", None
+        try:
+            service = self._by_class.get(str(sop_class_uid))
+            handler = None if service is None else getattr(service, what)
+            if handler is None or str(sop_class_uid) != event.context.abstract_syntax:
+                raise Declined(NO_SUCH_CLASS, "no such service under this presentation context")
+            return SUCCESS, handler(event)
+        except Declined as error:
+            status, detail, error_id = error.status, error.detail, error.error_id
+        except Transient as error:
+            detail = str(error)
+        except OsteoError as error:
+            detail = str(error)
+            get_logger().error("request_failed", error=type(error).__name__, ae_title=name)
+        except Exception as error:  # noqa: BLE001 - the listener's loop edge: the peer must hear a failure
+            detail = "an error of this node, or a data set that cannot be read"
+            get_logger().error("request_failed", error=type(error).__name__, detail=where(error.__traceback__))
+        get_logger().warning("request_declined", ae_title=name, kind=what, status=f"0x{status:04X}", reason=detail)
+        return _status(status, detail, error_id), None
+
+
+def calling(event: Any) -> str:
+    """AE title of the peer."""
+    return str(event.assoc.requestor.ae_title).strip()
+
+
+def content(data_set: Any) -> None:
+    """Refuse what is too long to be decoded here.
+
+    Args:
+        data_set: the encoded data set of a request, as pynetdicom's primitive holds it; None for none.
+
+    Raises:
+        Declined: it is.
+    """
+    if data_set is not None and data_set.getbuffer().nbytes > _MAXIMUM_BYTES:
+        raise Declined(RESOURCE_LIMITATION, "the data set is too long")
+
+
+def uid_in(data_set: Dataset, keyword: str, status: int = MISSING_ATTRIBUTE) -> str:
+    """A UID that must be there.
+
+    Raises:
+        Declined: it is missing, with ``status``, or malformed.
+    """
+    value = data_set.get(keyword)
+    if not value:
+        raise Declined(status, f"no {keyword}")
+    if not _UID.fullmatch(str(value)):
+        raise Declined(INVALID_ATTRIBUTE_VALUE, f"malformed {keyword}")
+    return str(value)
+
+
+def well_formed(uid: object) -> str | None:
+    """A UID of a command; None when it is missing or malformed."""
+    return str(uid) if uid and _UID.fullmatch(str(uid)) else None
+
+
+def items_of(data_set: Dataset, keyword: str) -> Iterable[Dataset]:
+    """Items of a sequence that may be missing."""
+    return data_set.get(keyword) or ()
+
+
+def _status(status: int, comment: str, error_id: int | None) -> Dataset:
+    answer = Dataset()
+    answer.Status = status
+    if comment:
+        answer.ErrorComment = comment[:64]  # (0000,0902) is LO
+    if error_id is not None:
+        answer.ErrorID = error_id
+    return answer

@@ -13,6 +13,7 @@ from osteo_daemon.dicom.received import ReceivedObject
 from osteo_daemon.domain.job import Priority
 from osteo_daemon.domain.study import SopInstance
 from osteo_daemon.errors import ConflictingInstance, StoreUnavailable
+from osteo_daemon.jobs.incoming import IncomingFile
 from osteo_daemon.jobs.records import RecordOutcome
 from osteo_daemon.jobs.spool import Spool, StoredFile
 from osteo_daemon.jobs.store import JobStore
@@ -71,13 +72,11 @@ class DurableIntake:
             get_logger().warning("association_end_unrecorded", reason=str(error))
 
     def _write(self, received: ReceivedObject) -> StoredFile:
-        identifiers = received.identifiers
-        return self._spool.store_instance(
-            identifiers.study_instance_uid,
-            identifiers.series_instance_uid,
-            identifiers.sop_instance_uid,
-            received.parts,
-        )
+        identifiers, file = received.identifiers, received.file
+        uids = identifiers.study_instance_uid, identifiers.series_instance_uid, identifiers.sop_instance_uid
+        if isinstance(file, IncomingFile):
+            return self._spool.keep_instance(*uids, file)
+        return self._spool.store_instance(*uids, received.parts)
 
     def _record(self, received: ReceivedObject, instance: SopInstance) -> RecordOutcome:
         # an association is noted with its second object: one image per association must not cost two commits

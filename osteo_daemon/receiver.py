@@ -45,6 +45,7 @@ class Receiver:
             self._commitment_reported,
             settings.tls,
             settings.quotas,
+            begin_file=self._spool.begin,
         )
         if leftovers:
             get_logger().info("leftovers_removed", count=leftovers)

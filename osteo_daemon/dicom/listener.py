@@ -22,6 +22,7 @@ from typing import Any
 from pynetdicom.transport import AssociationSocket, RequestHandler, ThreadedAssociationServer
 
 from osteo_daemon.dicom.admission import Network, allowed
+from osteo_daemon.dicom.data_transfer import Begin, MessageReader, stream_stores
 from osteo_daemon.dicom.refusals import Refusals
 from osteo_daemon.dicom.tls import ListenerTls
 from osteo_daemon.tls import reason_of
@@ -146,7 +147,16 @@ class _BoundedRequestHandler(RequestHandler):  # type: ignore[misc]
         # before the association's threads start; a second socket object would announce the connection twice
         bounded = association.dul.socket
         bounded.__class__ = _BoundedSocket
-        bounded.limits = self.server.limits
+        bounded.limits = limits = self.server.limits
+        if self.server.begin is not None:
+            reader = MessageReader(
+                association,
+                self.server.begin,
+                pdu_seconds=limits.pdu_seconds,
+                maximum_pdu_bytes=limits.maximum_pdu_bytes,
+                maximum_object_bytes=limits.maximum_object_bytes,
+            )
+            stream_stores(association, reader)
         self.server.watch(association, self.request, self.client_address[0])
         return association
 
@@ -163,9 +173,11 @@ class HardenedServer(ThreadedAssociationServer):  # type: ignore[misc]
         limits: ListenerLimits,
         refusals: Refusals,
         tls: ListenerTls | None = None,
+        begin: Begin | None = None,
         **keywords: Any,
     ) -> None:
         self.limits = limits
+        self.begin = begin
         self._refusals = refusals
         self._tls = tls
         self._lock = threading.Lock()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import Protocol
 
 from osteo_daemon.dicom.contexts import ACCOMPANYING_CLASSES, SCREENED_CLASSES, TRANSFER_SYNTAXES
 from osteo_daemon.dicom.header import LONG_VRS, Identifiers, file_header, read_identifiers
@@ -19,6 +20,16 @@ _TRANSFER_SYNTAX = 0x0010
 _META_WANTED = frozenset({_SOP_CLASS, _SOP_INSTANCE, _TRANSFER_SYNTAX})
 
 
+class Incoming(Protocol):
+    """A file that is not yet an object's: bytes are appended, until it is taken over or discarded."""
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append bytes; OSError when the disk failed."""
+
+    def discard(self) -> None:
+        """Give it up, if nobody took it over."""
+
+
 @dataclass(frozen=True, slots=True)
 class ReceivedObject:
     """One object as it came: its UIDs, its sender, and the bytes of a Part 10 file in two parts.
@@ -27,6 +38,7 @@ class ReceivedObject:
         association_id: what it has in common with the objects of one association, request or retrieval.
         screenable: of a class that makes its study a candidate for screening.
         fetched: it came because this node asked for it: nobody waits for its study.
+        file: where it came in pieces: holds the same bytes already.
     """
 
     identifiers: Identifiers
@@ -37,6 +49,7 @@ class ReceivedObject:
     screenable: bool
     parts: tuple[bytes, memoryview]
     fetched: bool = False
+    file: Incoming | None = None
 
 
 def received_object(
@@ -49,6 +62,7 @@ def received_object(
     address: str,
     association_id: str,
     fetched: bool = False,
+    file: Incoming | None = None,
 ) -> ReceivedObject:
     """An encoded data set with what its command, or its file meta information, says that it is.
 
@@ -73,6 +87,7 @@ def received_object(
         screenable=sop_class_uid in SCREENED_CLASSES,
         parts=(file_header(sop_class_uid, sop_instance_uid, transfer_syntax_uid), data_set),
         fetched=fetched,
+        file=file,
     )
 
 

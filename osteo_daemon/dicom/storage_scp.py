@@ -8,29 +8,27 @@ from __future__ import annotations
 
 import threading
 import time
-import traceback
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from pydicom.dataset import Dataset
 from pynetdicom import AE, _config, evt
 
 from osteo_daemon.certificates import certificate_of
 from osteo_daemon.dicom.admission import LIMIT_EXCEEDED, Admission, Caller, Rejection
+from osteo_daemon.dicom.arrivals import Arrivals, where
 from osteo_daemon.dicom.commitment import CommitmentReport, answer_report, commitment_context
 from osteo_daemon.dicom.contexts import supported_contexts, verification_context
+from osteo_daemon.dicom.data_transfer import is_busy
 from osteo_daemon.dicom.listener import HardenedServer, ListenerLimits
 from osteo_daemon.dicom.quota import Quota
-from osteo_daemon.dicom.received import ReceivedObject, printable, received_object
+from osteo_daemon.dicom.received import Incoming, ReceivedObject, printable
 from osteo_daemon.dicom.refusals import Refusals
-from osteo_daemon.dicom.status import StoreStatus, status_of
+from osteo_daemon.dicom.status import StoreStatus
 from osteo_daemon.dicom.tls import ListenerTls, tls_files
 from osteo_daemon.dicom.uids import IMPLEMENTATION_CLASS_UID
-from osteo_daemon.errors import ConfigurationError, OsteoError, UnsupportedSopClass
+from osteo_daemon.errors import ConfigurationError
 from osteo_daemon.log import get_logger
 from osteo_daemon.settings import DestinationSettings, QuotaSettings, ReceiverSettings, SourceSettings, TlsSettings
 
@@ -60,6 +58,7 @@ class StorageScp:
         reported: makes a report durable, given the peer's AE title; its KeyError says that it is on nothing of ours.
         tls: a second port, or the only one.
         quotas: what one sender may take.
+        begin_file: a place for an object's bytes while they arrive.
 
     Raises:
         ConfigurationError: the address cannot be listened on, or the certificates cannot be used.
@@ -75,10 +74,11 @@ class StorageScp:
         reported: Callable[[str, CommitmentReport], None] | None = None,
         tls: TlsSettings = TlsSettings(),  # noqa: B008 - frozen
         quotas: QuotaSettings = QuotaSettings(),  # noqa: B008 - frozen
+        *,
+        begin_file: Callable[[], Incoming],
     ) -> None:
         _config.LOG_HANDLER_LEVEL = "none"  # its own event log prints titles and addresses of every PDU
         self._settings = settings
-        self._store = store
         self._closed = closed
         self._reported = reported
         files = tls_files(tls)
@@ -87,6 +87,7 @@ class StorageScp:
         self._admission = Admission(settings.ae_title, sources, reporters, secured=files is not None)
         self._quota = Quota(quotas, sources, settings.maximum_associations)
         self._refusals = Refusals()
+        self._arrivals = Arrivals(begin_file, store, self._quota, self._note, _association_id)
         self._senders: dict[str, _Sender] = {}
         self._lock = threading.Lock()
         self._plain = None if tls.only else self._listen(settings.port, None)
@@ -122,7 +123,7 @@ class StorageScp:
         )
         handlers = [
             (evt.EVT_REQUESTED, self._on_requested),
-            (evt.EVT_C_STORE, self._on_store),
+            (evt.EVT_C_STORE, self._on_unread_store),
             (evt.EVT_C_ECHO, self._on_echo),
             (evt.EVT_N_EVENT_REPORT, self._on_report),
             (evt.EVT_CONN_CLOSE, self._on_closed),
@@ -137,6 +138,7 @@ class StorageScp:
                 limits=limits,
                 refusals=self._refusals,
                 tls=tls,
+                begin=self._arrivals.begin,
             )
         except OSError as error:
             where = f"{settings.address} port {port}"
@@ -188,7 +190,7 @@ class StorageScp:
         self._refusals.settle(at_once=True)
 
     def _idle(self, association: Any, now: float) -> bool:
-        if association.dimse.message is not None or association.dimse.msg_queue.qsize():
+        if is_busy(association):
             return False
         with self._lock:
             sender = self._senders.get(_association_id(association))
@@ -218,7 +220,7 @@ class StorageScp:
                 association.acceptor.supported_contexts = [verification_context(), commitment_context()]
         except Exception as error:  # noqa: BLE001
             # the library goes on with an association when its handler raises: here it must not
-            get_logger().error("association_failed", error=type(error).__name__, detail=_where(error))
+            get_logger().error("association_failed", error=type(error).__name__, detail=where(error))
             association.abort(block=False)
 
     def _reject(self, association: Any, caller: Caller, reason: str, rejection: Rejection) -> None:
@@ -248,60 +250,10 @@ class StorageScp:
 
         return answer_report(event, take), None
 
-    def _on_store(self, event: Any) -> Dataset:
-        identifier = _association_id(event.assoc)
-        self._note(identifier)
-        source_ae = event.assoc.requestor.ae_title.strip()
-        uid = str(event.request.AffectedSOPInstanceUID or "")
-        try:
-            received = self._received(event, identifier, source_ae)
-            size = sum(map(len, received.parts))
-            with self._charged(source_ae, received.address, size):
-                self._store(received)
-            self._note(identifier, stored_bytes=size)
-            return _answer(StoreStatus.SUCCESS)
-        except OsteoError as error:
-            status, reason = status_of(error), str(error)
-        except OSError as error:
-            status, reason = StoreStatus.OUT_OF_RESOURCES, f"the spool failed: {error.strerror}"
-        except Exception as error:  # noqa: BLE001
-            # the edge of this role's loop: the sender must hear a failure, and the next object is another chance
-            get_logger().error("store_failed", error=type(error).__name__, detail=_where(error))
-            status, reason = StoreStatus.PROCESSING_FAILURE, "an error of this node"
-        self._note(identifier)
-        get_logger().warning(
-            "object_refused",
-            ae_title=printable(source_ae),
-            sop_instance_uid=printable(uid),
-            status=f"0x{status:04X}",
-            reason=reason,
-        )
-        return _answer(status, reason)
-
-    @contextmanager
-    def _charged(self, ae_title: str, address: str, size: int) -> Iterator[None]:
-        """Count bytes against the sender's hour; those that are not stored are given back."""
-        self._quota.charge(ae_title, address, size)
-        try:
-            yield
-        except BaseException:
-            self._quota.refund(ae_title, address, size)
-            raise
-
-    def _received(self, event: Any, association_id: str, source_ae: str) -> ReceivedObject:
-        request, context = event.request, event.context
-        sop_class = str(request.AffectedSOPClassUID)
-        if sop_class != context.abstract_syntax:
-            raise UnsupportedSopClass(f"{printable(sop_class)} under a context for {context.abstract_syntax}")
-        return received_object(
-            request.DataSet.getbuffer(),
-            sop_class_uid=sop_class,
-            sop_instance_uid=str(request.AffectedSOPInstanceUID),
-            transfer_syntax_uid=str(context.transfer_syntax),
-            source_ae=source_ae,
-            address=event.assoc.requestor.address,
-            association_id=association_id,
-        )
+    def _on_unread_store(self, event: Any) -> int:
+        """A C-STORE-RQ that lacks what every one must have: all others never come to the library."""
+        get_logger().warning("object_refused", ae_title=printable(event.assoc.requestor.ae_title.strip()))
+        return StoreStatus.CANNOT_UNDERSTAND
 
     def _on_aborted(self, event: Any) -> None:
         get_logger().info("association_aborted", ae_title=printable(event.assoc.requestor.ae_title))
@@ -322,8 +274,9 @@ class StorageScp:
         )
         self._closed(identifier)
 
-    def _note(self, identifier: str, stored_bytes: int = 0) -> None:
+    def _note(self, association: Any, stored_bytes: int) -> None:
         now = time.monotonic()
+        identifier = _association_id(association)
         with self._lock:
             sender = self._senders.setdefault(identifier, _Sender(first=now, last=now))
             sender.last = now
@@ -337,17 +290,3 @@ def _association_id(association: Any) -> str:
     if identifier is None:
         identifier = association.osteo_id = uuid.uuid4().hex
     return identifier
-
-
-def _answer(status: StoreStatus, comment: str = "") -> Dataset:
-    answer = Dataset()
-    answer.Status = int(status)
-    if comment:
-        answer.ErrorComment = comment[:64]  # (0000,0902) is LO
-    return answer
-
-
-def _where(error: BaseException) -> str:
-    # file and line, never the message: it may quote what a peer sent
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""

@@ -10,17 +10,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from osteo_daemon.errors import ConfigurationError, SpoolFull
-
-Buffer = bytes | bytearray | memoryview
-"""Bytes in memory (collections.abc.Buffer from Python 3.12 on)."""
+from osteo_daemon.jobs.incoming import Buffer, IncomingFile
 
 AREAS = ("received", "reports", "quarantine")
 """Folders of the spool that hold what must not be lost."""
@@ -73,8 +70,30 @@ class Spool:
             SpoolFull: no room; nothing is left behind.
             OSError: the disk failed.
         """
-        folder = self.root / "received" / _fan_out(study_instance_uid) / _digest(series_instance_uid)
-        return self._store(folder, sop_instance_uid, parts)
+        return self._store(self._series_folder(study_instance_uid, series_instance_uid), sop_instance_uid, parts)
+
+    def begin(self) -> IncomingFile:
+        """A file for an object whose bytes are still to come; `keep_instance` or its `discard` ends it.
+
+        Raises:
+            SpoolFull: no room.
+            OSError: the disk failed.
+        """
+        if self._minimum_free_bytes and self.free_bytes() == 0:
+            raise SpoolFull(f"less than {self._minimum_free_bytes} bytes free")
+        with _full_is_transient():
+            return IncomingFile(self._temporary)
+
+    def keep_instance(
+        self, study_instance_uid: str, series_instance_uid: str, sop_instance_uid: str, incoming: IncomingFile
+    ) -> StoredFile:
+        """Make a received object durable whose bytes have been written meanwhile.
+
+        Raises:
+            SpoolFull: no room; nothing is left behind.
+            OSError: the disk failed.
+        """
+        return self._keep(incoming, self._series_folder(study_instance_uid, series_instance_uid), sop_instance_uid)
 
     def store_report(self, study_instance_uid: str, sop_instance_uid: str, parts: Iterable[Buffer]) -> StoredFile:
         """Make a report object durable, before the store commits it.
@@ -161,34 +180,23 @@ class Spool:
         """Temporary files of writers that ended in the middle."""
         return [path for path in self._temporary.iterdir() if not _writer_lives(path.name)]
 
+    def _series_folder(self, study_instance_uid: str, series_instance_uid: str) -> Path:
+        return self.root / "received" / _fan_out(study_instance_uid) / _digest(series_instance_uid)
+
     def _store(self, folder: Path, sop_instance_uid: str, parts: Iterable[Buffer]) -> StoredFile:
-        if self._minimum_free_bytes and self.free_bytes() == 0:
-            raise SpoolFull(f"less than {self._minimum_free_bytes} bytes free")
-        temporary = self._temporary / f"{os.getpid()}-{secrets.token_hex(8)}"
-        digest = hashlib.sha256()
-        size = 0
-        try:
-            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
-            try:
-                for part in parts:
-                    view = memoryview(part).cast("B")
-                    digest.update(view)
-                    size += len(view)
-                    while view:
-                        view = view[os.write(handle, view) :]
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-            sha256 = digest.hexdigest()
+        incoming = self.begin()
+        with _full_is_transient(incoming):
+            for part in parts:
+                incoming.write(part)
+        return self._keep(incoming, folder, sop_instance_uid)
+
+    def _keep(self, incoming: IncomingFile, folder: Path, sop_instance_uid: str) -> StoredFile:
+        with _full_is_transient(incoming):
+            sha256 = incoming.seal()
             path = folder / f"{_digest(sop_instance_uid)}-{sha256[:_CONTENT_LENGTH]}.dcm"
-            self._place(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            if error.errno in _NO_ROOM:
-                raise SpoolFull(error.strerror or "no room") from error
-            raise
+            self._place(incoming.path, path)
         sync_folder(folder)
-        return StoredFile(path, size, sha256)
+        return StoredFile(path, incoming.size_bytes, sha256)
 
     def _place(self, temporary: Path, path: Path) -> None:
         for attempt in range(_PLACE_ATTEMPTS):
@@ -216,6 +224,18 @@ class Spool:
 def is_same_instance(one: Path, other: Path) -> bool:
     """True for two received files of one SOP Instance UID and series: only their bytes differ."""
     return one.parent == other.parent and one.name[:_NAME_LENGTH] == other.name[:_NAME_LENGTH]
+
+
+@contextmanager
+def _full_is_transient(incoming: IncomingFile | None = None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if incoming is not None:
+            incoming.discard()
+        if error.errno in _NO_ROOM:
+            raise SpoolFull(error.strerror or "no room") from error
+        raise
 
 
 def _digest(uid: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,7 +15,7 @@ from pynetdicom.association import Association
 
 from osteo_daemon.dicom.peer import association
 from osteo_daemon.dicom.storage_scu import SpooledObject
-from osteo_daemon.domain.archive import FoundSeries, FoundStudy, Span
+from osteo_daemon.domain.archive import FoundSeries, FoundStudies, FoundStudy, Span
 from osteo_daemon.domain.study import RemoteAE
 from osteo_daemon.errors import PeerBusy, Refused
 
@@ -37,18 +37,6 @@ class Answers:
     """
 
     matches: tuple[Dataset, ...]
-    error: PeerBusy | Refused | None
-
-
-@dataclass(frozen=True, slots=True)
-class FoundStudies:
-    """Studies of one span.
-
-    Attributes:
-        error: why these may not be all; None when they are.
-    """
-
-    studies: tuple[FoundStudy, ...]
     error: PeerBusy | Refused | None
 
 
@@ -104,6 +92,11 @@ class Catalogue:
         self._peer = peer
         self._asked = 0
 
+    @property
+    def names_patients(self) -> bool:
+        """A patient may be named in a question."""
+        return True
+
     def studies(
         self, span: Span | None, modality: str, maximum: int, *, patient_id: str = "", accession_number: str = ""
     ) -> FoundStudies:
@@ -157,8 +150,11 @@ class Catalogue:
             if _UID.fullmatch(uid := _text(match, "SeriesInstanceUID"))
         )
 
-    def images(self, study_instance_uid: str, series_instance_uid: str) -> frozenset[str] | None:
-        """SOP Instance UIDs of a series; None where the archive does not tell them all.
+    def images(self, study_instance_uid: str, series_instance_uid: str) -> Mapping[str, str] | None:
+        """SOP Instance UIDs of a series with their SOP classes (empty where the archive doesn't tell).
+
+        Returns:
+            None where the archive does not tell all of them.
 
         Raises:
             PeerBusy: it gives no answer.
@@ -168,10 +164,15 @@ class Catalogue:
         keys.StudyInstanceUID = study_instance_uid
         keys.SeriesInstanceUID = series_instance_uid
         keys.SOPInstanceUID = ""
+        keys.SOPClassUID = ""
         answers = self._ask(keys)
         if answers.error is not None:
             return None
-        return frozenset(uid for match in answers.matches if _UID.fullmatch(uid := _text(match, "SOPInstanceUID")))
+        return {
+            uid: _text(match, "SOPClassUID")
+            for match in answers.matches
+            if _UID.fullmatch(uid := _text(match, "SOPInstanceUID"))
+        }
 
     def _ask(self, keys: Dataset, maximum: int | None = None) -> Answers:
         self._asked += 1

@@ -6,7 +6,7 @@ What came is judged by what is stored, never by the peer's counters: they tell o
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -20,6 +20,7 @@ from osteo_daemon.dicom.contexts import ACCOMPANYING_CLASSES, SCREENED_CLASSES, 
 from osteo_daemon.dicom.peer import association
 from osteo_daemon.dicom.received import ReceivedObject, received_object
 from osteo_daemon.dicom.status import StoreStatus, status_of
+from osteo_daemon.domain.archive import Retrieved, Target
 from osteo_daemon.domain.study import RemoteAE
 from osteo_daemon.errors import Damaged, OsteoError, PeerBusy, Refused
 from osteo_daemon.log import get_logger, where
@@ -45,44 +46,6 @@ Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Retrieved:
-    """How a retrieval ended.
-
-    Attributes:
-        failed: SOP Instance UIDs that the archive says did not come.
-        permanent: of these, what this node refused for good itself (C-GET), with the reason.
-    """
-
-    failed: frozenset[str] = frozenset()
-    permanent: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What is fetched: a series, or of it only some objects."""
-
-    study_instance_uid: str
-    series_instance_uid: str
-    sop_instance_uids: tuple[str, ...] = ()
-
-    def identifiers(self) -> Iterator[Dataset]:
-        """The keys of each request that it takes."""
-        if not self.sop_instance_uids:
-            yield self._keys("SERIES")
-        for start in range(0, len(self.sop_instance_uids), _UIDS_PER_REQUEST):
-            keys = self._keys("IMAGE")
-            keys.SOPInstanceUID = list(self.sop_instance_uids[start : start + _UIDS_PER_REQUEST])
-            yield keys
-
-    def _keys(self, level: str) -> Dataset:
-        keys = Dataset()
-        keys.QueryRetrieveLevel = level
-        keys.StudyInstanceUID = self.study_instance_uid
-        keys.SeriesInstanceUID = self.series_instance_uid
-        return keys
-
-
-@dataclass(frozen=True, slots=True)
 class Retrieval:
     """Where to fetch from and how patiently.
 
@@ -98,7 +61,7 @@ class Retrieval:
     answer_timeout_seconds: float
     stopping: threading.Event
 
-    def move(self, targets: list[Target], progress: Progress) -> Retrieved:
+    def move(self, targets: Sequence[Target], progress: Progress) -> Retrieved:
         """Have the archive send the targets to our receiver.
 
         Raises:
@@ -107,14 +70,20 @@ class Retrieval:
         """
         contexts = [build_context(STUDY_ROOT_MOVE)]
         with self._association(contexts) as link:
-            requests = [keys for target in targets for keys in target.identifiers()]
+            requests = [keys for target in targets for keys in _identifiers(target)]
 
             def send(keys: Dataset, number: int) -> Any:
                 return link.send_c_move(keys, self.calling_ae_title, STUDY_ROOT_MOVE, msg_id=number)
 
             return Retrieved(self._run(link, requests, send, STUDY_ROOT_MOVE, progress))
 
-    def get(self, targets: list[Target], store: Callable[[ReceivedObject], object], association_id: str) -> Retrieved:
+    def get(
+        self,
+        targets: Sequence[Target],
+        store: Callable[[ReceivedObject], object],
+        association_id: str,
+        progress: Progress,
+    ) -> Retrieved:
         """Take the targets over this association; ``store`` makes each object durable before it is acknowledged.
 
         Raises:
@@ -125,15 +94,15 @@ class Retrieval:
         contexts, roles = _storage_contexts()
         handlers = [(evt.EVT_C_STORE, taker.take)]
         with self._association([build_context(STUDY_ROOT_GET), *contexts], handlers, roles) as link:
-            requests = [keys for target in targets for keys in target.identifiers()]
+            requests = [keys for target in targets for keys in _identifiers(target)]
 
             def send(keys: Dataset, number: int) -> Any:
                 return link.send_c_get(keys, STUDY_ROOT_GET, msg_id=number)
 
-            failed = self._run(link, requests, send, STUDY_ROOT_GET, lambda _count: None)
+            failed = self._run(link, requests, send, STUDY_ROOT_GET, progress)
         if taker.unable is not None and failed:
             raise PeerBusy(f"this node could not store: {taker.unable}")
-        return Retrieved(failed, tuple(taker.refused.items()))
+        return Retrieved(failed, taker.refused)
 
     @contextmanager
     def _association(
@@ -257,6 +226,25 @@ class _Taker:
             get_logger().error("store_failed", error=type(error).__name__, detail=where(error.__traceback__))
             return StoreStatus.PROCESSING_FAILURE
         return StoreStatus.SUCCESS
+
+
+def _identifiers(target: Target) -> Iterator[Dataset]:
+    """The keys of each request that a target takes."""
+    uids = target.sop_instance_uids
+    if not uids:
+        yield _keys(target, "SERIES")
+    for start in range(0, len(uids), _UIDS_PER_REQUEST):
+        keys = _keys(target, "IMAGE")
+        keys.SOPInstanceUID = list(uids[start : start + _UIDS_PER_REQUEST])
+        yield keys
+
+
+def _keys(target: Target, level: str) -> Dataset:
+    keys = Dataset()
+    keys.QueryRetrieveLevel = level
+    keys.StudyInstanceUID = target.study_instance_uid
+    keys.SeriesInstanceUID = target.series_instance_uid
+    return keys
 
 
 def _storage_contexts() -> tuple[list[PresentationContext], list[Any]]:

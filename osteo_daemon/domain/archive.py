@@ -1,10 +1,13 @@
-"""What an archive holds and which of it is wanted: studies and series as it tells of them, and the rules that choose."""
+"""What an archive holds and which of it is wanted: studies and series as it tells of them, and rules that choose."""
 
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date, timedelta
+
+from osteo_daemon.errors import OsteoError
 
 FIRST_DAY = date(1970, 1, 1)
 """Where a range without a beginning begins: no CT is older."""
@@ -38,6 +41,40 @@ class FoundSeries:
     modality: str = ""
     body_part: str = ""
     instances: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FoundStudies:
+    """What an archive answered to one question.
+
+    Attributes:
+        error: why these may not be all; None when they are.
+    """
+
+    studies: tuple[FoundStudy, ...]
+    error: OsteoError | None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is fetched: a series, or of it only some objects."""
+
+    study_instance_uid: str
+    series_instance_uid: str
+    sop_instance_uids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieved:
+    """How a retrieval ended; what came is judged by what is stored.
+
+    Attributes:
+        failed: SOP Instance UIDs that the archive says did not come.
+        refused: what this node itself refused for good, with the reason, by SOP Instance UID.
+    """
+
+    failed: frozenset[str] = frozenset()
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

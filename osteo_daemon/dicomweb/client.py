@@ -1,0 +1,375 @@
+"""DICOMweb as a client: QIDO-RS through dicomweb-client, WADO-RS and STOW-RS with the bytes as they are (PS3.18 10).
+
+No patient is named in a URL: servers and proxies write URLs into logs.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import requests
+from dicomweb_client.web import DICOMwebClient
+
+from osteo_daemon.dicomweb.multipart import MultipartReader, Part, boundary_of
+from osteo_daemon.domain.archive import FoundSeries, FoundStudies, FoundStudy, Span, Target
+from osteo_daemon.errors import MalformedMessage, OsteoError, PeerBusy, PeerUnavailable, Refused
+
+DICOM: Final = "application/dicom"
+_DICOM_JSON: Final = "application/dicom+json"
+_CHUNK_BYTES: Final = 1 << 18
+_LONGEST_ANSWER_BYTES: Final = 64 << 20
+_PAGE: Final = 1000
+_FOR_NOW: Final = frozenset({408, 425, 429})
+_CREDENTIALS: Final = frozenset({401, 403})
+_NOT_FOUND: Final = frozenset({204, 404})
+
+# tags as the DICOM JSON model names them (PS3.18 F.2)
+_STUDY_DATE: Final = "00080020"
+_ACCESSION_NUMBER: Final = "00080050"
+_MODALITY: Final = "00080060"
+_MODALITIES_IN_STUDY: Final = "00080061"
+_STUDY_DESCRIPTION: Final = "00081030"
+_PATIENT_ID: Final = "00100020"
+_BODY_PART: Final = "00180015"
+_STUDY: Final = "0020000D"
+_SERIES: Final = "0020000E"
+_SOP_CLASS: Final = "00080016"
+_SOP_INSTANCE: Final = "00080018"
+_STUDY_INSTANCES: Final = "00201208"
+_SERIES_INSTANCES: Final = "00201209"
+_FAILED_SEQUENCE: Final = "00081198"
+_REFERENCED_SEQUENCE: Final = "00081199"
+_OTHER_FAILURES: Final = "0008119A"
+_FAILURE_REASON: Final = "00081197"
+_REFERENCED_INSTANCE: Final = "00081155"
+
+
+@dataclass(frozen=True, slots=True)
+class StoreAnswer:
+    """What a server says of one object that was sent (PS3.18 10.5.3).
+
+    Attributes:
+        http_status: of the response.
+        failure: the Failure Reason of the object, a status of C-STORE; None when it is stored.
+    """
+
+    http_status: int
+    failure: int | None
+
+
+class DicomwebClient:
+    """One DICOMweb server.
+
+    Args:
+        url: its base; ``/studies`` is below it.
+        token_file: a file with a bearer token, read at every request; None sends no credentials.
+        authorities_file: who may have signed its certificate; None takes the system's.
+    """
+
+    names_patients = False
+
+    def __init__(
+        self,
+        url: str,
+        token_file: Path | None,
+        authorities_file: Path | None = None,
+        *,
+        connect_timeout_seconds: float,
+        answer_timeout_seconds: float,
+    ) -> None:
+        self._url = url.rstrip("/")
+        self._timeout = (connect_timeout_seconds, answer_timeout_seconds)
+        self._token_file = token_file
+        self.host = urlsplit(url).hostname or ""
+        self._session = requests.Session()
+        self._session.trust_env = False  # credentials come from the settings, never from a ~/.netrc
+        self._session.verify = True if authorities_file is None else str(authorities_file)
+        self._session.max_redirects = 0  # a redirect could take the token elsewhere
+        self._qido: Any = DICOMwebClient(self._url, session=self._session, timeout=self._timeout)
+        # whether and when to try again is decided by who asks
+        self._qido.set_http_retry_params(retry=False)
+
+    def probe(self) -> None:
+        """Ask whether the server is there; any answer will do.
+
+        Raises:
+            PeerUnavailable: it does not answer.
+        """
+        with self._answering():
+            self._session.get(
+                f"{self._url}/studies?limit=1", headers=self._headers(_DICOM_JSON), timeout=self._timeout, stream=True
+            ).close()
+
+    def studies(
+        self, span: Span | None, modality: str, maximum: int, *, patient_id: str = "", accession_number: str = ""
+    ) -> FoundStudies:
+        """Studies of a span with a series of this modality, at most ``maximum``.
+
+        Raises:
+            PeerUnavailable: no answer, or not for now.
+            Refused: the server answers no such questions.
+            ValueError: a patient or an order was named.
+        """
+        if patient_id or accession_number:
+            raise ValueError("no patient is named in a URL")
+        filters = {"ModalitiesInStudy": modality}
+        if span is not None:
+            filters["StudyDate"] = span.dates
+            if span.times:
+                filters["StudyTime"] = span.times
+        fields = ["PatientID", "AccessionNumber", "StudyDescription", "ModalitiesInStudy", "StudyDate"]
+        fields.append("NumberOfStudyRelatedInstances")
+        found = self._search("search_for_studies", search_filters=filters, fields=fields, limit=maximum)
+        error: OsteoError | None = None
+        if len(found) >= maximum:
+            error = PeerBusy(f"{self.host} has {maximum} matches or more")
+        return FoundStudies(tuple(_study(entry) for entry in found if _value(entry, _STUDY)), error)
+
+    def series(self, study_instance_uid: str) -> tuple[FoundSeries, ...]:
+        """Every series of a study.
+
+        Raises:
+            PeerUnavailable: no answer, or not for now.
+            Refused: the server answers no such questions.
+        """
+        fields = ["Modality", "BodyPartExamined", "NumberOfSeriesRelatedInstances"]
+        found = self._pages("search_for_series", study_instance_uid=study_instance_uid, fields=fields)
+        return tuple(
+            FoundSeries(
+                _value(entry, _SERIES),
+                modality=_value(entry, _MODALITY),
+                body_part=_value(entry, _BODY_PART),
+                instances=_count(entry, _SERIES_INSTANCES),
+            )
+            for entry in found
+            if _value(entry, _SERIES)
+        )
+
+    def images(self, study_instance_uid: str, series_instance_uid: str) -> Mapping[str, str] | None:
+        """SOP Instance UIDs of a series with their classes.
+
+        Raises:
+            PeerUnavailable: no answer, or not for now.
+            Refused: the server answers no such questions.
+        """
+        found = self._pages(
+            "search_for_instances",
+            study_instance_uid=study_instance_uid,
+            series_instance_uid=series_instance_uid,
+            fields=["SOPClassUID"],
+        )
+        return {_value(entry, _SOP_INSTANCE): _value(entry, _SOP_CLASS) for entry in found}
+
+    def has_instance(self, study_instance_uid: str, series_instance_uid: str, sop_instance_uid: str) -> bool:
+        """Whether the server lists an instance.
+
+        Raises:
+            PeerUnavailable: no answer, or not for now.
+            Refused: the server answers no such questions.
+        """
+        found = self._search(
+            "search_for_instances",
+            study_instance_uid=study_instance_uid,
+            series_instance_uid=series_instance_uid,
+            search_filters={"SOPInstanceUID": sop_instance_uid},
+        )
+        return any(_value(entry, _SOP_INSTANCE) == sop_instance_uid for entry in found)
+
+    def retrieve(self, target: Target, maximum_part_bytes: int, stopping: threading.Event) -> Iterator[bytearray]:
+        """Part 10 files of a series, or of some of its objects, one after the other as they come.
+
+        Raises:
+            PeerUnavailable: no connection, an answer cut short, or not for now; or ``stopping`` was set.
+            Refused: the server says no.
+        """
+        path = f"{self._url}/studies/{target.study_instance_uid}/series/{target.series_instance_uid}"
+        paths = [f"{path}/instances/{uid}" for uid in target.sop_instance_uids] or [path]
+        for entry in paths:
+            for part in self._parts(entry, maximum_part_bytes, stopping):
+                if part.media_type not in ("", DICOM):
+                    raise Refused(f"{self.host} answers with parts of another type than {DICOM}")
+                yield part.body
+
+    def store(self, path: Path, sop_instance_uid: str) -> StoreAnswer:
+        """Send one Part 10 file, its bytes as they are.
+
+        Raises:
+            PeerUnavailable: no connection, no answer in time, or the credentials are not taken.
+            PeerBusy: the server asks to try later, or failed itself.
+            Refused: it takes no such requests.
+        """
+        boundary = f"osteo-{time.monotonic_ns():x}"
+        head = f"--{boundary}\r\nContent-Type: {DICOM}\r\n\r\n".encode()
+        tail = f"\r\n--{boundary}--\r\n".encode()
+        headers = self._headers(_DICOM_JSON)
+        headers["Content-Type"] = f'multipart/related; type="{DICOM}"; boundary={boundary}'
+        headers["Content-Length"] = str(len(head) + path.stat().st_size + len(tail))
+        with (
+            self._answering(),
+            self._session.post(
+                f"{self._url}/studies",
+                data=_Body(head, path, tail),
+                headers=headers,
+                timeout=self._timeout,
+                stream=True,
+                allow_redirects=False,
+            ) as answer,
+        ):
+            body = b"".join(_bounded(answer, _LONGEST_ANSWER_BYTES))
+            if answer.status_code in (200, 202, 409):
+                return StoreAnswer(answer.status_code, _failure(answer.status_code, body, sop_instance_uid, self.host))
+            raise self._error(answer.status_code)
+
+    def _parts(self, url: str, maximum_part_bytes: int, stopping: threading.Event) -> Iterator[Part]:
+        # the parameter is the standard's way to ask for the encoding that is stored (PS3.18 8.7.3.5.2)
+        accept = f'multipart/related; type="{DICOM}"; transfer-syntax=*'
+        with (
+            self._answering(),
+            self._session.get(
+                url, headers=self._headers(accept), timeout=self._timeout, stream=True, allow_redirects=False
+            ) as answer,
+        ):
+            if answer.status_code not in (200, 206):
+                raise self._error(answer.status_code)
+            try:
+                reader = MultipartReader(boundary_of(answer.headers.get("Content-Type", "")), maximum_part_bytes)
+                for chunk in answer.iter_content(_CHUNK_BYTES):
+                    if stopping.is_set():
+                        raise PeerBusy("stopped")
+                    yield from reader.feed(chunk)
+                reader.close()
+            except MalformedMessage as error:
+                raise PeerBusy(f"{self.host}: {error.detail}") from error
+
+    def _pages(self, search: str, **arguments: Any) -> list[dict[str, Any]]:
+        """Every match, page by page; a server that does not know of pages is not asked for ever."""
+        found: dict[str, dict[str, Any]] = {}
+        while True:
+            page = self._search(search, limit=_PAGE, offset=len(found), **arguments)
+            before = len(found)
+            for entry in page:
+                found.setdefault(_value(entry, _SOP_INSTANCE) or _value(entry, _SERIES), entry)
+            if len(page) < _PAGE or len(found) == before:
+                return list(found.values())
+
+    def _search(self, search: str, **arguments: Any) -> list[dict[str, Any]]:
+        with self._answering():
+            self._session.headers.update(self._headers(_DICOM_JSON))
+            try:
+                found: list[dict[str, Any]] = getattr(self._qido, search)(**arguments)
+            except requests.HTTPError as error:
+                status = 500 if error.response is None else error.response.status_code
+                if status in _NOT_FOUND:
+                    return []
+                raise self._error(status) from None
+            except (json.JSONDecodeError, requests.JSONDecodeError) as error:
+                raise PeerBusy(f"{self.host} answered with no readable JSON") from error
+        return [entry for entry in found if isinstance(entry, dict)]
+
+    def _headers(self, accept: str) -> dict[str, str]:
+        headers = {"Accept": accept, "Accept-Encoding": "identity"}
+        if self._token_file is not None:
+            try:
+                headers["Authorization"] = f"Bearer {self._token_file.read_text(encoding='ascii').strip()}"
+            except (OSError, UnicodeDecodeError) as error:
+                raise PeerUnavailable(f"the token file cannot be read: {type(error).__name__}") from error
+        return headers
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        try:
+            yield
+        except (requests.RequestException, OSError) as error:
+            # never its text: it quotes the URL
+            raise PeerUnavailable(f"{self.host}: {type(error).__name__}") from error
+
+    def _error(self, status: int) -> PeerUnavailable | Refused:
+        # the answer may quote the patient: only the status goes into a log
+        text = f"{self.host}: HTTP {status}"
+        if status in _CREDENTIALS:
+            return PeerUnavailable(f"{text}, check the token file")
+        if status in _FOR_NOW or status >= 500:
+            return PeerBusy(text)
+        return Refused(text)
+
+
+class _Body:
+    """A request's body from memory, file and memory; requests reads it in portions and knows its length."""
+
+    def __init__(self, head: bytes, path: Path, tail: bytes) -> None:
+        self._pieces = head, path, tail
+
+    def __iter__(self) -> Iterator[bytes]:
+        head, path, tail = self._pieces
+        yield head
+        with path.open("rb") as stream:
+            while block := stream.read(_CHUNK_BYTES):
+                yield block
+        yield tail
+
+    def __len__(self) -> int:
+        head, path, tail = self._pieces
+        return len(head) + path.stat().st_size + len(tail)
+
+
+def _bounded(answer: requests.Response, limit: int) -> Iterator[bytes]:
+    count = 0
+    for chunk in answer.iter_content(_CHUNK_BYTES):
+        count += len(chunk)
+        if count > limit:
+            raise PeerBusy("an answer of unreasonable length")
+        yield chunk
+
+
+def _failure(status: int, body: bytes, sop_instance_uid: str, host: str) -> int | None:
+    """The Failure Reason of the object in a store response; None when it says that it is stored."""
+    try:
+        document = json.loads(body) if body.strip() else {}
+    except ValueError:
+        # a server that answers in XML only: then its status alone speaks
+        document = {}
+    if isinstance(document, list):
+        document = document[0] if document else {}
+    if not isinstance(document, dict):
+        document = {}
+    for sequence in (_FAILED_SEQUENCE, _OTHER_FAILURES):
+        for item in document.get(sequence, {}).get("Value", ()):
+            if _value(item, _REFERENCED_INSTANCE) in ("", sop_instance_uid):
+                return _count(item, _FAILURE_REASON) or 0x0110
+    referenced = document.get(_REFERENCED_SEQUENCE, {}).get("Value", ())
+    if any(_value(item, _REFERENCED_INSTANCE) == sop_instance_uid for item in referenced):
+        return None
+    if status == 409:
+        raise Refused(f"{host}: HTTP 409")
+    return None
+
+
+def _study(entry: Mapping[str, Any]) -> FoundStudy:
+    modalities = entry.get(_MODALITIES_IN_STUDY, {}).get("Value") or ()
+    return FoundStudy(
+        _value(entry, _STUDY),
+        study_date=_value(entry, _STUDY_DATE),
+        modalities=tuple(str(value) for value in modalities if value),
+        description=_value(entry, _STUDY_DESCRIPTION),
+        instances=_count(entry, _STUDY_INSTANCES),
+        patient_id=_value(entry, _PATIENT_ID),
+        accession_number=_value(entry, _ACCESSION_NUMBER),
+    )
+
+
+def _value(entry: Mapping[str, Any], tag: str) -> str:
+    values = entry.get(tag, {}).get("Value") or [""]
+    return str(values[0] if values[0] is not None else "").strip()
+
+
+def _count(entry: Mapping[str, Any], tag: str) -> int | None:
+    text = _value(entry, tag)
+    return int(text) if text.isdecimal() else None

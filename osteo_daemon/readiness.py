@@ -8,11 +8,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
-from osteo_daemon.delivery.transport import TRANSPORTS
+from osteo_daemon.certificates import read_certificates, whole_days_left
+from osteo_daemon.delivery.transport import TRANSPORTS, remote_ae
+from osteo_daemon.dicom.tls import expiries, tls_files
 from osteo_daemon.dicom.verification import echo
-from osteo_daemon.domain.study import RemoteAE
 from osteo_daemon.errors import ConfigurationError, OsteoError
 from osteo_daemon.inference.bundle import find_bundle
 from osteo_daemon.inference.screening import choose_device
@@ -20,6 +22,7 @@ from osteo_daemon.inference.totalsegmentator import TotalSegmentator
 from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.reporting import picture_language
 from osteo_daemon.settings import DestinationSettings, Settings
+from osteo_daemon.tls import server_context
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ def check_node(settings: Settings) -> list[Finding]:
         ("disk", lambda: _disk(settings)),
         ("job store", lambda: _store(settings)),
         ("sources", lambda: _sources(settings)),
+        ("certificates", lambda: _certificates(settings)),
         ("texts", lambda: _texts(settings)),
         ("localizer bundle", lambda: _bundle(settings, settings.screener.localizer_bundle)),
     ]
@@ -102,6 +106,25 @@ def _sources(settings: Settings) -> str:
     return ", ".join(source.ae_title for source in settings.sources)
 
 
+def _certificates(settings: Settings) -> str:
+    files = tls_files(settings.tls)
+    if files is None:
+        return "no TLS port"
+    server_context(files)
+    now = datetime.now(UTC)
+    for entry in read_certificates(files.certificate_file):
+        if error := entry.validity_error(now):
+            raise ConfigurationError(f"{files.certificate_file} {error}: renew it")
+    kind, end = min(expiries(files), key=lambda entry: entry[1])
+    if end <= now:
+        raise ConfigurationError(f"{kind} ended on {end:%Y-%m-%d}: nobody can come in over TLS")
+    if not any(source.certificates for source in settings.sources):
+        raise ConfigurationError("no [[sources]] entry lists certificates: nobody can come in over TLS")
+    days = whole_days_left(end)
+    soon = ": renew it soon" if days < settings.tls.expiry_warning_days else ""
+    return f"the first that ends is the {kind}, in {days} days{soon}"
+
+
 def _no_destination() -> str:
     raise OSError("no [[destinations]] entry: results stay here; add the PACS that shall get them")
 
@@ -134,6 +157,6 @@ def _totalsegmentator(settings: Settings) -> str:
 def _echo(settings: Settings, destination: DestinationSettings) -> str:
     if destination.kind != "dicom":
         return _probe(settings, destination)
-    peer = RemoteAE(destination.ae_title, destination.host, destination.port)
+    peer = remote_ae(settings, destination)
     seconds = echo(peer, settings.receiver.ae_title, timeout_seconds=settings.deliverer.connect_timeout_seconds)
     return f"{destination.ae_title} at {destination.host}:{destination.port} answered in {seconds * 1000:.0f} ms"

@@ -190,7 +190,18 @@ class TotalSegmentatorSettings(_Section):
     timeout_seconds: Seconds = 1800
 
 
-class DestinationSettings(_Section):
+class PeerTlsSettings(_Section):
+    """How a peer that we connect to is spoken to; files that are not given are those of ``[tls]``."""
+
+    tls: bool = False
+    ca_file: Path | None = None
+    certificate_file: Path | None = None
+    key_file: Path | None = None
+    server_name: str = ""
+    certificates: tuple[CertificateIdentity, ...] = ()
+
+
+class DestinationSettings(PeerTlsSettings):
     """A system that gets the results: a PACS, an HL7 interface or a FHIR server."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
@@ -207,12 +218,6 @@ class DestinationSettings(_Section):
     receiving_facility: Annotated[str, Field(max_length=180)] = ""
     url: Annotated[str, Field(pattern=r"^(https?://[^\s?#]+)?$")] = ""
     token_file: Path | None = None
-    tls: bool = False
-    ca_file: Path | None = None
-    certificate_file: Path | None = None
-    key_file: Path | None = None
-    server_name: str = ""
-    certificates: tuple[CertificateIdentity, ...] = ()
 
     @model_validator(mode="after")
     def _what_its_kind_needs(self) -> DestinationSettings:
@@ -246,7 +251,7 @@ class DelivererSettings(_Section):
     commitment_timeout_seconds: Seconds = 600
 
 
-class ArchiveSettings(_Section):
+class ArchiveSettings(PeerTlsSettings):
     """A system that studies are fetched from by `osteo pull`."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
@@ -425,9 +430,9 @@ class Settings(_Section):
             raise ValueError("two sources share one ae_title; list all addresses under one [[sources]] entry")
         if strangers := sorted(set(self.keep.sources) - set(titles)):
             raise ValueError(f"keep.sources names {strangers[0]}, which is no ae_title under [[sources]]")
-        unfounded = [entry.name for entry in self.destinations if entry.tls and not (entry.ca_file or self.tls.ca_file)]
-        if unfounded:
-            raise ValueError(f"destination {unfounded[0]} with tls = true needs a ca_file, its own or that of [tls]")
+        for entry in (*self.destinations, *self.archives):
+            if entry.tls and not (entry.ca_file or self.tls.ca_file):
+                raise ValueError(f"{entry.name} with tls = true needs a ca_file, its own or that of [tls]")
         return self
 
     @property

@@ -9,16 +9,19 @@ as they are now.
 from __future__ import annotations
 
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from osteo_daemon.certificates import certificate_from_der
+from osteo_daemon.certificates import certificate_of
 from osteo_daemon.domain.study import PeerTls
 from osteo_daemon.errors import ConfigurationError
+from osteo_daemon.settings import PeerTlsSettings, TlsSettings
 
 # level 2 of OpenSSL: at least 112 bits of security, RSA keys of 2048 bits (RFC 9325 4.2)
 _TLS_1_2_SUITES: Final = "@SECLEVEL=2:ECDHE+AESGCM:ECDHE+CHACHA20"
+_OTHER_CERTIFICATE: Final = "not one of the certificates in the settings"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,27 @@ class TlsFiles:
         )
 
 
+def peer_tls(own: TlsSettings, peer: PeerTlsSettings) -> PeerTls | None:
+    """How to speak to a peer of the settings; None: in plain.
+
+    Raises:
+        ConfigurationError: nobody says who may have signed its certificate.
+    """
+    if not peer.tls:
+        return None
+    authority = peer.ca_file or own.ca_file
+    if authority is None:
+        raise ConfigurationError("tls = true needs a ca_file")
+    shown = peer if peer.certificate_file is not None else own
+    return PeerTls(
+        ca_file=authority,
+        certificate_file=shown.certificate_file,
+        key_file=shown.key_file,
+        server_name=peer.server_name,
+        certificates=frozenset(peer.certificates),
+    )
+
+
 def server_context(files: TlsFiles) -> ssl.SSLContext:
     """A context that takes only clients with a certificate of the CA.
 
@@ -64,11 +88,14 @@ def server_context(files: TlsFiles) -> ssl.SSLContext:
     return context
 
 
-def client_context(peer: PeerTls) -> ssl.SSLContext:
+def client_context(peer: PeerTls, failed: Callable[[OSError], None] = lambda _error: None) -> ssl.SSLContext:
     """A context for connections to one peer; files are read anew, so that new ones count from the next call on.
 
     The peer must show a certificate of its CA; it must carry the name that is asked for or, where ``certificates`` are
     given, be one of these.
+
+    Args:
+        failed: told why a handshake failed, where the caller of the socket's methods would not say.
 
     Raises:
         ConfigurationError: a file is missing or unreadable, or key and certificate do not belong together.
@@ -78,19 +105,20 @@ def client_context(peer: PeerTls) -> ssl.SSLContext:
     _trust(context, peer.ca_file)
     if peer.certificate_file is not None:
         _load(context, peer.certificate_file, peer.key_file)
-    if peer.certificates:
-        context.check_hostname = False
-        context.sslsocket_class = _pinned(peer.certificates)
+    context.check_hostname = not peer.certificates
+    context.sslsocket_class = _judging(peer.certificates, failed)
     return context
 
 
 def reason_of(error: OSError) -> str:
     """Why a handshake failed, in OpenSSL's words; nothing that the peer wrote."""
+    if isinstance(error, ssl.SSLCertVerificationError) and _OTHER_CERTIFICATE in error.args:
+        return _OTHER_CERTIFICATE
     if isinstance(error, ssl.SSLCertVerificationError) and error.verify_message:
         return f"certificate not accepted: {error.verify_message}"
     if isinstance(error, ssl.SSLError) and error.reason:
         return str(error.reason).lower().replace("_", " ")
-    return "no handshake in time" if isinstance(error, TimeoutError) else type(error).__name__
+    return type(error).__name__
 
 
 def _restrict(context: ssl.SSLContext) -> None:
@@ -122,18 +150,18 @@ def _trust(context: ssl.SSLContext, file: Path) -> None:
         raise ConfigurationError(f"{file} cannot be read: {error.strerror}") from error
 
 
-def _pinned(certificates: frozenset[str]) -> type[ssl.SSLSocket]:
-    """A socket whose handshake fails when the peer shows another certificate than one of these."""
+def _judging(certificates: frozenset[str], failed: Callable[[OSError], None]) -> type[ssl.SSLSocket]:
+    """A socket whose handshake fails when the peer shows another certificate than one of these, if there are any."""
 
-    class PinnedSocket(ssl.SSLSocket):
+    class JudgingSocket(ssl.SSLSocket):
         def do_handshake(self, block: bool = False) -> None:
-            super().do_handshake(block)
-            shown: Any = self.getpeercert(binary_form=True)
             try:
-                known = shown is not None and certificate_from_der(shown).is_one_of(certificates)
-            except ValueError:
-                known = False
-            if not known:
-                raise ssl.SSLCertVerificationError("not one of the certificates in the settings")
+                super().do_handshake(block)
+                shown = certificate_of(self)
+                if certificates and (shown is None or not shown.is_one_of(certificates)):
+                    raise ssl.SSLCertVerificationError(_OTHER_CERTIFICATE)
+            except OSError as error:
+                failed(error)
+                raise
 
-    return PinnedSocket
+    return JudgingSocket

@@ -10,6 +10,7 @@ from osteo_daemon.dicom.storage_scu import SpooledObject, Verdict
 from osteo_daemon.errors import PeerBusy, PeerUnavailable, Refused
 from osteo_daemon.messaging import fhir_client, hl7, mllp
 from osteo_daemon.settings import DestinationSettings, Settings
+from osteo_daemon.tls import peer_tls
 
 
 class _MessageTransport(ABC):
@@ -48,12 +49,13 @@ class Hl7Transport(_MessageTransport):
 
     def __init__(self, settings: Settings, destination: DestinationSettings) -> None:
         self._host, self._port = destination.host, destination.port
+        self._security = peer_tls(settings.tls, destination)
         self._connect_seconds = settings.deliverer.connect_timeout_seconds
         self._answer_seconds = settings.deliverer.dimse_timeout_seconds
 
     def probe(self) -> None:
         """As `osteo_daemon.delivery.transport.Transport.probe`."""
-        mllp.probe(self._host, self._port, connect_timeout_seconds=self._connect_seconds)
+        mllp.probe(self._host, self._port, connect_timeout_seconds=self._connect_seconds, security=self._security)
 
     def _post(self, entry: SpooledObject) -> str:
         code = mllp.send_message(
@@ -63,6 +65,7 @@ class Hl7Transport(_MessageTransport):
             hl7.control_id(entry.sop_instance_uid),
             connect_timeout_seconds=self._connect_seconds,
             answer_timeout_seconds=self._answer_seconds,
+            security=self._security,
         )
         return f"ack-{code}"
 

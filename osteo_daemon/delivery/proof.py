@@ -39,6 +39,7 @@ class Proof:
         self._delivery = delivery
         self._deliverer = settings.deliverer
         self._calling = settings.receiver.ae_title
+        self._settings = settings
 
     def obtain(self) -> str:
         """Take the next step; returns the outcome that was written.
@@ -84,7 +85,7 @@ class Proof:
         self._store.commitment_asked(self._delivery, transaction_uid)
         try:
             request_commitment(
-                remote_ae(self._destination),
+                remote_ae(self._settings, self._destination),
                 self._calling,
                 transaction_uid,
                 self._delivery.unproven,
@@ -109,7 +110,7 @@ class Proof:
         unproven = self._store.delivery(self._delivery.delivery_id).unproven
         try:
             found = find_instances(
-                remote_ae(self._destination),
+                remote_ae(self._settings, self._destination),
                 self._calling,
                 unproven,
                 connect_timeout_seconds=self._deliverer.connect_timeout_seconds,

@@ -11,6 +11,7 @@ from osteo_daemon.dicom.verification import echo
 from osteo_daemon.domain.study import RemoteAE
 from osteo_daemon.errors import Refused
 from osteo_daemon.settings import DestinationSettings, Settings
+from osteo_daemon.tls import peer_tls
 
 
 class Transport(Protocol):
@@ -45,7 +46,7 @@ class DicomTransport:
     """C-STORE to a peer; C-ECHO as the probe."""
 
     def __init__(self, settings: Settings, destination: DestinationSettings) -> None:
-        self._peer = remote_ae(destination)
+        self._peer = remote_ae(settings, destination)
         self._calling = settings.receiver.ae_title
         self._connect_seconds = settings.deliverer.connect_timeout_seconds
         self._dimse_seconds = settings.deliverer.dimse_timeout_seconds
@@ -83,6 +84,7 @@ TRANSPORTS: dict[str, Callable[[Settings, DestinationSettings], Transport]] = {
 """By the kind of a destination."""
 
 
-def remote_ae(destination: DestinationSettings) -> RemoteAE:
-    """Where a DICOM destination is."""
-    return RemoteAE(destination.ae_title, destination.host, destination.port)
+def remote_ae(settings: Settings, destination: DestinationSettings) -> RemoteAE:
+    """Where a DICOM destination is, and how it is spoken to."""
+    security = peer_tls(settings.tls, destination)
+    return RemoteAE(destination.ae_title, destination.host, destination.port, security)

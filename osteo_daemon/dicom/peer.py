@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,7 +16,8 @@ from pynetdicom.presentation import PresentationContext
 
 from osteo_daemon.dicom.uids import IMPLEMENTATION_CLASS_UID
 from osteo_daemon.domain.study import RemoteAE
-from osteo_daemon.errors import PeerUnavailable, Refused
+from osteo_daemon.errors import ConfigurationError, PeerUnavailable, Refused
+from osteo_daemon.tls import client_context, reason_of
 
 MAXIMUM_PDU_BYTES = 131072
 _ACCEPTED = 0
@@ -45,7 +47,7 @@ def association(
         roles: role selection items (PS3.7 D.3.3.4).
 
     Raises:
-        PeerUnavailable: no connection, no answer in time, aborted, or rejected for now (PS3.8 9.3.4 result 2).
+        PeerUnavailable: no connection, no TLS, no answer in time, aborted, or rejected for now (PS3.8 9.3.4 result 2).
         Refused: rejected for good (result 1).
     """
     entity = AE(ae_title=calling_ae_title)
@@ -55,6 +57,7 @@ def association(
     entity.dimse_timeout = dimse_timeout_seconds
     entity.network_timeout = dimse_timeout_seconds
     entity.requested_contexts = list(contexts)
+    security, failures = _security(peer)
     link = entity.associate(
         peer.host,
         peer.port,
@@ -62,7 +65,10 @@ def association(
         max_pdu=MAXIMUM_PDU_BYTES,
         evt_handlers=[(evt.EVT_CONN_OPEN, _no_delay), *handlers],
         ext_neg=list(roles),
+        tls_args=security,
     )
+    if failures:
+        raise PeerUnavailable(f"{peer.ae_title} at {peer.host}:{peer.port}: TLS: {reason_of(failures[0])}")
     if not link.is_established:
         raise _failure(link, peer)
     with _lock:
@@ -79,6 +85,18 @@ def association(
             _open.discard(link)
 
 
+def _security(peer: RemoteAE) -> tuple[tuple[ssl.SSLContext, str] | None, list[OSError]]:
+    """The library's arguments for TLS, and where a failure of the handshake will stand: the library keeps it back."""
+    failures: list[OSError] = []
+    if peer.tls is None:
+        return None, failures
+    try:
+        return (client_context(peer.tls, failures.append), peer.tls.server_name or peer.host), failures
+    except ConfigurationError as error:
+        # files may be missing for a moment while they are replaced; a person can mend them without a new report
+        raise PeerUnavailable(f"{peer.ae_title} at {peer.host}:{peer.port}: {error.detail}") from error
+
+
 def hang_up_all() -> None:
     """End every association that this process has open: who waits in one for an answer is told that none comes."""
     with _lock:
@@ -87,7 +105,8 @@ def hang_up_all() -> None:
         connection = link.dul.socket
         if connection is not None and connection.socket is not None:
             with suppress(OSError):  # it went first
-                connection.socket.shutdown(socket.SHUT_RDWR)
+                # of the plain socket, under TLS too: another thread is reading
+                socket.socket.shutdown(connection.socket, socket.SHUT_RDWR)
 
 
 def _no_delay(event: Event) -> None:

@@ -1,6 +1,6 @@
 """HL7 v2 messages over MLLP (HL7 Transport Specification: MLLP, Release 1): one frame out, one acknowledgement back.
 
-MLLP is plain text without identity of either side: only for a network that the site trusts, or through a tunnel.
+MLLP is plain text without identity of either side: only for a network that the site trusts, or over TLS.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ import socket
 import time
 from typing import Final
 
-from osteo_daemon.errors import PeerBusy, PeerUnavailable, Refused
+from osteo_daemon.domain.study import PeerTls
+from osteo_daemon.errors import ConfigurationError, PeerBusy, PeerUnavailable, Refused
+from osteo_daemon.tls import client_context, reason_of
 
 START: Final = b"\x0b"
 END: Final = b"\x1c\r"
@@ -28,6 +30,7 @@ def send_message(
     *,
     connect_timeout_seconds: float,
     answer_timeout_seconds: float,
+    security: PeerTls | None = None,
 ) -> str:
     """Send one message and wait for its acknowledgement.
 
@@ -42,28 +45,42 @@ def send_message(
     where = f"{host}:{port}"
     deadline = time.monotonic() + connect_timeout_seconds + answer_timeout_seconds
     try:
-        with socket.create_connection((host, port), timeout=connect_timeout_seconds) as link:
+        with _connection(host, port, security, connect_timeout_seconds) as link:
             link.settimeout(answer_timeout_seconds)
             link.sendall(START + message + END)
             answer = _read_frame(link, deadline)
     except OSError as error:
-        raise PeerUnavailable(f"{where}: {type(error).__name__}") from error
+        raise PeerUnavailable(f"{where}: {reason_of(error)}") from error
     if answer is None:
         raise PeerUnavailable(f"{where} closed the connection without an acknowledgement")
     return _judge(answer, control_id, where)
 
 
-def probe(host: str, port: int, *, connect_timeout_seconds: float) -> None:
-    """Connect and say nothing.
+def probe(host: str, port: int, *, connect_timeout_seconds: float, security: PeerTls | None = None) -> None:
+    """Connect, make the TLS handshake where there is one, and say nothing.
 
     Raises:
         PeerUnavailable: nobody listens.
     """
     try:
-        with socket.create_connection((host, port), timeout=connect_timeout_seconds):
+        with _connection(host, port, security, connect_timeout_seconds):
             return
     except OSError as error:
-        raise PeerUnavailable(f"{host}:{port}: {type(error).__name__}") from error
+        raise PeerUnavailable(f"{host}:{port}: {reason_of(error)}") from error
+
+
+def _connection(host: str, port: int, security: PeerTls | None, seconds: float) -> socket.socket:
+    link = socket.create_connection((host, port), timeout=seconds)
+    if security is None:
+        return link
+    try:
+        return client_context(security).wrap_socket(link, server_hostname=security.server_name or host)
+    except ConfigurationError as error:
+        link.close()
+        raise PeerUnavailable(f"{host}:{port}: {error.detail}") from error
+    except OSError:
+        link.close()
+        raise
 
 
 def _read_frame(link: socket.socket, deadline: float) -> bytes | None:

@@ -18,6 +18,7 @@ from osteo_daemon.domain.study import RemoteAE
 from osteo_daemon.errors import ConfigurationError, Damaged
 from osteo_daemon.intake import DurableIntake
 from osteo_daemon.settings import ArchiveSettings, Settings
+from osteo_daemon.tls import peer_tls
 
 Progress = Callable[[int], None]
 """Called with how many objects of the study in hand came so far."""
@@ -67,7 +68,8 @@ class DicomArchive:
                 f"archive {archive.name}: {archive.ae_title} is not among [[sources]], so that what it moves here "
                 "would be refused; add it with its address"
             )
-        self._peer = RemoteAE(archive.ae_title, archive.host, archive.port)
+        security = peer_tls(settings.tls, archive)
+        self._peer = RemoteAE(archive.ae_title, archive.host, archive.port, security)
         self._calling = settings.receiver.ae_title
         self._gets = archive.retrieve == "c-get"
         self._pull = settings.pull

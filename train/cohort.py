@@ -2,16 +2,17 @@
 
     python -m train.cohort --out runs/cohort
 
-renders what ``train/cohort.json`` says: that file was committed with its digest before anything was trained on it. It makes
-``voi.npy``, ``core.npy``, their coarse versions and ``table.json`` (`train.data`) and resumes after a stop. Every patient
-follows from (seed, number) alone, so the number of workers and of stops changes nothing.
+renders what ``train/cohort.json`` says: that file was committed with its digest before anything was trained on it. It
+makes ``voi.npy``, ``core.npy``, their coarse versions and ``table.json`` (`train.data`) and resumes after a stop. Every
+patient follows from (seed, number) alone, so the number of workers and of stops changes nothing.
 
 Three sites have their own scanners and densitometer makers. With one maker a site, maker and population are
 confounded, as they are in reality; only truth, which a real site doesn't have, can separate them. The external hospital
-has a scanner and a maker that no training patient saw; it carries no training target. Most training patients were never measured at all.
+has a scanner and a maker that no training patient saw; it carries no training target. Most training patients were never
+measured at all.
 
-Patients differ in body shape, shell and texture beyond what density and age explain (`Spread`): else a network could read
-density off the shell.
+Patients differ in body shape, shell and texture beyond what density and age explain (`Spread`): else a network could
+read density off the shell.
 """
 
 from __future__ import annotations
@@ -342,7 +343,9 @@ def trabecular_share(voi: PhantomVoi, scanner: Scanner, spacing_mm: float) -> np
     """
     level = voi.vertebra.level
     inside = core_mask(voi.labels, level)
-    grown = ndimage.binary_dilation(inside, iterations=max(1, round(1.0 / spacing_mm)), mask=body_mask(voi.labels, level))
+    grown = ndimage.binary_dilation(
+        inside, iterations=max(1, round(1.0 / spacing_mm)), mask=body_mask(voi.labels, level)
+    )
     seen = blur_voi(grown.astype(np.float32), scanner, spacing_mm, voi.vertebra.axes)
     return np.asarray(np.clip(seen, 0.0, 1.2), dtype=np.float32)
 

@@ -1,8 +1,8 @@
 """The same vertebra with another trabecular density, and what that does to its BMD.
 
 Among patients density goes along with thin cortex and coarse texture, so a network may read those instead of the
-trabecular bone. The simulator knows the cause: `train.truth.SBMD_PER_MG` g/cm2 for every mg/cm3 of the core, whatever the
-shell looks like. Training on vertebrae whose core alone was changed teaches that slope.
+trabecular bone. The simulator knows the cause: `train.truth.SBMD_PER_MG` g/cm2 for every mg/cm3 of the core, whatever
+the shell looks like. Training on vertebrae whose core alone was changed teaches that slope.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """VOIs on disk and batches in memory.
 
 A data set is a folder: ``voi.npy`` (N, D, H, W) int16 HU with a margin around the network's grid, ``table.json`` with
-one row per VOI and the configuration it was made from. It is made once and read through a memory map. A virtual cohort also
-has ``core.npy``, the share of trabecular bone in each voxel, and both once more as a coarser series would show them
-(``coarse.npy``, ``coarse_core.npy``).
+one row per VOI and the configuration it was made from. It is made once and read through a memory map. A virtual cohort
+also has ``core.npy``, the share of trabecular bone in each voxel, and both once more as a coarser series would show
+them (``coarse.npy``, ``coarse_core.npy``).
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class VoiRow:
         diagnosis: class of ``target_sbmd_g_cm2``, `NO_LABEL` without a label.
         true_diagnosis: class of ``sbmd_g_cm2``.
         visible_g_cm2: what an ideal reader of the CT could say of the sBMD (`train.truth.LevelTruth`).
+        vendor: of the scanner, empty when not told.
         machine_sbmd_g_cm2: what the site's machine would say without chance, converted; None at the external hospital.
     """
 
@@ -75,6 +76,7 @@ class VoiRow:
     true_diagnosis: int
     visible_g_cm2: float | None = None
     machine_sbmd_g_cm2: float | None = None
+    vendor: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -170,8 +172,8 @@ class Augmentation:
         offset_hu: SD of a constant added to the VOI: what calibration leaves.
         cutout: probability of a box outside the body being replaced by its mean.
         coarse: probability of taking the vertebra as a coarser series shows it, where the set has that.
-        density: probability of another trabecular density with the target moved along (`train.counterfactual`). It changes
-            the label, so self-supervision leaves it off.
+        density: probability of another trabecular density with the target moved along (`train.counterfactual`). It
+            changes the label, so self-supervision leaves it off.
     """
 
     shift_voxels: int = 4
@@ -253,10 +255,12 @@ def batches(
     hide_level: float = 0.0,
     keep_last: bool = True,
     coarse: bool = False,
+    change: DensityChange | None = None,
 ) -> Iterator[Batch]:
     """Iterate over the rows, shuffled and augmented when ``augmentation`` is given.
 
-    Without augmentation ``coarse`` chooses the vertebrae as a coarser series shows them.
+    Without augmentation ``coarse`` chooses the vertebrae as a coarser series shows them, and ``change`` gives all of
+    them another density; their targets stay.
 
     Every random number depends on (seed, epoch, row) only, so a resumed run sees what an unbroken one would have.
     """
@@ -273,7 +277,7 @@ def batches(
             rng = np.random.default_rng([seed, epoch, int(i)])
             row = data.rows[i]
             if augmentation is None:
-                vois.append((data.coarse if coarse and data.coarse is not None else data.hu)[i][centre].astype(np.float32))
+                vois.append(_plain(data, int(i), coarse, change)[centre])
             else:
                 voi, row = _augmented(data, int(i), augmentation, rng, config.voi_shape)
                 vois.append(voi)
@@ -291,6 +295,23 @@ def batches(
             device=torch.tensor([devices.index(row.device) if row.device in devices else NO_LABEL for row in rows]),
             index=torch.from_numpy(np.asarray(chosen)),
         )
+
+
+def _plain(data: VoiSet, i: int, coarse: bool, change: DensityChange | None) -> npt.NDArray[np.float32]:
+    """One stored VOI.
+
+    Raises:
+        ValueError: the set lacks what is asked for.
+    """
+    hu, core = (data.coarse, data.coarse_core) if coarse else (data.hu, data.core)
+    if hu is None or (change is not None and core is None):
+        raise ValueError("this data set has no coarse series or no shares of trabecular bone")
+    voi = hu[i].astype(np.float32)
+    if change is None or core is None:
+        return voi
+    share = core[i].astype(np.float32) / CORE_SCALE
+    changed: npt.NDArray[np.float32] = change.apply(voi, share, data.rows[i].kvp, float(data.config["voi_spacing_mm"]))
+    return changed
 
 
 def _augmented(
@@ -311,18 +332,16 @@ def _augmented(
     return augmentation.apply(voi, rng, shape), row
 
 
-def epoch_rows(
-    data: VoiSet, labelled_share: float | None, seed: int, epoch: int
-) -> npt.NDArray[np.int64]:
+def epoch_rows(data: VoiSet, labelled_share: float, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     """Training rows of one epoch.
 
     Args:
-        labelled_share: of the epoch have a reading: every labelled row once, others drawn anew each epoch; None takes all
+        labelled_share: of the epoch have a reading: every labelled row once, others drawn anew each epoch; 0 takes all
             rows as they are.
     """
     everything = data.indices("train")
     labelled = data.indices("train", labelled=True)
-    if labelled_share is None or len(labelled) == 0:
+    if labelled_share <= 0 or len(labelled) == 0:
         return everything
     others = np.setdiff1d(everything, labelled)
     count = min(len(others), round(len(labelled) * (1.0 / labelled_share - 1.0)))

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from osteo_daemon.network.config import MoEConfig
 from osteo_daemon.network.multitask import MultitaskMoE
-from train.data import Augmentation, Batch, VoiSet, batches
-from train.losses import LossWeights, total_loss
+from train.data import Augmentation, Batch, VoiSet, batches, epoch_rows
+from train.losses import LossWeights, TaskVariances, total_loss
 from train.optim import MovingAverage, adamw, learning_rate_at
 
 
@@ -37,6 +37,9 @@ class LoopConfig:
         patience: stop after this many epochs without a better validation loss.
         seed: of everything random.
         bfloat16: autocast of the convolutions.
+        labelled_share: of an epoch's vertebrae have a reading (`train.data.epoch_rows`); 0 takes every training row
+            once.
+        keep: "best" epoch by the validation loss, or the "last" one, for runs of one length that shall be compared.
     """
 
     epochs: int = 30
@@ -50,6 +53,8 @@ class LoopConfig:
     patience: int = 10
     seed: int = 0
     bfloat16: bool = False
+    labelled_share: float = 0.0
+    keep: Literal["best", "last"] = "best"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,12 +102,15 @@ def train(
         validate: gives a dictionary with ``loss`` for the averaged network.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    indices = data.indices("train")
+    indices = epoch_rows(data, config.labelled_share, config.seed, 0)
     steps_per_epoch = max(1, len(indices) // config.batch_size)
     steps = config.epochs * steps_per_epoch
     classes = np.array([data.rows[i].diagnosis for i in indices if data.rows[i].diagnosis >= 0])
     prior = torch.tensor(np.bincount(classes, minlength=3) / max(1, len(classes)), dtype=torch.float32, device=device)
+    variances = TaskVariances().to(device) if weights.learned else None
     optimiser = adamw(network, config.learning_rate, config.weight_decay)
+    if variances is not None:
+        optimiser.add_param_group({"params": list(variances.parameters()), "weight_decay": 0.0})
     average = MovingAverage(network, config.ema_decay)
     state: dict[str, Any] = {"epoch": 0, "step": 0, "best": float("inf"), "since_best": 0, "seconds": 0.0}
     history: list[dict[str, float]] = []
@@ -114,6 +122,8 @@ def train(
         optimiser.load_state_dict(saved["optimiser"])
         average.load_state_dict(saved["average"])
         state, history = saved["state"], saved["history"]
+        if variances is not None:
+            variances.load_state_dict(saved["variances"])
     shadow = MultitaskMoE(network.config).to(device)
     if saved is not None:
         # last, because making a network draws random numbers too
@@ -127,7 +137,7 @@ def train(
         count = 0
         for batch in batches(
             data,
-            indices,
+            epoch_rows(data, config.labelled_share, config.seed, state["epoch"]),
             network.config,
             devices,
             config.batch_size,
@@ -141,7 +151,9 @@ def train(
                 group["lr"] = learning_rate_at(
                     state["step"], steps, config.learning_rate, max(1, int(config.warmup_share * steps))
                 )
-            parts = _step(network, optimiser, to_device(batch, device), config, weights, prior, state["step"] / steps)
+            parts = _step(
+                network, optimiser, to_device(batch, device), config, weights, prior, state["step"] / steps, variances
+            )
             average.update(network)
             state["step"] += 1
             count += 1
@@ -159,7 +171,7 @@ def train(
         better = measured["loss"] < state["best"]
         state["best"] = min(state["best"], measured["loss"])
         state["since_best"] = 0 if better else state["since_best"] + 1
-        if better:
+        if better or config.keep == "last":
             _save({"network": average.state, "epoch": state["epoch"]}, folder / "best.pt")
         _save(
             {
@@ -169,6 +181,7 @@ def train(
                 "state": state,
                 "history": history,
                 "rng": torch.get_rng_state(),
+                **({} if variances is None else {"variances": variances.state_dict()}),
             },
             last,
         )
@@ -186,6 +199,7 @@ def _step(
     weights: LossWeights,
     prior: Tensor,
     progress: float,
+    variances: TaskVariances | None,
 ) -> dict[str, float]:
     with torch.autocast(batch.hu.device.type, dtype=torch.bfloat16, enabled=config.bfloat16):
         out = network(batch.hu, batch.given_level)
@@ -197,6 +211,7 @@ def _step(
         bmd_scale=network.config.bmd_scale_g_cm2,
         device_count=network.config.device_count,
         progress=progress,
+        variances=variances,
     )
     optimiser.zero_grad(set_to_none=True)
     loss.backward()

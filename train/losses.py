@@ -107,7 +107,8 @@ def balance_loss(gate_logits: Tensor, gate_weights: Tensor, kind: Literal["impor
 
 
 class TaskVariances(nn.Module):
-    """Homoscedastic uncertainty of each task (Kendall, Gal and Cipolla 2018), three log variances that start at zero."""
+    """Homoscedastic uncertainty of each task (Kendall, Gal and Cipolla 2018), three log variances that start at
+    zero."""
 
     TASKS: Final = ("diagnosis", "bmd", "level")
 

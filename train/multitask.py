@@ -26,6 +26,7 @@ from train.data import Augmentation, VoiSet, batches, open_set
 from train.evaluate import run_network
 from train.loop import LoopConfig, load_run, seed_everything, to_device, train
 from train.losses import LossWeights, total_loss
+from train.readings import Densitometry, remeasure
 from train.truth import MAKERS
 
 
@@ -79,8 +80,11 @@ def run_training(
     augmentation: Augmentation,
     device: torch.device,
     encoder: Path | None = None,
+    densitometry: Densitometry | None = None,
 ) -> dict[str, Any]:
     """Train from scratch, from a pretrained ``encoder`` (`train.pretrain`), or go on.
+
+    With ``densitometry`` the readings are drawn anew (`train.readings`), else those of the data set are used.
 
     Writes settings.json, history.json, best.pt and last.pt into ``folder``.
 
@@ -88,6 +92,8 @@ def run_training(
         ValueError: the folder holds a run with other settings.
     """
     data = open_set(data_folder)
+    if densitometry is not None:
+        data = remeasure(data, densitometry)
     devices = [str(maker) for maker in MAKERS[: network_config.device_count]]
     settings = {
         "data": str(data_folder),
@@ -97,6 +103,7 @@ def run_training(
         "loop": asdict(loop),
         "weights": asdict(weights),
         "augmentation": asdict(augmentation),
+        "densitometry": None if densitometry is None else asdict(densitometry),
         "encoder_sha256": None if encoder is None else hashlib.sha256(encoder.read_bytes()).hexdigest(),
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from train.data import NO_LABEL, VoiRow
+from train.data import NO_LABEL, VoiRow, VoiSet
 from train.truth import MAKERS, Maker, diagnosis, draw_readings, machine_sbmd, t_score, to_sbmd
 
 Scheme = Literal["sites", "one-device", "shuffled"]
@@ -57,6 +57,12 @@ class Densitometry:
     def rng(self, patient: str, purpose: str) -> np.random.Generator:
         """A generator of its own for each patient and purpose."""
         return np.random.default_rng([self.seed, zlib.crc32(patient.encode()), zlib.crc32(purpose.encode())])
+
+
+def remeasure(data: VoiSet, how: Densitometry) -> VoiSet:
+    """The same renders with other readings."""
+    makers = {str(site["name"]): site["maker"] for site in data.config["sites"]}
+    return replace(data, rows=measure(data.rows, how, makers))
 
 
 def measure(rows: Sequence[VoiRow], how: Densitometry, makers: dict[str, Maker | None]) -> tuple[VoiRow, ...]:

@@ -1,7 +1,7 @@
 """The same vertebra as a coarser series would show it: thick slices at a tilt, coarse pixels, both.
 
-The phantom blurs a VOI by its slices but samples it on the VOI's own grid. A real series is sampled on its slices, at any
-angle to the vertebra and with any phase, and interpolated from there; this module does that to a finished VOI.
+The phantom blurs a VOI by its slices but samples it on the VOI's own grid. A real series is sampled on its slices, at
+any angle to the vertebra and with any phase, and interpolated from there; this module does that to a finished VOI.
 """
 
 from __future__ import annotations

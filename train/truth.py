@@ -70,8 +70,8 @@ MACHINE_ERROR: Final[dict[Maker, float]] = {
     "Lunar": CONVERSION_ERROR * math.sqrt(0.75),
     "Norland": -CONVERSION_ERROR * math.sqrt(0.75),
 }
-"""Relative error of the one machine of each maker in this simulation: constant for all its patients, with a mean of zero
-and a root mean square of ``PATIENT_ERROR`` over the makers. Which maker reads high is an arbitrary choice and no
+"""Relative error of the one machine of each maker in this simulation: constant for all its patients, with a mean of
+zero and a root mean square of ``PATIENT_ERROR`` over the makers. Which maker reads high is an arbitrary choice and no
 statement about makers. An image can't show it; only who was sent to which machine can."""
 
 
@@ -109,8 +109,8 @@ class LevelTruth:
     """Truth of one level.
 
     Attributes:
-        visible_g_cm2: the part of the sBMD that follows from what was drawn of body, age and sex: what an ideal reader of
-            the CT could say.
+        visible_g_cm2: the part of the sBMD that follows from what was drawn of body, age and sex: what an ideal reader
+            of the CT could say.
         sbmd_g_cm2: true sBMD, with what no CT of the body shows.
     """
 
@@ -166,6 +166,5 @@ def draw_readings(rng: np.random.Generator, sbmd_g_cm2: dict[str, float], maker:
     """
     factor = 1.0 + MACHINE_ERROR[maker] + rng.normal(0.0, PATIENT_ERROR)
     return {
-        level: from_sbmd(sbmd + rng.normal(0.0, READING_SD_G_CM2), maker) * factor
-        for level, sbmd in sbmd_g_cm2.items()
+        level: from_sbmd(sbmd + rng.normal(0.0, READING_SD_G_CM2), maker) * factor for level, sbmd in sbmd_g_cm2.items()
     }

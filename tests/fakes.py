@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -178,6 +179,7 @@ class CountingScp:
         answer: called with (SOP Instance UID, how often it came); gives the status.
         received: every C-STORE in order: SOP Class UID, SOP Instance UID, SHA-256 of the data set's bytes.
         data_sets: last accepted data set by SOP Instance UID.
+        security: a context, for TLS alone.
     """
 
     ae_title: str = "PACS"
@@ -185,6 +187,7 @@ class CountingScp:
     answer: Callable[[str, int], int] = lambda _uid, _count: 0x0000
     received: list[tuple[str, str, str]] = field(default_factory=list)
     data_sets: dict[str, Dataset] = field(default_factory=dict)
+    security: ssl.SSLContext | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _server: Any = None
 
@@ -197,6 +200,7 @@ class CountingScp:
             (LOOPBACK, self.port),
             block=False,
             evt_handlers=[(evt.EVT_C_STORE, self._store), (evt.EVT_C_FIND, self._find)],
+            ssl_context=self.security,
         )
         self.port = self._server.server_address[1]
         return self

@@ -50,11 +50,13 @@ def running_orthanc(
     http_port: int,
     modalities: dict[str, Any] | None = None,
     plugins: Sequence[str] = (),
+    more: dict[str, Any] | None = None,
 ) -> Iterator[Orthanc]:
     """Start Orthanc with an empty store below ``folder``; end it afterwards.
 
     Args:
         modalities: its ``DicomModalities``: whom it may report to.
+        more: further entries of its configuration.
     """
     program = require_command("Orthanc")
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,6 +80,7 @@ def running_orthanc(
                 "AuthenticationEnabled": False,
                 "StableAge": 1,
                 "Plugins": list(plugins),
+                **(more or {}),
             }
         )
     )

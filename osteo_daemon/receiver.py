@@ -7,6 +7,10 @@ import threading
 from types import FrameType
 
 from osteo_daemon.dicom.commitment import CommitmentReport
+from osteo_daemon.dicom.commitment_scp import commitment_service
+from osteo_daemon.dicom.instance_availability import instance_availability_service
+from osteo_daemon.dicom.normalized import NormalizedServices
+from osteo_daemon.dicom.performed_procedure import performed_procedure_service
 from osteo_daemon.dicom.storage_scp import StorageScp
 from osteo_daemon.intake import DurableIntake, source_priorities
 from osteo_daemon.jobs.spool import Spool
@@ -46,6 +50,7 @@ class Receiver:
             settings.tls,
             settings.quotas,
             begin_file=self._spool.begin,
+            services=self._services(settings),
         )
         if leftovers:
             get_logger().info("leftovers_removed", count=leftovers)
@@ -74,6 +79,18 @@ class Receiver:
         """Finish what is under way and close."""
         self._scp.stop(grace_seconds)
         self._jobs.close()
+
+    def _services(self, settings: Settings) -> NormalizedServices:
+        """What sources may ask of us beside storing."""
+        services = []
+        if settings.completeness.mpps:
+            services.append(performed_procedure_service(self._jobs.announce, self._jobs.amend_announcement))
+        if settings.completeness.ian:
+            services.append(instance_availability_service(self._jobs.announce))
+        if settings.commitment_scp.enabled:
+            requesters = frozenset(entry.ae_title for entry in settings.sources if entry.commitment is not None)
+            services.append(commitment_service(requesters, self._jobs.request_pledge))
+        return NormalizedServices(tuple(services))
 
     def _commitment_reported(self, ae_title: str, report: CommitmentReport) -> None:
         names = {entry.name for entry in self._destinations if entry.ae_title == ae_title}

@@ -1,4 +1,6 @@
-"""The scheduler: timed steps that move rows and remove or copy files, never work on pixels or talk to peers.
+"""The scheduler: timed steps that move rows and remove or copy files, never work on pixels.
+
+It talks to senders only: how many images a study has, and what they asked to be committed; other steps go on meanwhile.
 
 APScheduler skips a run silently when it is one second late; here a late run still counts, several late runs count
 once, and a missed one is logged and kept. One scheduler leads: another one on the same store waits for its lease.
@@ -21,12 +23,15 @@ from apscheduler.events import EVENT_JOB_ERROR, EVENT_JOB_MAX_INSTANCES, EVENT_J
 from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.schedulers.background import BackgroundScheduler
 
+from osteo_daemon.completeness import CompletenessSweep
+from osteo_daemon.domain.completeness import Outcome
 from osteo_daemon.domain.job import JobState
 from osteo_daemon.errors import ConfigurationError, Damaged, Transient
 from osteo_daemon.jobs.backup import make_backup, remove_old_backups
 from osteo_daemon.jobs.spool import Spool
 from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.log import configure_logging, get_logger
+from osteo_daemon.promises import Promises
 from osteo_daemon.settings import Settings
 
 _MISFIRE_GRACE_SECONDS = 24 * 3600
@@ -42,6 +47,9 @@ _NOTED_EVERY_SECONDS = 60.0
 _STUDIES_PER_SWEEP = 2000
 _PAGE = 100
 _CLOCK_MAY_MOVE = timedelta(hours=2)
+_LISTS_KEPT = timedelta(days=30)
+"""What peers announced is of no more use then, and what they asked was answered."""
+
 _MAKE_UP_SECONDS = 60.0
 """How soon after a start comes the run that was due while the scheduler was down."""
 
@@ -74,6 +82,7 @@ class Scheduler:
         self._clock = clock
         self._started = clock(), time.monotonic()
         self._jobs = JobStore(settings.database_url)
+        self._completeness = CompletenessSweep(settings, self._jobs)
         self._spool = Spool(settings.spool_dir)
         self._name = f"scheduler-{socket.gethostname()}-{os.getpid()}"
         self._leads = False
@@ -92,6 +101,9 @@ class Scheduler:
         self._add("delivery_retry", self.take_back_deliveries, _LEASE_SWEEP_SECONDS, last)
         self._add("fold_counts", self.fold_counts, _COUNTS_SECONDS, last)
         self._add("retention", self.retain, settings.retention.sweep_seconds, last)
+        if settings.commitment_scp.enabled:
+            promises = Promises(settings, self._jobs)
+            self._add("commitment_requests", promises.run, settings.commitment_scp.poll_seconds, last)
         if settings.backup.folder is not None:
             self._add("backup", self.back_up, settings.backup.every_hours * 3600, last)
 
@@ -120,6 +132,7 @@ class Scheduler:
         """Let running steps finish, give the lease back and close."""
         self._stopping.set()
         self._engine.shutdown(wait=True)
+        self._completeness.close()
         if self._leads:
             try:
                 self._jobs.resign(_LEADER, self._name)
@@ -140,16 +153,17 @@ class Scheduler:
                 self._announce()
 
     def complete_quiet_studies(self) -> str:
-        """RECEIVING to READY for studies that have gone quiet."""
-        quiet_seconds = self._settings.completeness.quiet_seconds
-        done = self._jobs.complete_quiet_studies(quiet_seconds)
-        for job in done:
-            get_logger().info(
-                "study_complete",
-                job_id=job.job_id,
-                study_instance_uid=job.study_instance_uid,
-                revision=job.revision,
-                quiet_s=quiet_seconds,
+        """RECEIVING to READY for studies that are complete, or have waited long enough for what they lack."""
+        done = self._completeness.run()
+        for study in done:
+            incomplete = study.verdict.outcome is Outcome.INCOMPLETE
+            log = get_logger().warning if incomplete else get_logger().info
+            log(
+                "study_incomplete" if incomplete else "study_complete",
+                job_id=study.job.job_id,
+                study_instance_uid=study.job.study_instance_uid,
+                revision=study.job.revision,
+                reason=study.verdict.reason,
             )
         return f"{len(done)} complete" if done else ""
 
@@ -195,6 +209,8 @@ class Scheduler:
             done["reports"] = self._purge(now - timedelta(days=keep.reports_days), images=False)
         if keep.quarantine_days:
             done["quarantined"] = self._jobs.purge_quarantine(now - timedelta(days=keep.quarantine_days), self._spool)
+        done["announcements"] = self._jobs.forget_announcements(now - _LISTS_KEPT)
+        done["commitment requests"] = self._jobs.forget_pledge_requests(now - _LISTS_KEPT)
         if keep.events_days:
             done["events"] = self._jobs.forget_events(now - timedelta(days=keep.events_days))
         detail = ", ".join(f"{count} {what}" for what, count in done.items() if count)

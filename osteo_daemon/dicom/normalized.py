@@ -65,6 +65,11 @@ class NormalizedServices:
         """Index the services."""
         object.__setattr__(self, "_by_class", {service.sop_class_uid: service for service in self.services})
 
+    @property
+    def has_actions(self) -> bool:
+        """One of them is storage commitment."""
+        return any(service.action is not None for service in self.services)
+
     def contexts(self) -> list[PresentationContext]:
         """Presentation contexts of all but storage commitment, which peers need for their reports, too."""
         return [

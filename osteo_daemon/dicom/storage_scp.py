@@ -22,6 +22,7 @@ from osteo_daemon.dicom.commitment import CommitmentReport, answer_report, commi
 from osteo_daemon.dicom.contexts import supported_contexts, verification_context
 from osteo_daemon.dicom.data_transfer import is_busy
 from osteo_daemon.dicom.listener import HardenedServer, ListenerLimits
+from osteo_daemon.dicom.normalized import NormalizedServices
 from osteo_daemon.dicom.quota import Quota
 from osteo_daemon.dicom.received import Incoming, ReceivedObject, printable
 from osteo_daemon.dicom.refusals import Refusals
@@ -59,6 +60,7 @@ class StorageScp:
         tls: a second port, or the only one.
         quotas: what one sender may take.
         begin_file: a place for an object's bytes while they arrive.
+        services: what sources may ask of us beside storing.
 
     Raises:
         ConfigurationError: the address cannot be listened on, or the certificates cannot be used.
@@ -76,11 +78,16 @@ class StorageScp:
         quotas: QuotaSettings = QuotaSettings(),  # noqa: B008 - frozen
         *,
         begin_file: Callable[[], Incoming],
+        services: NormalizedServices = NormalizedServices(),  # noqa: B008 - frozen
     ) -> None:
         _config.LOG_HANDLER_LEVEL = "none"  # its own event log prints titles and addresses of every PDU
         self._settings = settings
         self._closed = closed
         self._reported = reported
+        self._services = services
+        self._commitments = services.has_actions or any(
+            entry.kind == "dicom" and entry.commitment == "storage-commitment" for entry in destinations
+        )
         files = tls_files(tls)
         self._tls = None if files is None else ListenerTls(files, tls.expiry_warning_days)
         reporters = destinations if reported is not None else ()
@@ -106,7 +113,9 @@ class StorageScp:
     def _listen(self, port: int, tls: ListenerTls | None) -> HardenedServer:
         settings = self._settings
         entity = AE(ae_title=settings.ae_title)
-        entity.supported_contexts = [*supported_contexts(), commitment_context()]
+        entity.supported_contexts = [*supported_contexts(), *self._services.contexts()]
+        if self._commitments:
+            entity.supported_contexts = [*entity.supported_contexts, commitment_context()]
         entity.implementation_class_uid = IMPLEMENTATION_CLASS_UID
         entity.implementation_version_name = "OSTEO_DAEMON"
         entity.maximum_pdu_size = settings.maximum_pdu_bytes
@@ -126,6 +135,7 @@ class StorageScp:
             (evt.EVT_C_STORE, self._on_unread_store),
             (evt.EVT_C_ECHO, self._on_echo),
             (evt.EVT_N_EVENT_REPORT, self._on_report),
+            *self._services.handlers(),
             (evt.EVT_CONN_CLOSE, self._on_closed),
             (evt.EVT_ABORTED, self._on_aborted),
         ]

@@ -117,7 +117,12 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Everything known of a study at one moment."""
+    """Everything known of a study at one moment.
+
+    Attributes:
+        source: AE title, for people.
+        asking: the source was asked for its count and has not answered yet.
+    """
 
     quiet_seconds: float
     open_association: bool
@@ -125,6 +130,7 @@ class Evidence:
     lists: Lists = Lists()
     slices: Slices = Slices()
     count: Count | None = None
+    asking: bool = False
 
 
 class Outcome(StrEnum):
@@ -216,6 +222,8 @@ def _lacking(evidence: Evidence) -> str:
 def _proof(evidence: Evidence) -> str:
     if evidence.count is not None:
         return f"{evidence.source} has no more ({evidence.count.compared})"
+    if evidence.asking:
+        return ""  # whoever knows best is about to say it
     if evidence.slices.order is SliceOrder.COUNTED:
         return evidence.slices.detail
     # even slices say nothing of what an open association may still bring

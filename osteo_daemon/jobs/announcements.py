@@ -51,9 +51,9 @@ class Announcements(Database):
         self,
         announcement_uid: str,
         source_ae: str,
-        *,
         state: StepState,
         instances: Iterable[AnnouncedInstance] | None,
+        *,
         now: datetime | None = None,
     ) -> AnnounceOutcome:
         """Change a step that is in progress, durably; ``instances`` replace those that it had, None leaves them.

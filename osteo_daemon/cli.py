@@ -12,6 +12,7 @@ import click
 
 from osteo_daemon.commands.deliveries import deliveries
 from osteo_daemon.commands.options import config_option, not_blank
+from osteo_daemon.commands.pull import pull
 from osteo_daemon.commands.studies import studies
 from osteo_daemon.commands.upkeep import backup, fsck, restore, schedule
 from osteo_daemon.errors import ConfigurationError, OsteoError
@@ -40,6 +41,7 @@ def cli() -> None:
     osteo screen   screen a folder of DICOM files, no PACS needed
     osteo studies  what came in and what became of it
     osteo deliveries  what goes to which destination and what became of it
+    osteo pull     find studies in an archive and fetch them
     osteo screener pause, resume or drain the screening
     osteo schedule what the scheduler did and will do
     osteo fsck     do job store, spool and digests agree?
@@ -120,6 +122,7 @@ def _let_idle_threads_sleep() -> None:
 
 
 cli.add_command(deliveries)
+cli.add_command(pull)
 for command in (studies, fsck, backup, restore, schedule):
     cli.add_command(command)
 

@@ -22,7 +22,7 @@ from osteo_daemon.dicom.received import ReceivedObject, received_object
 from osteo_daemon.dicom.status import StoreStatus, status_of
 from osteo_daemon.domain.archive import Retrieved, Target
 from osteo_daemon.domain.study import RemoteAE
-from osteo_daemon.errors import Damaged, OsteoError, PeerBusy, Refused
+from osteo_daemon.errors import ConfigurationError, Damaged, OsteoError, PeerBusy, Refused
 from osteo_daemon.log import get_logger, where
 
 STUDY_ROOT_MOVE: Final = "1.2.840.10008.5.1.4.1.2.2.2"
@@ -67,6 +67,7 @@ class Retrieval:
         Raises:
             PeerUnavailable: it cannot, for now.
             Refused: it does not, whatever is asked.
+            ConfigurationError: it does not know our AE title.
         """
         contexts = [build_context(STUDY_ROOT_MOVE)]
         with self._association(contexts) as link:
@@ -180,7 +181,9 @@ class Retrieval:
         if status in (_SUCCESS, _SOME_FAILED):
             return
         if status == _DESTINATION_UNKNOWN:
-            raise Refused(f"{text}: it does not know the move destination {self.calling_ae_title}; enter it there")
+            raise ConfigurationError(
+                f"{text}: it does not know the move destination {self.calling_ae_title}; enter it there"
+            )
         if status in _IDENTIFIER_MISMATCH or status in (_CLASS_UNSUPPORTED, _NOT_AUTHORISED):
             raise Refused(text)
         # A7xx, Cxxx, a cancellation that we did not ask for: another time

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -93,13 +94,17 @@ class StudyHere:
     """What this node has of a study.
 
     Attributes:
-        stored: SOP Instance UIDs of received objects that are here.
+        stored: SOP Instance UIDs of received objects that are here, each with its series.
         own: those of our results, whether their files are still here or not.
         quarantined: those of which other pixels are stored under the same UID.
         removed: its images were here, were screened, and went by retention or by hand.
     """
 
-    stored: frozenset[str]
+    stored: Mapping[str, str]
     own: frozenset[str]
     quarantined: frozenset[str]
     removed: bool
+
+    def count(self, series_instance_uid: str) -> int:
+        """How many objects of a series are here."""
+        return sum(series == series_instance_uid for series in self.stored.values())

@@ -223,8 +223,10 @@ class Pulls(Database):
         job = select(JobRow.job_id).where(JobRow.study_instance_uid == study_instance_uid)
         with self._reading() as connection:
             stored = connection.execute(
-                select(InstanceRow.sop_instance_uid).where(InstanceRow.study_instance_uid == study_instance_uid)
-            ).scalars()
+                select(InstanceRow.sop_instance_uid, InstanceRow.series_instance_uid).where(
+                    InstanceRow.study_instance_uid == study_instance_uid
+                )
+            ).all()
             own = connection.execute(
                 select(ReportObjectRow.sop_instance_uid).where(ReportObjectRow.job_id.in_(job))
             ).scalars()
@@ -236,7 +238,9 @@ class Pulls(Database):
                     JobRow.study_instance_uid == study_instance_uid, JobRow.images_purged_at.is_not(None)
                 )
             ).first()
-            return StudyHere(frozenset(stored), frozenset(own), frozenset(quarantined), removed is not None)
+            return StudyHere(
+                {row.sop_instance_uid: row.series_instance_uid for row in stored}, frozenset(own), frozenset(quarantined), removed is not None
+            )
 
 
 def _studies(pull_id: int) -> Any:

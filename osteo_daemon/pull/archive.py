@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
+from osteo_daemon.dicom.contexts import ACCOMPANYING, SCREENED_CLASSES
 from osteo_daemon.dicom.peer import association
 from osteo_daemon.dicom.query import Catalogue, find_context
 from osteo_daemon.dicom.received import received_file
@@ -17,7 +18,7 @@ from osteo_daemon.domain.archive import FoundSeries, FoundStudies, Retrieved, Sp
 from osteo_daemon.domain.study import RemoteAE
 from osteo_daemon.errors import ConfigurationError, Damaged
 from osteo_daemon.intake import DurableIntake
-from osteo_daemon.settings import ArchiveSettings, Settings
+from osteo_daemon.settings import AccompanyingSettings, ArchiveSettings, Settings
 from osteo_daemon.tls import peer_tls
 
 Progress = Callable[[int], None]
@@ -154,6 +155,12 @@ class WebArchive:
         finally:
             self._intake.association_closed(association_id)
         return Retrieved(refused=refused)
+
+
+def taken_classes(settings: AccompanyingSettings) -> frozenset[str]:
+    """SOP classes that this node keeps."""
+    kept = (uids for group, uids in ACCOMPANYING.items() if getattr(settings, group.value) == "keep")
+    return frozenset((*SCREENED_CLASSES, *(uid for uids in kept for uid in uids)))
 
 
 def open_archive(

@@ -78,11 +78,11 @@ def search(
     listed = None if identities is None else frozenset(identities.values)
     if listed is not None and span is None and not catalogue.names_patients:
         raise ConfigurationError(
-            "a list for this archive needs a range of dates: patients are never named in a URL, so its studies of those "
-            "days are compared with the list here"
+            "a list for this archive needs a range of dates: patients are never named in a URL, so its studies "
+            "of those days are compared with the list here"
         )
-    for questions in _questions(catalogue, wanted, span, identities):
-        for found in _answers(questions, span, catalogue, maximum, stopping):
+    for question in _questions(catalogue, wanted, span, identities):
+        for found in _answers(question, span, catalogue, maximum, stopping):
             for study in found.studies:
                 if study.study_instance_uid in seen or not wanted.takes_study(study):
                     continue

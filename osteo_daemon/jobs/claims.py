@@ -15,7 +15,7 @@ from osteo_daemon.jobs.records import NewDelivery, ReportObject
 from osteo_daemon.jobs.report_rows import save_delivery, save_object, save_result
 from osteo_daemon.jobs.schema import JobRow
 from osteo_daemon.jobs.transitions import CLOCK_STEP, NO_CLAIM, change_state, claimed_row, to_job, utc_now
-from osteo_daemon.jobs.turns import is_due, next_in_turn, take_turn
+from osteo_daemon.jobs.turns import anything_is_due, next_in_turn, take_turn
 
 ATTEMPTS_SPENT = "attempts_spent"
 """Code of a job that failed as often as it may."""
@@ -55,7 +55,7 @@ class Claims(Database):
             The job in state SCREENING under a new fencing token, or None when nothing waits.
         """
         now = now or utc_now()
-        if not self._anything_waits(now):
+        if self._sqlite and not self._anything_waits(now):
             return None
         with self._writing() as connection:
             _take_back(connection, now)
@@ -277,12 +277,9 @@ class Claims(Database):
             _end(connection, claimed_row(connection, job), state, event, code, reason, now or utc_now(), **values)
 
     def _anything_waits(self, now: datetime) -> bool:
-        # an idle worker polls: it must not take the write lock for that
+        # an idle worker polls: it must not take the one write lock for that
         with self._reading() as connection:
-            return any(
-                connection.execute(query.limit(1)).first() is not None
-                for query in (select(JobRow.job_id).where(is_due(now)), _expired(now))
-            )
+            return anything_is_due(connection, now) or connection.execute(_expired(now).limit(1)).first() is not None
 
 
 def _until(now: datetime, lease_seconds: float, deadline: datetime | None) -> datetime:

@@ -20,18 +20,17 @@ from osteo_daemon.jobs.schema import DeliveryCountRow, DeliveryRow, InstanceRow,
 
 def count_jobs(connection: Connection, changes: Mapping[JobState, int]) -> None:
     """So many jobs more (or fewer) stand in each state, in the transaction that moves them."""
-    connection.execute(insert(JobCountRow), [{"state": state, "jobs": jobs} for state, jobs in changes.items()])
+    rows = [{"state": state, "jobs": jobs} for state, jobs in changes.items()]
+    connection.execute(insert(JobCountRow).values(rows))
 
 
 def count_deliveries(connection: Connection, changes: Mapping[tuple[str, DeliveryState], int]) -> None:
     """So many deliveries more (or fewer) to a destination stand in a state, in the transaction that moves them."""
-    connection.execute(
-        insert(DeliveryCountRow),
-        [
-            {"destination": destination, "state": state, "deliveries": count}
-            for (destination, state), count in changes.items()
-        ],
-    )
+    rows = [
+        {"destination": destination, "state": state, "deliveries": count}
+        for (destination, state), count in changes.items()
+    ]
+    connection.execute(insert(DeliveryCountRow).values(rows))
 
 
 class Counts(Database):

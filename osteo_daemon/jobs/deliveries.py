@@ -11,15 +11,17 @@ from osteo_daemon.jobs.breakers import Breakers
 from osteo_daemon.jobs.commitments import STORED_UNPROVEN, Commitments, with_omissions
 from osteo_daemon.jobs.delivery_queue import next_delivery
 from osteo_daemon.jobs.delivery_rows import (
+    SELECT_DELIVERIES,
     claimed,
     end_delivered,
-    load_all,
     loaded,
     move,
+    move_row,
     note,
     send_again,
     set_values,
     to_report_object,
+    with_objects,
 )
 from osteo_daemon.jobs.records import Delivery, DeliveryState, HeldReport, ReportKind, ReportObject
 from osteo_daemon.jobs.schema import DeliveryObjectRow, DeliveryRow, JobRow, ReportObjectRow
@@ -44,16 +46,18 @@ class Deliveries(Commitments, Breakers):
             The delivery in state SENDING under a new fencing token, or None when nothing waits.
         """
         now = now or utc_now()
-        with self._reading() as connection:
-            if next_delivery(connection, now, destination, lock=False) is None:
-                return None
+        if self._sqlite:
+            # an idle lane polls: it must not take the one write lock for that
+            with self._reading() as connection:
+                if next_delivery(connection, now, destination, lock=False) is None:
+                    return None
         with self._writing() as connection:
             row = next_delivery(connection, now, destination, lock=True)
             if row is None:
                 return None
-            move(
+            move_row(
                 connection,
-                row.delivery_id,
+                row,
                 DeliveryState.SENDING,
                 now,
                 attempts=row.attempts + (row.state is not DeliveryState.AWAITING),
@@ -311,21 +315,20 @@ class Deliveries(Commitments, Breakers):
         limit: int = 100,
     ) -> list[Delivery]:
         """Deliveries, newest first; ``before_delivery_id`` pages on."""
-        query = select(DeliveryRow.delivery_id).order_by(DeliveryRow.delivery_id.desc()).limit(limit)
+        query = SELECT_DELIVERIES.order_by(DeliveryRow.delivery_id.desc()).limit(limit)
         if destination is not None:
             query = query.where(DeliveryRow.destination == destination)
         if before_delivery_id is not None:
             query = query.where(DeliveryRow.delivery_id < before_delivery_id)
         if study_instance_uid is not None:
-            query = query.join(JobRow, JobRow.job_id == DeliveryRow.job_id).where(
-                JobRow.study_instance_uid == study_instance_uid
-            )
+            query = query.where(JobRow.study_instance_uid == study_instance_uid)
         # a query for each state: for "IN" every delivery in those states would be sorted
         wanted = {*states} if state is None else {*states, state}
         queries = [query.where(DeliveryRow.state == one) for one in wanted] or [query]
         with self._reading() as connection:
-            found = [delivery_id for one in queries for delivery_id in connection.execute(one).scalars()]
-            return load_all(connection, sorted(found, reverse=True)[:limit])
+            rows = [row for one in queries for row in connection.execute(one)]
+            rows.sort(key=lambda row: row.delivery_id, reverse=True)
+            return with_objects(connection, rows[:limit])
 
 
 def _ended_badly(delivery: Delivery) -> Delivery:

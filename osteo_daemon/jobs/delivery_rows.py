@@ -16,6 +16,42 @@ from osteo_daemon.jobs.records import Delivery, DeliveryObject, DeliveryState, R
 from osteo_daemon.jobs.schema import DeliveryObjectRow, DeliveryRow, JobRow, ReportObjectRow
 from osteo_daemon.jobs.transitions import NO_LEASE, add_event, change_state
 
+# put together once, and with the columns that are used: both take longer than the query
+SELECT_DELIVERIES: Any = select(
+    DeliveryRow.delivery_id,
+    DeliveryRow.job_id,
+    DeliveryRow.revision,
+    DeliveryRow.destination,
+    DeliveryRow.state,
+    DeliveryRow.attempts,
+    DeliveryRow.fencing_token,
+    DeliveryRow.created_at,
+    DeliveryRow.not_before,
+    DeliveryRow.outcome,
+    DeliveryRow.detail,
+    DeliveryRow.proof_rounds,
+    DeliveryRow.proof_questions,
+    JobRow.study_instance_uid,
+).join(JobRow, JobRow.job_id == DeliveryRow.job_id)
+"""The query of deliveries with their study, to be narrowed down and read by `with_objects`."""
+
+_SELECT_OBJECTS: Any = (
+    select(
+        ReportObjectRow.kind,
+        ReportObjectRow.sop_class_uid,
+        ReportObjectRow.sop_instance_uid,
+        ReportObjectRow.path,
+        ReportObjectRow.size_bytes,
+        ReportObjectRow.sha256,
+        ReportObjectRow.variant,
+        DeliveryObjectRow.delivery_id,
+        DeliveryObjectRow.status,
+        DeliveryObjectRow.proof,
+    )
+    .join(DeliveryObjectRow, DeliveryObjectRow.sop_instance_uid == ReportObjectRow.sop_instance_uid)
+    .order_by(DeliveryObjectRow.delivery_id, DeliveryObjectRow.position)
+)
+
 
 def claimed(connection: Connection, delivery: Delivery) -> Row[Any]:
     """The row of a claimed delivery.
@@ -38,14 +74,16 @@ def set_values(connection: Connection, delivery_id: int, **values: Any) -> None:
 
 def move(connection: Connection, delivery_id: int, state: DeliveryState, now: datetime, **values: Any) -> None:
     """To another state, without lease unless ``values`` bring one."""
-    row = connection.execute(
-        select(DeliveryRow.destination, DeliveryRow.state)
-        .where(DeliveryRow.delivery_id == delivery_id)
-        .with_for_update()
-    ).one()
+    present = select(DeliveryRow.delivery_id, DeliveryRow.destination, DeliveryRow.state)
+    row = connection.execute(present.where(DeliveryRow.delivery_id == delivery_id).with_for_update()).one()
+    move_row(connection, row, state, now, **values)
+
+
+def move_row(connection: Connection, row: Any, state: DeliveryState, now: datetime, **values: Any) -> None:
+    """As `move`, for a row that this transaction has read and locked."""
     if row.state is not state:
         count_deliveries(connection, {(row.destination, row.state): -1, (row.destination, state): 1})
-    set_values(connection, delivery_id, state=state, changed_at=now, **{**NO_LEASE, "not_before": None, **values})
+    set_values(connection, row.delivery_id, state=state, changed_at=now, **{**NO_LEASE, "not_before": None, **values})
 
 
 def send_again(connection: Connection, delivery_id: int, sop_instance_uids: frozenset[str] | None = None) -> None:
@@ -95,27 +133,17 @@ def load(connection: Connection, delivery_id: int) -> Delivery | None:
 
 def load_all(connection: Connection, delivery_ids: Sequence[int]) -> list[Delivery]:
     """Those deliveries that there are, in this order: two queries, however many."""
-    rows = connection.execute(
-        select(DeliveryRow.__table__, JobRow.study_instance_uid)
-        .join(JobRow, JobRow.job_id == DeliveryRow.job_id)
-        .where(DeliveryRow.delivery_id.in_(delivery_ids))
-    ).all()
-    objects: dict[int, list[DeliveryObject]] = {row.delivery_id: [] for row in rows}
-    entries = connection.execute(
-        select(
-            ReportObjectRow.__table__,
-            DeliveryObjectRow.delivery_id,
-            DeliveryObjectRow.status,
-            DeliveryObjectRow.proof,
-        )
-        .join(DeliveryObjectRow, DeliveryObjectRow.sop_instance_uid == ReportObjectRow.sop_instance_uid)
-        .where(DeliveryObjectRow.delivery_id.in_(delivery_ids))
-        .order_by(DeliveryObjectRow.delivery_id, DeliveryObjectRow.position)
-    )
-    for entry in entries:
-        objects[entry.delivery_id].append(DeliveryObject(to_report_object(entry), entry.status, entry.proof))
-    found = {row.delivery_id: _to_delivery(row, objects[row.delivery_id]) for row in rows}
+    rows = connection.execute(SELECT_DELIVERIES.where(DeliveryRow.delivery_id.in_(delivery_ids))).all()
+    found = {delivery.delivery_id: delivery for delivery in with_objects(connection, rows)}
     return [found[delivery_id] for delivery_id in delivery_ids if delivery_id in found]
+
+
+def with_objects(connection: Connection, rows: Sequence[Row[Any]]) -> list[Delivery]:
+    """Rows of `SELECT_DELIVERIES` as values."""
+    objects: dict[int, list[DeliveryObject]] = {row.delivery_id: [] for row in rows}
+    for entry in connection.execute(_SELECT_OBJECTS.where(DeliveryObjectRow.delivery_id.in_(list(objects)))):
+        objects[entry.delivery_id].append(DeliveryObject(to_report_object(entry), entry.status, entry.proof))
+    return [_to_delivery(row, objects[row.delivery_id]) for row in rows]
 
 
 def loaded(connection: Connection, delivery_id: int) -> Delivery:

@@ -14,6 +14,24 @@ from osteo_daemon.jobs.records import Event, JobSummary, ReportObject
 from osteo_daemon.jobs.schema import EventRow, JobRow, ReportObjectRow, ResultRow, StudyRow
 from osteo_daemon.jobs.transitions import to_job
 
+# what a list shows and no more: reading columns is most of its time
+_SUMMARY: tuple[Any, ...] = (
+    JobRow.job_id,
+    JobRow.study_instance_uid,
+    JobRow.state,
+    JobRow.revision,
+    JobRow.attempts,
+    JobRow.priority,
+    JobRow.source_ae,
+    JobRow.code,
+    JobRow.detail,
+    JobRow.not_before,
+    JobRow.changed_at,
+    StudyRow.first_received_at,
+    StudyRow.last_received_at,
+    StudyRow.instances,
+)
+
 
 class Lists(Database):
     """The reader's side of the store."""
@@ -49,12 +67,7 @@ class Lists(Database):
             limit: most rows.
         """
         query = (
-            select(
-                JobRow.__table__,
-                StudyRow.first_received_at,
-                StudyRow.last_received_at,
-                StudyRow.instances,
-            )
+            select(*_SUMMARY)
             .join(StudyRow, StudyRow.study_instance_uid == JobRow.study_instance_uid)
             .order_by(JobRow.created_at.desc(), JobRow.job_id.desc())
             .limit(limit)

@@ -25,6 +25,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -66,6 +67,11 @@ def _names(kind: type[StrEnum]) -> Enum:
 
 def _values(kind: type[StrEnum]) -> list[str]:
     return [member.value for member in kind]
+
+
+def _index_where(name: str, condition: str, *columns: str) -> Index:
+    """An index of some rows; in an index of all, PostgreSQL would sort what is NULL in its first column."""
+    return Index(name, *columns, sqlite_where=text(condition), postgresql_where=text(condition))
 
 
 class Base(DeclarativeBase):
@@ -164,8 +170,8 @@ class JobRow(Base):
         Index(None, "state", "source_ae", "created_at", "job_id"),
         Index(None, "code", "created_at", "job_id"),
         # retention
-        Index(None, "images_purged_at", "state", "changed_at"),
-        Index(None, "reports_purged_at", "state", "changed_at"),
+        _index_where("ix_jobs_with_images", "images_purged_at IS NULL", "state", "changed_at"),
+        _index_where("ix_jobs_with_reports", "reports_purged_at IS NULL", "state", "changed_at"),
     )
 
     job_id: Mapped[int] = mapped_column(primary_key=True)

@@ -43,7 +43,7 @@ class Arrivals:
         self.store = store
         self.note = note
         self.identify = identify
-        self._quota = quota
+        self.quota = quota
 
     def begin(self, association: Any, request: StoreRequest) -> StoredArrival | None:
         """A data set begins to arrive; None under a presentation context that was not accepted."""
@@ -53,11 +53,11 @@ class Arrivals:
     @contextmanager
     def charged(self, ae_title: str, address: str, size: int) -> Iterator[None]:
         """Count bytes against the sender's hour; those that are not stored are given back."""
-        self._quota.charge(ae_title, address, size)
+        self.quota.charge(ae_title, address, size)
         try:
             yield
         except BaseException:
-            self._quota.refund(ae_title, address, size)
+            self.quota.refund(ae_title, address, size)
             raise
 
 
@@ -73,6 +73,7 @@ class StoredArrival:
         self._refusal: tuple[StoreStatus, str] | None = None
         arrivals.note(association, 0)
         with self._refusing():
+            arrivals.quota.check(association.requestor.ae_title.strip(), association.requestor.address)
             if request.sop_class_uid != context.abstract_syntax:
                 shown = printable(request.sop_class_uid)
                 raise UnsupportedSopClass(f"{shown} under a context for {context.abstract_syntax}")

@@ -93,6 +93,16 @@ class Quota:
         with self._lock:
             self._holders.pop(association, None)
 
+    def check(self, ae_title: str, address: str) -> None:
+        """Ask before the bytes are taken.
+
+        Raises:
+            QuotaExceeded: a limit is reached.
+        """
+        with self._lock:
+            if over := self._over(_keys(ae_title, address)):
+                raise QuotaExceeded(over)
+
     def charge(self, ae_title: str, address: str, count: int) -> None:
         """Count ``count`` bytes before they are stored. The last object that begins below a limit may pass it.
 

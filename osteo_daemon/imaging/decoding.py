@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import struct
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import Any
@@ -20,7 +19,7 @@ from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRL
 from osteo_daemon.errors import PixelDataUnreadable
 from osteo_daemon.imaging.decoder import Wanted, decode
 from osteo_daemon.imaging.enhanced import read_frames
-from osteo_daemon.imaging.slices import Slice, Stack
+from osteo_daemon.imaging.slices import PARSE_ERRORS, Slice, Stack
 from osteo_daemon.imaging.volume import CtVolume
 
 LOWEST_HU = -1024.0
@@ -36,18 +35,7 @@ MAXIMUM_VOXELS = 1 << 32
 _NATIVE = frozenset((ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian))
 """Transfer syntaxes whose pixels lie in the file as they are: no decoder, no more memory than bytes were sent."""
 
-_DECODE_ERRORS = (
-    OSError,
-    EOFError,
-    ValueError,
-    KeyError,
-    AttributeError,
-    TypeError,
-    NotImplementedError,
-    RuntimeError,
-    OverflowError,
-    struct.error,
-)
+_DECODE_ERRORS = (*PARSE_ERRORS, RuntimeError)
 
 
 def read_volume(stack: Stack) -> CtVolume:

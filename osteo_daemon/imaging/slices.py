@@ -5,6 +5,8 @@ A frame of a multi-frame CT object is a slice like any other, see `osteo_daemon.
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +15,30 @@ import numpy as np
 import numpy.typing as npt
 import pydicom
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
-from pydicom.uid import CTImageStorage
+from pydicom.errors import BytesLengthException, InvalidDicomError
+from pydicom.uid import CTImageStorage, DeflatedExplicitVRLittleEndian
 
 from osteo_daemon.errors import Damaged, NotDicom
 from osteo_daemon.imaging.enhanced import frame_headers, is_multi_frame_ct
+
+MAXIMUM_INFLATED_BYTES = 512 << 20
+"""A deflated data set that is longer is refused unread: a thousandth of it may have been sent."""
+
+PARSE_ERRORS = (
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    NotImplementedError,
+    AttributeError,
+    TypeError,
+    OverflowError,
+    RecursionError,  # sequences nested without end
+    BytesLengthException,
+    struct.error,
+    zlib.error,
+)
+"""What pydicom raises of bytes that are no object; anything else is an error of ours."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,20 +127,12 @@ def read_header(path: Path) -> Dataset:
         NotDicom: not a Part 10 file, cut off in its header, or without UIDs.
     """
     try:
+        _check_inflated(path)
         header = pydicom.dcmread(path, stop_before_pixels=True)
         header.decode()  # elements are parsed lazily: a broken one must show here, not in the middle of a report
     except InvalidDicomError as error:
         raise NotDicom(f"{path.name} has no DICOM preamble") from error
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        KeyError,
-        NotImplementedError,
-        AttributeError,
-        TypeError,
-        LookupError,
-    ) as error:
+    except PARSE_ERRORS as error:
         raise NotDicom(f"{path.name} cannot be parsed ({type(error).__name__})") from error
     meta = header.file_meta
     for keyword, fallback in (
@@ -133,6 +146,19 @@ def read_header(path: Path) -> Dataset:
     if (header.SOPClassUID == CTImageStorage or is_multi_frame_ct(header)) and "Rows" not in header:
         raise NotDicom(f"{path.name} is cut off before its pixels")
     return header
+
+
+def _check_inflated(path: Path) -> None:
+    with path.open("rb") as stream:
+        if DeflatedExplicitVRLittleEndian.encode() not in stream.read(1024):
+            return
+        meta = pydicom.filereader.read_file_meta_info(path)
+        stream.seek(144 + int(meta.FileMetaInformationGroupLength))
+        engine, length = zlib.decompressobj(-zlib.MAX_WBITS), 0
+        while not engine.eof and (data := engine.unconsumed_tail or stream.read(1 << 16)):
+            length += len(engine.decompress(data, 1 << 20))
+            if length > MAXIMUM_INFLATED_BYTES:
+                raise NotDicom(f"{path.name} inflates to more than {MAXIMUM_INFLATED_BYTES >> 20} MiB")
 
 
 def ct_slices(headers: Sequence[tuple[Path, Dataset]]) -> dict[str, list[Slice]]:

@@ -20,6 +20,8 @@ from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.log import get_logger
 from osteo_daemon.settings import Settings
 
+_NOT_YET = ""
+
 
 class DurableIntake:
     """Spool and job store behind one call; several threads may use it at once.
@@ -34,7 +36,7 @@ class DurableIntake:
         self._spool = spool
         self._jobs = jobs
         self._priorities = priorities
-        self._studies: dict[str, str] = {}
+        self._noted: dict[str, str] = {}  # the study that the store was last told of, by association
 
     def accept(self, received: ReceivedObject) -> RecordOutcome:
         """Make an object durable: file first, then its row; returning means both are on disk.
@@ -64,7 +66,8 @@ class DurableIntake:
 
     def association_closed(self, association_id: str) -> None:
         """What was received over this association has no more to come."""
-        self._studies.pop(association_id, None)
+        if self._noted.pop(association_id, _NOT_YET) == _NOT_YET:
+            return
         try:
             self._jobs.association_closed(association_id)
         except StoreUnavailable as error:
@@ -80,17 +83,21 @@ class DurableIntake:
 
     def _record(self, received: ReceivedObject, instance: SopInstance) -> RecordOutcome:
         # an association is noted with its second object: one image per association must not cost two commits
-        last = self._studies.get(received.association_id)
-        self._studies[received.association_id] = instance.study_instance_uid
-        return self._jobs.record_instance(
+        association_id, study_instance_uid = received.association_id, instance.study_instance_uid
+        noted = self._noted.get(association_id)
+        note = noted is not None and noted != study_instance_uid
+        self._noted[association_id] = noted or _NOT_YET
+        priority = self._priorities.get(received.source_ae, Priority.ROUTINE)
+        outcome = self._jobs.record_instance(
             instance,
             received.source_ae,
-            association_id=received.association_id if last is not None else None,
+            association_id=association_id if note else None,
             screenable=received.screenable,
-            priority=Priority.BACKFILL
-            if received.fetched
-            else self._priorities.get(received.source_ae, Priority.ROUTINE),
+            priority=Priority.BACKFILL if received.fetched else priority,
         )
+        if note and outcome is RecordOutcome.STORED:
+            self._noted[association_id] = study_instance_uid
+        return outcome
 
     def _resolve(self, received: ReceivedObject, instance: SopInstance, stored: StoredFile) -> RecordOutcome:
         """Other bytes under a known UID: the same image under another header, or a conflict."""

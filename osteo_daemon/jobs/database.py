@@ -6,9 +6,10 @@ SQLite is the default: one machine, one file. PostgreSQL serves roles on several
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from alembic import command
 from alembic.config import Config
@@ -21,6 +22,9 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from osteo_daemon.errors import ConfigurationError, StoreUnavailable
 from osteo_daemon.jobs.engines import postgresql_engine, postgresql_says_no, reason_of, says_no, sqlite_engine
+from osteo_daemon.jobs.group_commit import GroupCommit
+
+T = TypeVar("T")
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _SNAPSHOT = {"isolation_level": "REPEATABLE READ"}
@@ -53,6 +57,7 @@ class Database:
         # SQLite's writers poll for the lock: threads of one process queue here instead, in order of arrival
         self._write_lock = threading.Lock()
         self._writer = self._engine.execution_options(osteo_writes=True)
+        self._commits = GroupCommit(self._writing)
         self._reader = self._engine if self._sqlite else self._engine.execution_options(**_SNAPSHOT)
         self._migrate()
 
@@ -80,6 +85,17 @@ class Database:
         lock = self._write_lock if self._sqlite else threading.Lock()
         with lock, self._answering(), self._writer.begin() as connection:
             yield connection
+
+    def _together(self, work: Callable[[Connection], T]) -> T:
+        """Run ``work`` in a transaction as `_writing` gives it, on SQLite one with that of other threads.
+
+        Raises:
+            StoreUnavailable: nothing of it was written.
+        """
+        if self._sqlite:
+            return self._commits.run(work)
+        with self._writing() as connection:  # PostgreSQL commits those that wait with one sync itself
+            return work(connection)
 
     @contextmanager
     def _reading(self) -> Iterator[Connection]:

@@ -14,6 +14,7 @@ from osteo_daemon.errors import StoreUnavailable
 from osteo_daemon.jobs.accompanying import is_unscreened, note_accompanying
 from osteo_daemon.jobs.counts import count_jobs
 from osteo_daemon.jobs.database import Database
+from osteo_daemon.jobs.next_slice import instance_columns, record_next_slice
 from osteo_daemon.jobs.records import RecordOutcome
 from osteo_daemon.jobs.schema import AssociationRow, InstanceRow, JobRow, ReportObjectRow, StudyRow
 from osteo_daemon.jobs.transitions import NO_CLAIM, add_event, change_state, screening_job, utc_now
@@ -56,39 +57,60 @@ class Intake(Database):
                 removed, and when a removal that ended meanwhile took this one along.
         """
         now = now or utc_now()
-        with self._writing() as connection:
-            self._alone(connection, instance.study_instance_uid)
-            stored = connection.execute(
-                select(InstanceRow.sha256, InstanceRow.study_instance_uid).where(
-                    InstanceRow.sop_instance_uid == instance.sop_instance_uid
+
+        def record(connection: Connection) -> RecordOutcome:
+            if self._sqlite and screenable and record_next_slice(connection, instance, source_ae, now):
+                if association_id is not None:
+                    _note_association(connection, association_id, instance.study_instance_uid, source_ae, now)
+                return RecordOutcome.STORED
+            return self._record(connection, instance, source_ae, association_id, screenable, priority, now)
+
+        return self._together(record)
+
+    def _record(
+        self,
+        connection: Connection,
+        instance: SopInstance,
+        source_ae: str,
+        association_id: str | None,
+        screenable: bool,
+        priority: Priority,
+        now: datetime,
+    ) -> RecordOutcome:
+        self._alone(connection, instance.study_instance_uid)
+        stored = connection.execute(
+            select(InstanceRow.sha256, InstanceRow.study_instance_uid).where(
+                InstanceRow.sop_instance_uid == instance.sop_instance_uid
+            )
+        ).one_or_none()
+        if stored is not None:
+            _touch(connection, stored.study_instance_uid, now, path=instance.path)
+            return RecordOutcome.DUPLICATE if stored.sha256 == instance.sha256 else RecordOutcome.CONFLICT
+        if connection.execute(
+            select(ReportObjectRow.sop_instance_uid).where(
+                ReportObjectRow.sop_instance_uid == instance.sop_instance_uid
+            )
+        ).first():
+            return RecordOutcome.OWN_RESULT
+        if not _touch(connection, instance.study_instance_uid, now, path=instance.path, more=1):
+            connection.execute(
+                insert(StudyRow).values(
+                    study_instance_uid=instance.study_instance_uid,
+                    source_ae=source_ae,
+                    first_received_at=now,
+                    last_received_at=now,
+                    instances=1,
                 )
-            ).one_or_none()
-            if stored is not None:
-                _touch(connection, stored.study_instance_uid, now, path=instance.path)
-                return RecordOutcome.DUPLICATE if stored.sha256 == instance.sha256 else RecordOutcome.CONFLICT
-            if connection.execute(
-                select(ReportObjectRow.sop_instance_uid).where(
-                    ReportObjectRow.sop_instance_uid == instance.sop_instance_uid
-                )
-            ).first():
-                return RecordOutcome.OWN_RESULT
-            if not _touch(connection, instance.study_instance_uid, now, path=instance.path, more=1):
-                connection.execute(
-                    insert(StudyRow).values(
-                        study_instance_uid=instance.study_instance_uid,
-                        source_ae=source_ae,
-                        first_received_at=now,
-                        last_received_at=now,
-                        instances=1,
-                    )
-                )
-            connection.execute(insert(InstanceRow).values(**_columns(instance), source_ae=source_ae, received_at=now))
-            if association_id is not None:
-                _note_association(connection, association_id, instance.study_instance_uid, source_ae, now)
-            if screenable:
-                _reopen(connection, instance.study_instance_uid, source_ae, "instance_received", now, priority=priority)
-            else:
-                note_accompanying(connection, instance.study_instance_uid, source_ae, priority, now)
+            )
+        connection.execute(
+            insert(InstanceRow).values(**instance_columns(instance), source_ae=source_ae, received_at=now)
+        )
+        if association_id is not None:
+            _note_association(connection, association_id, instance.study_instance_uid, source_ae, now)
+        if screenable:
+            _reopen(connection, instance.study_instance_uid, source_ae, "instance_received", now, priority=priority)
+        else:
+            note_accompanying(connection, instance.study_instance_uid, source_ae, priority, now)
         return RecordOutcome.STORED
 
     def replace_instance(self, instance: SopInstance, source_ae: str, *, now: datetime | None = None) -> RecordOutcome:
@@ -110,7 +132,7 @@ class Intake(Database):
                     InstanceRow.study_instance_uid == instance.study_instance_uid,
                     InstanceRow.series_instance_uid == instance.series_instance_uid,
                 )
-                .values(**_columns(instance), source_ae=source_ae, received_at=now)
+                .values(**instance_columns(instance), source_ae=source_ae, received_at=now)
             )
             if changed.rowcount != 1:
                 return RecordOutcome.CONFLICT
@@ -159,19 +181,6 @@ def to_instance(row: Any) -> SopInstance:
         size_bytes=row.size_bytes,
         sha256=row.sha256,
     )
-
-
-def _columns(instance: SopInstance) -> dict[str, Any]:
-    return {
-        "sop_instance_uid": instance.sop_instance_uid,
-        "study_instance_uid": instance.study_instance_uid,
-        "series_instance_uid": instance.series_instance_uid,
-        "sop_class_uid": instance.sop_class_uid,
-        "transfer_syntax_uid": instance.transfer_syntax_uid,
-        "path": str(instance.path),
-        "size_bytes": instance.size_bytes,
-        "sha256": instance.sha256,
-    }
 
 
 def _touch(connection: Connection, study_instance_uid: str, now: datetime, *, path: Path, more: int = 0) -> bool:

@@ -29,7 +29,16 @@ sys.exit(receiver.run(load_settings(Path(sys.argv[1]))))
 """
 
 MUTANTS = {
-    "acknowledged before the write": """
+    "written after the answer": """
+import os, threading
+from osteo_daemon.jobs.incoming import IncomingFile
+def late(self, data):
+    self._digest.update(data)
+    self.size_bytes += len(data)
+    threading.Timer(0.3, os.write, (os.dup(self._handle), bytes(data))).start()
+IncomingFile.write = late
+""",
+    "acknowledged before it is stored": """
 import dataclasses, threading
 honest = receiver.DurableIntake.accept
 class Early(receiver.DurableIntake):
@@ -178,7 +187,8 @@ def test_success_is_said_only_after_everything_is_on_disk(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("mutant", "caught"),
     [
-        ("acknowledged before the write", "no write"),
+        ("written after the answer", "no write"),
+        ("acknowledged before it is stored", "no fsync of the file"),
         ("acknowledged before the commit", "no row"),
         ("file not synced", "no fsync of the file"),
         ("folder not synced", "no fsync of the folder"),

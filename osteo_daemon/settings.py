@@ -92,6 +92,8 @@ class ReceiverSettings(_Section):
     acse_timeout_seconds: Seconds = 30
     dimse_timeout_seconds: Seconds = 60
     network_timeout_seconds: Seconds = 120
+    maximum_object_bytes: int = Field(default=2 * 1024**3, ge=1024**2)
+    maximum_buffered_bytes: int = Field(default=4 * 1024**3, ge=1024**2)
     minimum_free_bytes: int = Field(default=2 * 1024**3, ge=0)
     low_free_bytes: int = Field(default=0, ge=0)
 

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from pynetdicom.dimse import DIMSEServiceProvider
 from pynetdicom.dul import DULServiceProvider
 
+from osteo_daemon.dicom.buffers import BufferBudget
 from osteo_daemon.log import get_logger
 
 _P_DATA = 0x04
@@ -152,6 +153,7 @@ class MessageReader:
         pdu_seconds: in which a PDU must come, once its first bytes are there.
         maximum_pdu_bytes: as offered in negotiation.
         maximum_object_bytes: of one data set.
+        budget: of the buffers of all associations.
     """
 
     def __init__(
@@ -162,6 +164,7 @@ class MessageReader:
         pdu_seconds: float,
         maximum_pdu_bytes: int,
         maximum_object_bytes: int,
+        budget: BufferBudget,
     ) -> None:
         self._association = association
         self._begin = begin
@@ -169,6 +172,7 @@ class MessageReader:
         # PS3.8 D.1: the maximum length is that of the variable field; senders err by their own headers
         self._maximum_pdu_bytes = maximum_pdu_bytes + 4096
         self._maximum_object_bytes = maximum_object_bytes
+        self._budget = budget
         self._header = memoryview(bytearray(_PDV_HEADER.size))
         self._command = bytearray()
         self._buffer = bytearray()
@@ -228,6 +232,11 @@ class MessageReader:
         if arrival is not None:
             arrival.abandon()
 
+    def release(self) -> None:
+        """Give the buffer's memory back."""
+        self._buffer = bytearray()
+        self._budget.hold(id(self), 0)
+
     def _read_pdu(self) -> str | None:
         self._deadline = time.monotonic() + self._pdu_seconds
         self._receive(self._header)
@@ -281,7 +290,9 @@ class MessageReader:
         if end > self._maximum_object_bytes:
             raise OSError("the data set is too long")
         if end > len(self._buffer):
-            grown = bytearray(max(end, 2 * len(self._buffer), _FIRST_BUFFER_BYTES))
+            length = max(end, 2 * len(self._buffer), _FIRST_BUFFER_BYTES)
+            self._budget.hold(id(self), length)
+            grown = bytearray(length)
             grown[: self._received] = memoryview(self._buffer)[: self._received]
             self._buffer = grown
         view = memoryview(self._buffer)
@@ -295,7 +306,7 @@ class MessageReader:
         status, comment = arrival.finish(view[:end])
         self._arrival = None
         if len(self._buffer) > _KEPT_BUFFER_BYTES:
-            self._buffer = bytearray()
+            self.release()
         maximum = int(self._association.requestor.maximum_length or 0)
         self._association.dul.socket.send(store_response(request, status, comment, maximum))
 
@@ -352,6 +363,7 @@ class _StreamingDul(DULServiceProvider):  # type: ignore[misc]
             super().run()
         finally:
             self.reader.abandon()
+            self.reader.release()
             self.reader.library_works.set()
 
     def _is_transport_event(self) -> bool:

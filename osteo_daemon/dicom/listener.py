@@ -16,12 +16,14 @@ import socket
 import struct
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from pynetdicom.transport import AssociationSocket, RequestHandler, ThreadedAssociationServer
 
 from osteo_daemon.dicom.admission import Network, allowed
+from osteo_daemon.dicom.buffers import BufferBudget
 from osteo_daemon.dicom.data_transfer import Begin, MessageReader, stream_stores
 from osteo_daemon.dicom.refusals import Refusals
 from osteo_daemon.dicom.tls import ListenerTls
@@ -39,7 +41,7 @@ class ListenerLimits:
     Attributes:
         networks: who may connect at all; nobody when empty.
         pending_per_address: connections of one address that are not yet associations.
-        pending: the same of all addresses.
+        pending: the same of all addresses; the address that has most gives way.
         associate_seconds: from connection to A-ASSOCIATE-RQ, TLS handshake included.
         pdu_seconds: for one PDU, once its first byte is there.
         maximum_pdu_bytes: as offered in negotiation.
@@ -50,7 +52,7 @@ class ListenerLimits:
     associate_seconds: float
     pdu_seconds: float
     maximum_pdu_bytes: int
-    maximum_object_bytes: int = 2 << 30
+    maximum_object_bytes: int
     pending_per_address: int = 64
     pending: int = 256
 
@@ -155,6 +157,7 @@ class _BoundedRequestHandler(RequestHandler):  # type: ignore[misc]
                 pdu_seconds=limits.pdu_seconds,
                 maximum_pdu_bytes=limits.maximum_pdu_bytes,
                 maximum_object_bytes=limits.maximum_object_bytes,
+                budget=self.server.budget,
             )
             stream_stores(association, reader)
         self.server.watch(association, self.request, self.client_address[0])
@@ -172,12 +175,14 @@ class HardenedServer(ThreadedAssociationServer):  # type: ignore[misc]
         *arguments: Any,
         limits: ListenerLimits,
         refusals: Refusals,
+        budget: BufferBudget,
         tls: ListenerTls | None = None,
         begin: Begin | None = None,
         **keywords: Any,
     ) -> None:
         self.limits = limits
         self.begin = begin
+        self.budget = budget
         self._refusals = refusals
         self._tls = tls
         self._lock = threading.Lock()
@@ -210,12 +215,14 @@ class HardenedServer(ThreadedAssociationServer):  # type: ignore[misc]
             return False
         with self._lock:
             self._connections = {key: entry for key, entry in self._connections.items() if not entry.ended}
-            silent = sorted((entry.since, key, entry.host) for key, entry in self._connections.items() if entry.silent)
-            own = [key for _since, key, owner in silent if owner == host]
-            excess = own[: max(len(own) + 1 - self.limits.pending_per_address, 0)]
-            if not excess and len(silent) >= self.limits.pending:
-                excess = [silent[0][1]]
-            evicted = [self._connections.pop(key) for key in excess]
+            silent = [(entry.host, entry.since, key) for key, entry in self._connections.items() if entry.silent]
+            counts = Counter(owner for owner, _since, _key in silent)
+            crowd = host if counts[host] >= self.limits.pending_per_address else ""
+            if not crowd and len(silent) >= self.limits.pending:
+                # the address that has most: a flood must not push out those who came for their first word
+                crowd = counts.most_common(1)[0][0]
+            oldest = min((entry for entry in silent if entry[0] == crowd), default=None)
+            evicted = [] if oldest is None else [self._connections.pop(oldest[2])]
             self._connections[id(request)] = _Connection(time.monotonic(), host, request, None)
         for entry in evicted:
             self.refuse(entry.host, "too many silent connections")

@@ -18,6 +18,7 @@ from pynetdicom import AE, _config, evt
 from osteo_daemon.certificates import certificate_of
 from osteo_daemon.dicom.admission import LIMIT_EXCEEDED, Admission, Caller, Rejection
 from osteo_daemon.dicom.arrivals import Arrivals, where
+from osteo_daemon.dicom.buffers import BufferBudget
 from osteo_daemon.dicom.commitment import CommitmentReport, answer_report, commitment_context
 from osteo_daemon.dicom.contexts import supported_contexts, verification_context
 from osteo_daemon.dicom.data_transfer import is_busy
@@ -94,6 +95,7 @@ class StorageScp:
         self._admission = Admission(settings.ae_title, sources, reporters, secured=files is not None)
         self._quota = Quota(quotas, sources, settings.maximum_associations)
         self._refusals = Refusals()
+        self._budget = BufferBudget(settings.maximum_buffered_bytes)
         self._arrivals = Arrivals(begin_file, store, self._quota, self._note, _association_id)
         self._senders: dict[str, _Sender] = {}
         self._lock = threading.Lock()
@@ -129,6 +131,7 @@ class StorageScp:
             associate_seconds=settings.acse_timeout_seconds,
             pdu_seconds=settings.dimse_timeout_seconds,
             maximum_pdu_bytes=settings.maximum_pdu_bytes,
+            maximum_object_bytes=settings.maximum_object_bytes,
         )
         handlers = [
             (evt.EVT_REQUESTED, self._on_requested),
@@ -147,6 +150,7 @@ class StorageScp:
                 server_class=HardenedServer,
                 limits=limits,
                 refusals=self._refusals,
+                budget=self._budget,
                 tls=tls,
                 begin=self._arrivals.begin,
             )

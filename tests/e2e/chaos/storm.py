@@ -216,6 +216,7 @@ ae_title = "{CALLING}"
 addresses = ["{LOOPBACK}"]
 [completeness]
 quiet_seconds = 3
+missing_wait_seconds = 3
 sweep_seconds = 0.5
 [screener]
 lease_seconds = 6

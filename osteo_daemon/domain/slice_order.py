@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from osteo_daemon.domain.completeness import SliceOrder, Slices
 
@@ -122,7 +123,7 @@ def _even(images: Sequence[ImageFacts]) -> Slices:
         return Slices()
     ordered = sorted(placed, key=lambda pair: pair[0])
     steps = [after[0] - before[0] for before, after in itertools.pairwise(ordered)]
-    step = min(steps)
+    step = fmean(width for width in steps if round(width / max(min(steps), SPACING_TOLERANCE_MM)) <= 1)
     if step <= SPACING_TOLERANCE_MM:
         return Slices()  # several images at one place: phases, sweeps, bolus tracking
     missing, numbered = 0, True

@@ -107,6 +107,8 @@ class StoredArrival:
                     source_ae=source_ae,
                     address=address,
                     association_id=self._arrivals.identify(association),
+                    # a C-MOVE of our own: nobody waits for this study
+                    fetched=self._request.move_originator == association.acceptor.ae_title.strip(),
                     file=self._file,
                 )
                 size = sum(map(len, received.parts))

@@ -44,6 +44,7 @@ _DATA_SET_TYPE = 0x0800
 _STATUS = 0x0900
 _ERROR_COMMENT = 0x0902
 _AFFECTED_SOP_INSTANCE = 0x1000
+_MOVE_ORIGINATOR = 0x1030
 _C_STORE_RQ = 0x0001
 _C_STORE_RSP = 0x8001
 _NO_DATA_SET = 0x0101
@@ -63,12 +64,17 @@ _DATA = "Evt10"  # P-DATA-TF received
 
 @dataclass(frozen=True, slots=True)
 class StoreRequest:
-    """What a C-STORE-RQ announces, before its data set."""
+    """What a C-STORE-RQ announces, before its data set.
+
+    Attributes:
+        move_originator: AE title of whoever had it sent by C-MOVE; empty when nobody had.
+    """
 
     message_id: int
     context_id: int
     sop_class_uid: str
     sop_instance_uid: str
+    move_originator: str = ""
 
 
 class Arrival(Protocol):
@@ -111,6 +117,7 @@ def read_store_request(command: bytes, context_id: int) -> StoreRequest | None:
             context_id=context_id,
             sop_class_uid=_uid(found[_AFFECTED_SOP_CLASS]),
             sop_instance_uid=_uid(found[_AFFECTED_SOP_INSTANCE]),
+            move_originator=found.get(_MOVE_ORIGINATOR, b"").decode("ascii", "replace").strip(" \x00"),
         )
     except (KeyError, struct.error, UnicodeDecodeError):
         return None

@@ -263,7 +263,6 @@ class ArchiveSettings(PeerTlsSettings):
     port: Port = 0
     url: Annotated[str, Field(pattern=r"^(https?://[^\s?#]+)?$")] = ""
     token_file: Path | None = None
-    authorities_file: Path | None = None
     maximum_matches: int = Field(default=500, ge=2)
 
     @model_validator(mode="after")
@@ -295,10 +294,9 @@ class DicomwebSettings(_Section):
     address: str = "127.0.0.1"
     source: AETitle = "DICOMWEB"
     priority: Literal["stat", "routine", "backfill"] = "routine"
+    tls: Literal["none", "server", "mutual"] = "none"
+    certificates: tuple[CertificateIdentity, ...] = ()
     token_file: Path | None = None
-    certificate_file: Path | None = None
-    key_file: Path | None = None
-    client_authorities_file: Path | None = None
     maximum_part_bytes: int = Field(default=512 * 1024**2, ge=1024)
     maximum_request_bytes: int = Field(default=8 * 1024**3, ge=1024)
     maximum_requests: int = Field(default=8, ge=1)
@@ -308,14 +306,10 @@ class DicomwebSettings(_Section):
     def _nobody_unknown(self) -> DicomwebSettings:
         if not self.port:
             return self
-        if self.token_file is None and self.client_authorities_file is None:
-            raise ValueError("dicomweb needs token_file, or client_authorities_file for certificates of clients")
-        if (self.certificate_file is None) != (self.key_file is None):
-            raise ValueError("dicomweb.certificate_file and dicomweb.key_file go together")
-        if self.certificate_file is None and self.client_authorities_file is not None:
-            raise ValueError("dicomweb.client_authorities_file needs a certificate_file and a key_file of our own")
-        if self.certificate_file is None and not ipaddress.ip_address(self.address).is_loopback:
-            raise ValueError("dicomweb listens beyond loopback with a certificate only: set certificate_file")
+        if self.token_file is None and self.tls != "mutual":
+            raise ValueError('dicomweb needs a token_file, or tls = "mutual" for certificates of senders')
+        if self.tls == "none" and not ipaddress.ip_address(self.address).is_loopback:
+            raise ValueError('dicomweb listens beyond loopback over TLS only: tls = "server" or "mutual"')
         return self
 
 
@@ -422,6 +416,10 @@ class Settings(_Section):
         names = [destination.name for destination in self.destinations]
         if len(set(names)) != len(names):
             raise ValueError("two destinations share one name; give each [[destinations]] entry a name of its own")
+        if self.dicomweb.port and self.dicomweb.tls != "none":
+            missing = [key for key in ("certificate_file", "key_file", "ca_file") if getattr(self.tls, key) is None]
+            if missing:
+                raise ValueError(f"dicomweb.tls needs {', '.join(missing)} of [tls]")
         archives = [archive.name for archive in self.archives]
         if len(set(archives)) != len(archives):
             raise ValueError("two archives share one name; give each [[archives]] entry a name of its own")

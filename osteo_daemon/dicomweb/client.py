@@ -21,6 +21,7 @@ from dicomweb_client.web import DICOMwebClient
 from osteo_daemon.dicomweb.multipart import MultipartReader, Part, boundary_of
 from osteo_daemon.domain.archive import FoundSeries, FoundStudies, FoundStudy, Span, Target
 from osteo_daemon.errors import MalformedMessage, OsteoError, PeerBusy, PeerUnavailable, Refused
+from osteo_daemon.settings import ArchiveSettings, DestinationSettings
 
 DICOM: Final = "application/dicom"
 _DICOM_JSON: Final = "application/dicom+json"
@@ -69,29 +70,30 @@ class DicomwebClient:
     """One DICOMweb server.
 
     Args:
-        url: its base; ``/studies`` is below it.
-        token_file: a file with a bearer token, read at every request; None sends no credentials.
-        authorities_file: who may have signed its certificate; None takes the system's.
+        server: its base URL (``/studies`` is below it), who may have signed its certificate (else the system's
+            authorities), a certificate of our own, and a file with a bearer token, read at every request.
+        connect_timeout_seconds: for a connection.
+        answer_timeout_seconds: longest silence.
     """
 
     names_patients = False
 
     def __init__(
         self,
-        url: str,
-        token_file: Path | None,
-        authorities_file: Path | None = None,
+        server: ArchiveSettings | DestinationSettings,
         *,
         connect_timeout_seconds: float,
         answer_timeout_seconds: float,
     ) -> None:
-        self._url = url.rstrip("/")
+        self._url = server.url.rstrip("/")
         self._timeout = (connect_timeout_seconds, answer_timeout_seconds)
-        self._token_file = token_file
-        self.host = urlsplit(url).hostname or ""
+        self._token_file = server.token_file
+        self.host = urlsplit(self._url).hostname or ""
         self._session = requests.Session()
         self._session.trust_env = False  # credentials come from the settings, never from a ~/.netrc
-        self._session.verify = True if authorities_file is None else str(authorities_file)
+        self._session.verify = True if server.ca_file is None else str(server.ca_file)
+        if server.certificate_file is not None:
+            self._session.cert = (str(server.certificate_file), str(server.key_file or server.certificate_file))
         self._session.max_redirects = 0  # a redirect could take the token elsewhere
         self._qido: Any = DICOMwebClient(self._url, session=self._session, timeout=self._timeout)
         # whether and when to try again is decided by who asks

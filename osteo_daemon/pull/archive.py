@@ -114,9 +114,7 @@ class WebArchive:
     ) -> None:
         self._source = archive.ae_title or archive.name[:16].upper()
         self._client = DicomwebClient(
-            archive.url,
-            archive.token_file,
-            archive.authorities_file,
+            archive,
             connect_timeout_seconds=settings.pull.connect_timeout_seconds,
             answer_timeout_seconds=settings.pull.answer_timeout_seconds,
         )

@@ -49,6 +49,7 @@ _C_STORE_RQ = 0x0001
 _C_STORE_RSP = 0x8001
 _NO_DATA_SET = 0x0101
 
+_UID_LENGTH = 64  # PS3.5 9.1
 _COMMAND_BYTES = 1 << 20
 _FIRST_BUFFER_BYTES = 1 << 20
 _KEPT_BUFFER_BYTES = 8 << 20
@@ -119,7 +120,7 @@ def read_store_request(command: bytes, context_id: int) -> StoreRequest | None:
             sop_instance_uid=_uid(found[_AFFECTED_SOP_INSTANCE]),
             move_originator=found.get(_MOVE_ORIGINATOR, b"").decode("ascii", "replace").strip(" \x00"),
         )
-    except (KeyError, struct.error, UnicodeDecodeError):
+    except (KeyError, struct.error, ValueError):  # what is no ASCII too
         return None
 
 
@@ -423,7 +424,10 @@ def _us(value: bytes) -> tuple[int]:
 
 
 def _uid(value: bytes) -> str:
-    return value.rstrip(b"\x00 ").decode("ascii")
+    uid = value.rstrip(b"\x00 ").decode("ascii")
+    if len(uid) > _UID_LENGTH:
+        raise ValueError("too long")
+    return uid
 
 
 def _even(text: str, padding: bytes) -> bytes:

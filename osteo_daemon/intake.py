@@ -10,11 +10,13 @@ from types import MappingProxyType
 
 from osteo_daemon.dicom.compare import Comparison, compare_objects
 from osteo_daemon.dicom.received import ReceivedObject
-from osteo_daemon.domain.job import Priority
+from osteo_daemon.discards import Discards
+from osteo_daemon.domain.job import JobState, Priority
 from osteo_daemon.domain.study import SopInstance
-from osteo_daemon.errors import ConflictingInstance, StoreUnavailable
+from osteo_daemon.errors import ConflictingInstance, SpoolFull, StoreUnavailable
 from osteo_daemon.jobs.incoming import IncomingFile
 from osteo_daemon.jobs.records import RecordOutcome
+from osteo_daemon.jobs.room import Room
 from osteo_daemon.jobs.spool import Spool, StoredFile
 from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.log import get_logger
@@ -30,9 +32,20 @@ class DurableIntake:
         spool: where the bytes go.
         jobs: where the rows go.
         priorities: of new studies, by the AE title of their sender; routine for all others.
+        discards: what is not kept; without it everything is.
+        room: on the disk; without it every study may begin.
     """
 
-    def __init__(self, spool: Spool, jobs: JobStore, priorities: Mapping[str, Priority] = MappingProxyType({})) -> None:
+    def __init__(
+        self,
+        spool: Spool,
+        jobs: JobStore,
+        priorities: Mapping[str, Priority] = MappingProxyType({}),
+        discards: Discards | None = None,
+        room: Room | None = None,
+    ) -> None:
+        self._discards = discards
+        self._room = room
         self._spool = spool
         self._jobs = jobs
         self._priorities = priorities
@@ -42,11 +55,19 @@ class DurableIntake:
         """Make an object durable: file first, then its row; returning means both are on disk.
 
         Raises:
-            SpoolFull: no room.
+            SpoolFull: no room, or not enough to begin a new study.
             StoreUnavailable: the row was not committed.
             ConflictingInstance: other pixels are stored under this UID; these are in quarantine.
             OSError: the disk failed.
         """
+        if self._discards is not None and self._discards.take(received):
+            if received.file is not None:
+                received.file.discard()
+            return RecordOutcome.DISCARDED
+        if self._room is not None and self._room.is_low:
+            job = self._jobs.job(received.identifiers.study_instance_uid)
+            if job is None or job.state is not JobState.RECEIVING:
+                raise SpoolFull("little is free: no new study is begun")
         stored = self._write(received)
         instance = _instance(received, stored)
         outcome = self._record(received, instance)
@@ -66,6 +87,10 @@ class DurableIntake:
 
     def association_closed(self, association_id: str) -> None:
         """What was received over this association has no more to come."""
+        if self._discards is not None:
+            self._discards.association_closed(association_id)
+        if self._room is not None:
+            self._room.set_aside()
         if self._noted.pop(association_id, _NOT_YET) == _NOT_YET:
             return
         try:

@@ -12,7 +12,9 @@ from osteo_daemon.dicom.instance_availability import instance_availability_servi
 from osteo_daemon.dicom.normalized import NormalizedServices
 from osteo_daemon.dicom.performed_procedure import performed_procedure_service
 from osteo_daemon.dicom.storage_scp import StorageScp
+from osteo_daemon.discards import Discards
 from osteo_daemon.intake import DurableIntake, source_priorities
+from osteo_daemon.jobs.room import Room
 from osteo_daemon.jobs.spool import Spool
 from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.log import configure_logging, get_logger
@@ -36,7 +38,11 @@ class Receiver:
     def __init__(self, settings: Settings) -> None:
         self._spool = Spool(settings.spool_dir, minimum_free_bytes=settings.receiver.minimum_free_bytes)
         self._jobs = JobStore(settings.database_url)
-        intake = DurableIntake(self._spool, self._jobs, source_priorities(settings))
+        limits = settings.receiver
+        room = Room(settings.spool_dir, limits.minimum_free_bytes, limits.low_watermark_bytes)
+        intake = DurableIntake(
+            self._spool, self._jobs, source_priorities(settings), Discards(settings.accompanying), room
+        )
         self._destinations = settings.destinations
         leftovers = self._spool.remove_leftovers()
         self._jobs.forget_associations()
@@ -51,7 +57,10 @@ class Receiver:
             settings.quotas,
             begin_file=self._spool.begin,
             services=self._services(settings),
+            crowded=lambda: room.is_low,
         )
+        if not room.set_aside():
+            get_logger().warning("no_reserve", free_bytes=room.free_bytes, detail="no disk could be set aside")
         if leftovers:
             get_logger().info("leftovers_removed", count=leftovers)
         if not settings.sources:

@@ -214,19 +214,22 @@ def _run(
 ) -> None:
     from osteo_daemon.intake import DurableIntake
     from osteo_daemon.jobs.pull_rows import PulledState, PullState
+    from osteo_daemon.jobs.room import Room
     from osteo_daemon.jobs.spool import Spool
     from osteo_daemon.log import configure_logging
     from osteo_daemon.pull.archive import open_archive, taken_classes
     from osteo_daemon.pull.puller import Puller
 
     _own_spool(settings, entry)
-    spool = Spool(settings.spool_dir, minimum_free_bytes=settings.receiver.minimum_free_bytes)
+    limits = settings.receiver
+    spool = Spool(settings.spool_dir, minimum_free_bytes=limits.minimum_free_bytes)
+    room = Room(settings.spool_dir, limits.minimum_free_bytes, limits.low_watermark_bytes)
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stopping.set())
     with _progress(as_json) as tell:
         configure_logging(settings.log, "pull")
-        archive = open_archive(settings, entry, DurableIntake(spool, store), stopping)
+        archive = open_archive(settings, entry, DurableIntake(spool, store, room=room), stopping)
         puller = Puller(
             pace, store, spool, archive, entry.maximum_matches, taken_classes(settings.accompanying), stopping, tell
         )

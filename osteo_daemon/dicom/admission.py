@@ -22,6 +22,7 @@ Rejection = tuple[int, int, int]
 
 CALLED_UNKNOWN: Final[Rejection] = (0x01, 0x01, 0x07)
 CALLING_UNKNOWN: Final[Rejection] = (0x01, 0x01, 0x03)
+CONGESTION: Final[Rejection] = (0x02, 0x03, 0x01)
 LIMIT_EXCEEDED: Final[Rejection] = (0x02, 0x03, 0x02)
 
 

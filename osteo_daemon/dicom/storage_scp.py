@@ -16,7 +16,7 @@ from typing import Any
 from pynetdicom import AE, _config, evt
 
 from osteo_daemon.certificates import certificate_of
-from osteo_daemon.dicom.admission import LIMIT_EXCEEDED, Admission, Caller, Rejection
+from osteo_daemon.dicom.admission import CONGESTION, LIMIT_EXCEEDED, Admission, Caller, Rejection
 from osteo_daemon.dicom.arrivals import Arrivals, where
 from osteo_daemon.dicom.buffers import BufferBudget
 from osteo_daemon.dicom.commitment import CommitmentReport, answer_report, commitment_context
@@ -62,6 +62,7 @@ class StorageScp:
         quotas: what one sender may take.
         begin_file: a place for an object's bytes while they arrive.
         services: what sources may ask of us beside storing.
+        crowded: whether room is so scarce that sources of backfill wait.
 
     Raises:
         ConfigurationError: the address cannot be listened on, or the certificates cannot be used.
@@ -80,12 +81,15 @@ class StorageScp:
         *,
         begin_file: Callable[[], Incoming],
         services: NormalizedServices = NormalizedServices(),  # noqa: B008 - frozen
+        crowded: Callable[[], bool] = lambda: False,
     ) -> None:
         _config.LOG_HANDLER_LEVEL = "none"  # its own event log prints titles and addresses of every PDU
         self._settings = settings
         self._closed = closed
         self._reported = reported
         self._services = services
+        self._crowded = crowded
+        self._backfill = frozenset(source.ae_title for source in sources if source.priority == "backfill")
         self._commitments = services.has_actions or any(
             entry.kind == "dicom" and entry.commitment == "storage-commitment" for entry in destinations
         )
@@ -115,9 +119,9 @@ class StorageScp:
     def _listen(self, port: int, tls: ListenerTls | None) -> HardenedServer:
         settings = self._settings
         entity = AE(ae_title=settings.ae_title)
-        entity.supported_contexts = [*supported_contexts(), *self._services.contexts()]
+        contexts = [*supported_contexts(), *self._services.contexts()]
         if self._commitments:
-            entity.supported_contexts = [*entity.supported_contexts, commitment_context()]
+            contexts.append(commitment_context())
         entity.implementation_class_uid = IMPLEMENTATION_CLASS_UID
         entity.implementation_version_name = "OSTEO_DAEMON"
         entity.maximum_pdu_size = settings.maximum_pdu_bytes
@@ -146,6 +150,7 @@ class StorageScp:
             server: HardenedServer = entity.make_server(
                 (settings.address, port),
                 ae_title=settings.ae_title,
+                contexts=contexts,
                 evt_handlers=handlers,
                 server_class=HardenedServer,
                 limits=limits,
@@ -224,6 +229,9 @@ class StorageScp:
             decision = self._admission.judge(caller)
             if decision.reason:
                 self._reject(association, caller, decision.reason, decision.rejection)
+                return
+            if caller.calling_ae_title in self._backfill and self._crowded():
+                self._reject(association, caller, "little room is left: backfill waits", CONGESTION)
                 return
             over = self._quota.admit(
                 _association_id(association), caller.calling_ae_title, caller.address, association.is_alive

@@ -19,6 +19,7 @@ class RecordOutcome(StrEnum):
     REPLACED = "replaced"  # same pixels and geometry, other header or transfer syntax: a new revision
     CONFLICT = "conflict"  # other bytes under a known UID: nothing changed; the caller decides what they are
     OWN_RESULT = "own_result"  # one of our own report objects came back: nothing changed
+    DISCARDED = "discarded"  # it only travels with a CT and isn't wanted: acknowledged, not written
 
 
 class ReportKind(StrEnum):

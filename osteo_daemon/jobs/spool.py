@@ -18,6 +18,7 @@ from pathlib import Path
 
 from osteo_daemon.errors import ConfigurationError, SpoolFull
 from osteo_daemon.jobs.incoming import Buffer, IncomingFile
+from osteo_daemon.jobs.room import give_up_reserve
 
 AREAS = ("received", "reports", "quarantine")
 """Folders of the spool that hold what must not be lost."""
@@ -26,6 +27,7 @@ _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NAME_LENGTH = 32
 _CONTENT_LENGTH = 16
 _PLACE_ATTEMPTS = 20
+_ROOM_TO_COMMIT_BYTES = 16 << 20  # the row of a report must find room, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +98,22 @@ class Spool:
         return self._keep(incoming, self._series_folder(study_instance_uid, series_instance_uid), sop_instance_uid)
 
     def store_report(self, study_instance_uid: str, sop_instance_uid: str, parts: Iterable[Buffer]) -> StoredFile:
-        """Make a report object durable, before the store commits it.
+        """Make a report object durable, before the store commits it; on a full disk the reserve is given up for it.
 
         Raises:
             SpoolFull: no room; nothing is left behind.
             OSError: the disk failed.
         """
-        return self._store(self.root / "reports" / _fan_out(study_instance_uid), sop_instance_uid, parts)
+        folder, listed = self.root / "reports" / _fan_out(study_instance_uid), list(parts)
+        try:
+            stored = self._store(folder, sop_instance_uid, listed)
+        except SpoolFull:
+            if not give_up_reserve(self.root):
+                raise
+            stored = self._store(folder, sop_instance_uid, listed)
+        if shutil.disk_usage(self.root).free < _ROOM_TO_COMMIT_BYTES:
+            give_up_reserve(self.root)
+        return stored
 
     def quarantine(self, study_instance_uid: str, sop_instance_uid: str, stored: StoredFile) -> StoredFile:
         """Move a received file to where nothing reads it.

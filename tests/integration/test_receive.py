@@ -326,7 +326,9 @@ def test_objects_that_accompany_a_ct_are_kept_and_start_no_screening(shared: tup
     (path,) = write_ct(tmp_path, count=1, SOPClassUID="1.2.840.10008.5.1.4.1.1.7")
     assert storescu(port, [path]).returncode == 0
     store = _store(state)
-    assert store.job(_study(path)) is None
+    job = store.job(_study(path))
+    assert job is not None
+    assert job.state is JobState.EXCLUDED
     stored = store.stored_instance(str(dcmread(path).SOPInstanceUID))
     assert stored is not None
     assert stored.path.exists()

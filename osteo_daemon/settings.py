@@ -378,6 +378,28 @@ class SiteSettings(_Section):
     trend: bool = True
 
 
+class AuditSettings(_Section):
+    """Audit messages of DICOM (PS3.15 A.5), kept until an audit repository has them; without a host they stay here."""
+
+    enabled: bool = False
+    host: str = ""
+    port: Annotated[int, Field(ge=1, le=65535)] = 6514
+    transport: Literal["tls", "udp"] = "tls"
+    ca_file: Path | None = None
+    certificate_file: Path | None = None
+    key_file: Path | None = None
+    server_name: str = ""
+    timeout_seconds: Seconds = 10
+    spool_maximum_bytes: int = Field(default=200 * 1000**2, ge=100_000)
+    source_id: str = ""
+
+    @model_validator(mode="after")
+    def _whom_to_believe(self) -> AuditSettings:
+        if self.enabled and self.host and self.transport == "tls" and self.ca_file is None:
+            raise ValueError("audit.transport tls needs ca_file: who may have signed the repository's certificate")
+        return self
+
+
 class LogSettings(_Section):
     """Where log lines go: standard error, as text or JSON."""
 
@@ -409,6 +431,7 @@ class Settings(_Section):
     commitment_scp: CommitmentScpSettings = CommitmentScpSettings()
     backup: BackupSettings = BackupSettings()
     site: SiteSettings = SiteSettings()
+    audit: AuditSettings = AuditSettings()
     log: LogSettings = LogSettings()
 
     @model_validator(mode="after")

@@ -1,18 +1,20 @@
-"""Self-supervised pretraining: the encoder learns to read a vertebra's radiomic texture from an augmented view.
+"""Self-supervised pretraining: the encoder learns bone texture from vertebrae without labels.
 
-    python -m train.pretrain --data runs/cohort --out runs/pretrain
+    python -m train.pretrain --data runs/cohort --out runs/pretrain --mechanism abc
     python -m train.multitask --data runs/cohort --encoder runs/pretrain/encoder.pt
 
-Mechanism (a) of our reading of the paper: predict the standardised radiomic vector, smooth L1. No label is used and the
-external hospital never enters. Augmentations are those of `train.data.Augmentation`, which change no texture. The
-result is judged by a linear probe: ridge regression from frozen features to sBMD, beside the same encoder untrained.
+The mechanisms are those of our reading of the paper (`train.mechanisms`), in any combination: a, regression of the
+radiomic vector; b, contrast between neighbours in the texture feature pool; c, masked reconstruction with texture
+consistency. The default was chosen by linear probes (train/LOG.md, docs/results/pretraining.json). No label is used
+and the external hospital never enters. Augmentations are those of `train.data.Augmentation`, which change no texture;
+a test holds them to that and shows that blur, gamma and others fail it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,220 +25,269 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from osteo_daemon.imaging.texture import discretise, texture_features
 from osteo_daemon.network.config import MoEConfig
 from osteo_daemon.network.encoder import VertebraEncoder
-from train.data import Augmentation, VoiSet, batches, digest_of, open_set
-from train.loop import to_device
-from train.metrics import pearson
+from train.data import Augmentation, VoiSet, open_set
+from train.mechanisms import SelfSupervised, contrast_loss, mask_blocks, reconstruction_loss, to_window
 from train.optim import adamw, learning_rate_at
+from train.pool import Pool, build_pool, open_pool
+from train.probe import linear_probe
 
-CORE_RADII_MM: Final = (8.0, 9.0, 12.0)
-"""Half axes (caudal, posterior, left) of the region whose texture is learnt: trabecular in every lumbar body."""
-LOW_HU: Final = -200.0
-BIN_WIDTH_HU: Final = 25.0
-GREY_LEVELS: Final = 32
-CLIP_SD: Final = 5.0
-MINIMUM_STRATUM: Final = 20
+MECHANISMS: Final = "abc"
 
 
 @dataclass(frozen=True, slots=True)
 class PretrainConfig:
-    """How to pretrain; ours, none of it is published."""
+    """How to pretrain; ours, none of it is published.
 
+    Attributes:
+        mechanism: letters out of `MECHANISMS`; their losses are added.
+        epochs: each is as many steps as full batches of training vertebrae.
+        batch_size: views in a step; with mechanism b half of them are anchors, half their positives.
+        learning_rate, weight_decay: AdamW's.
+        neighbours: mechanism b draws the positive among this many.
+        temperature: mechanism b's.
+        masked_share: mechanism c blanks this share of the blocks.
+        texture_weight: mechanism c's, of local texture against voxels.
+        weight_a, weight_b, weight_c: of the losses.
+        seed: of everything random.
+    """
+
+    mechanism: str = "a"
     epochs: int = 10
     batch_size: int = 32
     learning_rate: float = 1e-3
     weight_decay: float = 0.02
+    neighbours: int = 5
+    temperature: float = 0.1
+    masked_share: float = 0.5
+    texture_weight: float = 0.5
+    weight_a: float = 1.0
+    weight_b: float = 0.2
+    weight_c: float = 1.0
     seed: int = 0
 
-
-class TexturePredictor(nn.Module):
-    """The encoder with a linear head for the radiomic vector; only the encoder is kept."""
-
-    def __init__(self, config: MoEConfig, features: int) -> None:
-        super().__init__()
-        self.encoder = VertebraEncoder(config)
-        self.head = nn.Sequential(nn.LayerNorm(self.encoder.width), nn.Linear(self.encoder.width, features))
-
-    def forward(self, hu: Tensor) -> Tensor:
-        """(B, D, H, W) HU to (B, F) standardised radiomic features."""
-        return torch.as_tensor(self.head(self.encoder(hu)))
+    def __post_init__(self) -> None:
+        if (
+            not self.mechanism
+            or set(self.mechanism) - set(MECHANISMS)
+            or len(set(self.mechanism)) < len(self.mechanism)
+        ):
+            raise ValueError(f"mechanism must be made of the letters {MECHANISMS}, each once, got {self.mechanism!r}")
+        if "b" in self.mechanism and (self.batch_size < 4 or self.batch_size % 2):
+            raise ValueError("mechanism b needs an even batch of at least 4")
 
 
-def core_mask(config: MoEConfig) -> Tensor:
-    """(D, H, W) True inside the ellipsoid of `CORE_RADII_MM`."""
-    axes = [(torch.arange(n) - (n - 1) / 2) * config.voi_spacing_mm for n in config.voi_shape]
-    grid = torch.meshgrid(*axes, indexing="ij")
-    squares = [(axis / radius) ** 2 for axis, radius in zip(grid, CORE_RADII_MM, strict=True)]
-    return torch.stack(squares).sum(0) <= 1.0
+@dataclass(frozen=True, slots=True, eq=False)
+class Material:
+    """What training draws from: N vertebrae of the training part.
 
-
-def radiomic_vectors(data: VoiSet, config: MoEConfig, folder: Path) -> tuple[npt.NDArray[np.float64], list[str]]:
-    """(N, F) features of every VOI's core and their names; computed once and kept in ``folder``."""
-    values_file, names_file = folder / "radiomics.npy", folder / "radiomics.json"
-    key = digest_of(
-        {"cohort": data.config["sha256"], "core": CORE_RADII_MM, "bins": [LOW_HU, BIN_WIDTH_HU, GREY_LEVELS]}
-    )
-    if names_file.exists() and json.loads(names_file.read_text())["key"] == key:
-        return np.load(values_file, allow_pickle=False), json.loads(names_file.read_text())["names"]
-    mask = core_mask(config)
-    inside = mask.nonzero()
-    low, high = inside.min(0).values, inside.max(0).values + 1
-    box = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
-    names: list[str] = []
-    rows = []
-    everything = np.arange(len(data.rows))
-    total = -(-len(everything) // 32)
-    for batch in tqdm(batches(data, everything, config, [], 32), total=total, desc="radiomics", mininterval=2):
-        hu = batch.hu[(slice(None), *box)]
-        grey = discretise(hu, mask[box].expand_as(hu), LOW_HU, BIN_WIDTH_HU, GREY_LEVELS)
-        found = texture_features(grey, GREY_LEVELS)
-        names = sorted(found)
-        rows.append(torch.stack([found[name] for name in names], dim=1).numpy())
-    values = np.concatenate(rows)
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(values_file, values)
-    names_file.write_text(json.dumps({"key": key, "names": names}))
-    return values, names
-
-
-def standardise(
-    values: npt.NDArray[np.float64], strata: list[str], fit: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float32]:
-    """Mean 0 and SD 1 within each acquisition stratum, fitted on the rows ``fit`` only.
-
-    Run length and other features shift with slice thickness and kernel, which the encoder shall not learn.
-    A stratum with too few rows uses the whole of ``fit``. Clipped to `CLIP_SD`.
+    Attributes:
+        rows: (N,) rows of the data set.
+        vectors: (N, F) standardised radiomic vectors.
+        neighbours: (N, k) positions of nearest neighbours of other patients.
+        reach: (N,) distance of the farthest of them.
+        patient: (N,) number of the patient.
     """
-    result = np.zeros_like(values, dtype=np.float32)
-    labels = np.array(strata)
-    for stratum in np.unique(labels):
-        members = labels == stratum
-        source = fit[members[fit]]
-        if len(source) < MINIMUM_STRATUM:
-            source = fit
-        mean, sd = values[source].mean(0), values[source].std(0)
-        scaled = (values[members] - mean) / np.where(sd > 1e-9, sd, 1.0)
-        result[members] = np.clip(scaled, -CLIP_SD, CLIP_SD)
-    return result
+
+    rows: npt.NDArray[np.int64]
+    vectors: Tensor
+    neighbours: npt.NDArray[np.int64]
+    reach: Tensor
+    patient: Tensor
+
+    @classmethod
+    def of(cls, data: VoiSet, pool: Pool, count: int) -> Material:
+        """The pool's vertebrae that come from this data set.
+
+        Raises:
+            ValueError: there is none, or one is not of the training part.
+        """
+        part, rows = pool.of_source(data.config["sha256"])
+        if any(data.rows[i].part != "train" for i in rows):
+            raise ValueError("the pool holds vertebrae that are not of the training part")
+        vectors = torch.from_numpy(part.values)
+        neighbours = part.neighbours(count) if count else np.zeros((len(rows), 0), dtype=np.int64)
+        reach = torch.zeros(len(rows))
+        if count:
+            # a little more, for rounding: the farthest neighbour itself lies within
+            reach = (vectors[neighbours[:, -1]] - vectors).norm(dim=1) * 1.0001 + 1e-4
+        patient = torch.from_numpy(np.unique(part.patients, return_inverse=True)[1])
+        return cls(rows, vectors, neighbours, reach, patient)
+
+    def alike(self, anchors: npt.NDArray[np.int64], positives: npt.NDArray[np.int64]) -> Tensor:
+        """(B, B) pairs that are no negatives: of one patient, or as near as the anchor's own neighbours."""
+        first, second = self.vectors[anchors], self.vectors[positives]
+        distance = torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist")
+        near = distance <= self.reach[anchors][:, None]
+        return near | (self.patient[anchors][:, None] == self.patient[positives][None])
 
 
-def stratum_of(kernel: str, thickness_mm: float) -> str:
-    """Acquisition stratum of a scan."""
-    return f"{kernel}/{'thin' if thickness_mm < 1.5 else 'middle' if thickness_mm < 3.5 else 'thick'}"
+def draw(material: Material, config: PretrainConfig, epoch: int, step: int) -> npt.NDArray[np.int64]:
+    """(B,) positions in the material of one step's views; with mechanism b positives follow their anchors."""
+    order = np.random.default_rng([config.seed, epoch]).permutation(len(material.rows))
+    size = config.batch_size
+    chosen = order[step * size : (step + 1) * size]
+    if "b" not in config.mechanism:
+        return chosen
+    anchors = chosen[: len(chosen) // 2]
+    rng = np.random.default_rng([config.seed, epoch, step, 1])
+    positives = material.neighbours[anchors, rng.integers(material.neighbours.shape[1], size=len(anchors))]
+    return np.concatenate([anchors, positives])
+
+
+def views(
+    data: VoiSet, rows: npt.NDArray[np.int64], network: MoEConfig, augmentation: Augmentation, seed: tuple[int, ...]
+) -> Tensor:
+    """(B, D, H, W) augmented HU, each with a generator of its own, so that nothing depends on what was drawn before."""
+    made = []
+    for number, row in enumerate(rows):
+        rng = np.random.default_rng([*seed, number, int(row)])
+        made.append(augmentation.apply(data.hu[row].astype(np.float32), rng, network.voi_shape))
+    return torch.from_numpy(np.stack(made))
+
+
+def losses_of(
+    model: SelfSupervised,
+    hu: Tensor,
+    chosen: npt.NDArray[np.int64],
+    material: Material,
+    config: PretrainConfig,
+    network: MoEConfig,
+    mask_seed: int,
+) -> dict[str, Tensor]:
+    """Weighted loss of each mechanism for one batch of views; one pass through the encoder serves all."""
+    seen, masked = hu, None
+    if "c" in config.mechanism:
+        seen, masked = mask_blocks(hu, config.masked_share, torch.Generator().manual_seed(mask_seed))
+    maps = model.encoder.maps(seen)
+    pooled = model.encoder.pool(maps)
+    found: dict[str, Tensor] = {}
+    if model.vector is not None:
+        target = material.vectors[chosen].to(hu.device)
+        found["a"] = config.weight_a * functional.smooth_l1_loss(model.vector(pooled), target)
+    if model.projection is not None:
+        first, second = model.projection(pooled).chunk(2)
+        anchors, positives = np.split(chosen, 2)
+        alike = material.alike(anchors, positives).to(hu.device)
+        found["b"] = config.weight_b * contrast_loss(first, second, alike, config.temperature)
+    if model.decoder is not None and masked is not None:
+        loss = reconstruction_loss(model.decoder(maps), to_window(hu, network), masked, config.texture_weight)
+        found["c"] = config.weight_c * loss
+    return found
 
 
 def pretrain(
-    data: VoiSet, folder: Path, config: PretrainConfig, network: MoEConfig, device: torch.device
+    data: VoiSet,
+    folder: Path,
+    config: PretrainConfig,
+    network: MoEConfig,
+    device: torch.device,
+    pool: Pool,
+    *,
+    probe: bool = True,
 ) -> dict[str, Any]:
     """Train, or go on from ``folder/last.pt``; writes encoder.pt and summary.json.
 
+    Args:
+        pool: holds the training vertebrae of ``data``.
+        probe: judge the encoder by `train.probe`, beside the same one untrained.
+
     Raises:
-        ValueError: the folder holds a run with other settings.
+        ValueError: the folder holds a run with other settings, or pool and data do not belong together.
     """
     folder.mkdir(parents=True, exist_ok=True)
     settings = json.loads(
-        json.dumps({"cohort": data.config["sha256"], "config": asdict(config), "network": network.to_json()})
+        json.dumps(
+            {
+                "cohort": data.config["sha256"],
+                "pool": pool.version,
+                "config": asdict(config),
+                "network": network.to_json(),
+                "augmentation": asdict(Augmentation()),
+            }
+        )
     )
     stamp = folder / "settings.json"
     if stamp.exists() and json.loads(stamp.read_text()) != settings:
         raise ValueError(f"{folder} holds a run with other settings; remove it or choose another folder")
     stamp.write_text(json.dumps(settings, indent=1))
-    indices = data.indices("train")
-    values, _ = radiomic_vectors(data, network, folder)
-    target = torch.from_numpy(
-        standardise(values, [stratum_of(row.kernel, row.thickness_mm) for row in data.rows], indices)
-    ).to(device)
+    material = Material.of(data, pool, config.neighbours if "b" in config.mechanism else 0)
     torch.manual_seed(config.seed)
-    model = TexturePredictor(network, target.shape[1]).to(device)
-    untrained = {name: value.clone() for name, value in model.encoder.state_dict().items()}
+    untrained = VertebraEncoder(network)
+    model = SelfSupervised(network, config.mechanism, material.vectors.shape[1])
+    model.encoder.load_state_dict(untrained.state_dict())
+    model.to(device)
     optimiser = adamw(model, config.learning_rate, config.weight_decay)
-    steps_per_epoch = max(1, len(indices) // config.batch_size)
-    start, losses = 0, []
+    steps_per_epoch = max(1, len(material.rows) // config.batch_size)
+    start, history = 0, list[dict[str, float]]()
     last = folder / "last.pt"
     if last.exists():
         saved = torch.load(last, map_location=device, weights_only=True)
         model.load_state_dict(saved["model"])
         optimiser.load_state_dict(saved["optimiser"])
-        start, losses = int(saved["epoch"]), list(saved["losses"])
+        start, history = int(saved["epoch"]), list(saved["history"])
     for epoch in range(start, config.epochs):
         model.train()
-        seen = []
-        steps = batches(
-            data,
-            indices,
-            network,
-            [],
-            config.batch_size,
-            augmentation=Augmentation(),
-            seed=config.seed,
-            epoch=epoch,
-            keep_last=len(indices) < config.batch_size,
-        )
-        for number, batch in enumerate(tqdm(steps, total=steps_per_epoch, desc=f"pretrain {epoch + 1}", mininterval=2)):
+        seen: list[dict[str, float]] = []
+        for step in tqdm(range(steps_per_epoch), desc=f"pretrain {epoch + 1}/{config.epochs}", mininterval=2):
             rate = learning_rate_at(
-                epoch * steps_per_epoch + number, config.epochs * steps_per_epoch, config.learning_rate, steps_per_epoch
+                epoch * steps_per_epoch + step, config.epochs * steps_per_epoch, config.learning_rate, steps_per_epoch
             )
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            moved = to_device(batch, device)
-            loss = functional.smooth_l1_loss(model(moved.hu), target[moved.index])
+            chosen = draw(material, config, epoch, step)
+            hu = views(data, material.rows[chosen], network, Augmentation(), (config.seed, epoch, step)).to(device)
+            parts = losses_of(
+                model, hu, chosen, material, config, network, (config.seed * 1_000_003 + epoch) * 1_000_003 + step
+            )
+            loss = torch.stack(list(parts.values())).sum()
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
-            seen.append(float(loss.detach()))
-        losses.append(float(np.mean(seen)))
+            seen.append({"loss": float(loss.detach()), **{name: float(part.detach()) for name, part in parts.items()}})
+        history.append({name: float(np.mean([entry[name] for entry in seen])) for name in seen[0]})
+        temporary = last.with_suffix(".part")
         torch.save(
-            {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "epoch": epoch + 1, "losses": losses},
-            last,
+            {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "epoch": epoch + 1, "history": history},
+            temporary,
         )
+        temporary.replace(last)
     torch.save({"encoder": model.encoder.state_dict()}, folder / "encoder.pt")
-    probe = linear_probe(model.encoder, data, network, device)
-    blank = VertebraEncoder(network).to(device)
-    blank.load_state_dict(untrained)
-    summary = {
-        "losses": losses,
-        "features": int(target.shape[1]),
-        "probe_pearson": probe,
-        "probe_pearson_untrained": linear_probe(blank, data, network, device),
+    summary: dict[str, Any] = {
+        "mechanism": config.mechanism,
+        "history": history,
+        "vertebrae": len(material.rows),
+        "features": int(material.vectors.shape[1]),
     }
+    if probe:
+        summary["probe"] = linear_probe(model.encoder, data, network, device)
+        summary["probe_untrained"] = linear_probe(untrained.to(device), data, network, device)
     (folder / "summary.json").write_text(json.dumps(summary, indent=1))
     return summary
 
 
-def linear_probe(
-    encoder: VertebraEncoder, data: VoiSet, network: MoEConfig, device: torch.device, ridge: float = 1.0
-) -> float:
-    """Correlation with the true sBMD of validation vertebrae of a ridge regression fitted on labelled training ones."""
-
-    def features(part: Any) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        indices = data.indices(part, labelled=True)
-        with torch.inference_mode():
-            found = [encoder(batch.hu.to(device)).cpu() for batch in batches(data, indices, network, [], 32)]
-        return torch.cat(found).double().numpy(), np.array([data.rows[i].sbmd_g_cm2 for i in indices], dtype=np.float64)
-
-    encoder.eval()
-    x, y = features("train")
-    mean, sd = x.mean(0), x.std(0) + 1e-6
-    x = (x - mean) / sd
-    weights = np.linalg.solve(x.T @ x + ridge * len(x) / 100 * np.eye(x.shape[1]), x.T @ (y - y.mean()))
-    test, true = features("val")
-    return pearson((test - mean) / sd @ weights, true)
-
-
 def main() -> None:
-    """Command line of ``python -m train.pretrain``."""
+    """Command line of ``python -m train.pretrain``; every field of `PretrainConfig` is an option."""
     parser = argparse.ArgumentParser(description="self-supervised pretraining on radiomic texture")
     parser.add_argument("--data", type=Path, default=Path("runs/cohort"))
+    parser.add_argument("--pool", type=Path, help="folder of train.pool; built beside the run when not given")
     parser.add_argument("--out", type=Path, default=Path("runs/pretrain"))
-    parser.add_argument("--epochs", type=int, default=PretrainConfig().epochs)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    given = parser.parse_args()
-    config = PretrainConfig(epochs=given.epochs, seed=given.seed)
-    summary = pretrain(open_set(given.data), given.out, config, MoEConfig(), torch.device(given.device))
+    defaults = PretrainConfig()
+    for field in fields(PretrainConfig):
+        value = getattr(defaults, field.name)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(value), default=value)
+    given = vars(parser.parse_args())
+    config = PretrainConfig(**{field.name: given[field.name] for field in fields(PretrainConfig)})
+    network = MoEConfig()
+    pool = (
+        build_pool([given["data"]], given["out"] / "pool", network)
+        if given["pool"] is None
+        else open_pool(given["pool"])
+    )
+    summary = pretrain(open_set(given["data"]), given["out"], config, network, torch.device(given["device"]), pool)
     print(json.dumps(summary, indent=1))
 
 

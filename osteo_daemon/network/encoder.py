@@ -150,7 +150,12 @@ class VertebraEncoder(nn.Module):
 
     def forward(self, hu: Tensor) -> Tensor:
         """(B, D, H, W) HU to (B, 2C) pooled features."""
-        maps = self.maps(hu).flatten(2).float()
+        return self.pool(self.maps(hu))
+
+    @staticmethod
+    def pool(maps: Tensor) -> Tensor:
+        """(B, C, d, h, w) feature maps to their (B, 2C) means and standard deviations over space."""
+        maps = maps.flatten(2).float()
         mean = maps.mean(2)
         # the root of a plain variance has no gradient at zero
         sd = (maps.var(2, unbiased=False) + 1e-5).sqrt() - math.sqrt(1e-5)

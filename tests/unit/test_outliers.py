@@ -20,9 +20,9 @@ from osteo_daemon.inference.vertebra_network import VertebraNetwork
 from osteo_daemon.network.config import MoEConfig
 from osteo_daemon.network.multitask import MultitaskMoE
 from osteo_daemon.network.outlier import OUTLIERS_NAME, OutlierModel
+from tests.easy_vois import NETWORK, easy_set
 from tests.unit.test_network_inference import CONFIG as TOY
 from tests.unit.test_network_inference import make_bundle
-from tests.unit.test_train import NETWORK, easy_set
 from train.data import VoiSet, open_set
 from train.outliers import ALTERATIONS, bundle_parts, fit_outliers, measure_outliers
 

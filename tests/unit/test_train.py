@@ -13,79 +13,19 @@ import torch
 
 from osteo_daemon.inference.bundle import read_bundle
 from osteo_daemon.inference.vertebra_network import VertebraNetwork
-from osteo_daemon.network.config import MoEConfig
 from osteo_daemon.network.multitask import MultitaskMoE
+from tests.easy_vois import LOOP, NETWORK, SHAPE, easy_set
 from train import truth
 from train.cohort import CohortConfig, draw_patient, make_cohort
-from train.data import MARGIN_VOXELS, NO_LABEL, Augmentation, VoiRow, batches, digest_of, open_set, write_table
+from train.data import MARGIN_VOXELS, NO_LABEL, Augmentation, batches, open_set
 from train.evaluate import HuModel, evaluate_run, fit_calibration, run_network
 from train.export import export_run
-from train.loop import LoopConfig, load_run
+from train.loop import load_run
 from train.losses import LossWeights, balance_loss, bmd_loss, device_loss, diagnosis_loss
 from train.metrics import auc, balanced_accuracy, cluster_bootstrap, expected_calibration_error, regression
 from train.multitask import run_training
 from train.optim import MovingAverage, learning_rate_at
-from train.pretrain import PretrainConfig, core_mask, pretrain, standardise
 from train.splits import check_disjoint, part_of
-
-SHAPE = (16, 24, 32)
-NETWORK = MoEConfig(
-    voi_shape=SHAPE,
-    voi_spacing_mm=2.0,
-    stage_channels=(8, 8, 8, 8),
-    feature_width=16,
-    hu_width=8,
-    expert_width=8,
-    levels=("L1", "L2"),
-    bmd_levels=("L1", "L2"),
-)
-LOOP = LoopConfig(epochs=3, batch_size=16, patience=99, ema_decay=0.9, learning_rate=3e-3)
-
-
-def easy_set(folder: Path, patients: int = 80) -> Path:
-    """VOIs whose HU give the BMD away: what any sound training must learn."""
-    rng = np.random.default_rng(4)
-    stored = tuple(n + 2 * MARGIN_VOXELS for n in SHAPE)
-    rows, vois = [], []
-    for number in range(patients):
-        external = number % 5 == 4
-        sbmd = float(rng.uniform(0.6, 1.3))
-        for level in ("L1", "L2"):
-            density = 250.0 * (sbmd - 0.5)
-            hu = rng.normal(density, 20.0, stored)
-            hu[:, :, : stored[2] // 3] = -100.0 if level == "L1" else 300.0
-            vois.append(hu.astype(np.int16))
-            value = diag = None
-            if not external:
-                value, diag = sbmd, truth.diagnosis(truth.t_score(sbmd, level))
-            rows.append(
-                VoiRow(
-                    patient=f"p{number}",
-                    part=part_of(f"p{number}", external),
-                    site="s",
-                    device="Unseen" if external else truth.MAKERS[number % 3],
-                    level=level,
-                    age_years=60,
-                    sex="F",
-                    kvp=120.0,
-                    thickness_mm=1.0,
-                    kernel="soft",
-                    phase="native",
-                    density_mg_cm3=density,
-                    sbmd_g_cm2=sbmd,
-                    reading_g_cm2=value,
-                    target_sbmd_g_cm2=value,
-                    diagnosis=NO_LABEL if diag is None else diag,
-                    true_diagnosis=truth.diagnosis(truth.t_score(sbmd, level)),
-                )
-            )
-    folder.mkdir(parents=True)
-    np.save(folder / "voi.npy", np.stack(vois))
-    config: dict[str, Any] = {
-        **json.loads(json.dumps(CohortConfig(patients=patients, levels=("L1", "L2")).to_json())),
-    }
-    write_table(folder, rows, {**config, "sha256": digest_of(config)})
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -356,72 +296,6 @@ def test_export_gives_a_bundle_that_predicts_what_training_saw(finished: Path, t
     assert network.scale.t_score(truth.REFERENCE_MEAN_G_CM2 + truth.LEVEL_OFFSET_G_CM2["L1"], "L1") == pytest.approx(
         0.0, abs=1e-3
     )
-
-
-def test_pretraining_reads_texture_and_hands_its_encoder_on(easy: Path, tmp_path: Path) -> None:
-    data = open_set(easy)
-    config = PretrainConfig(epochs=4, batch_size=16, learning_rate=3e-3)
-    summary = pretrain(data, tmp_path / "pre", config, NETWORK, torch.device("cpu"))
-    assert summary["losses"][-1] < 0.9 * summary["losses"][0]
-    assert summary["probe_pearson"] > 0.5
-    again = pretrain(data, tmp_path / "pre", config, NETWORK, torch.device("cpu"))  # finished: nothing to train
-    assert again["losses"] == summary["losses"]
-    with pytest.raises(ValueError, match="other settings"):
-        pretrain(data, tmp_path / "pre", replace(config, seed=1), NETWORK, torch.device("cpu"))
-    encoder = tmp_path / "pre" / "encoder.pt"
-    loop = replace(LOOP, epochs=1, learning_rate=1e-9, ema_decay=0.0)
-    run_training(easy, tmp_path / "run", loop, NETWORK, LossWeights(), Augmentation(), torch.device("cpu"), encoder)
-    started = torch.load(encoder, weights_only=True)["encoder"]
-    kept = load_run(tmp_path / "run").network.encoder.state_dict()
-    for name, value in started.items():
-        torch.testing.assert_close(kept[name], value, rtol=1e-3, atol=1e-5)
-
-
-def test_strata_are_standardised_on_training_rows_only() -> None:
-    rng = np.random.default_rng(0)
-    values = np.concatenate([rng.normal(10, 2, (60, 3)), rng.normal(50, 9, (60, 3))])
-    fit = np.concatenate([np.arange(40), np.arange(60, 100)])
-    scaled = standardise(values, ["a"] * 60 + ["b"] * 60, fit)
-    for rows in (slice(0, 40), slice(60, 100)):
-        np.testing.assert_allclose(scaled[rows].mean(0), 0, atol=1e-5)
-        np.testing.assert_allclose(scaled[rows].std(0), 1, atol=1e-4)
-    changed = values.copy()
-    changed[40:60] += 1000  # rows outside the fit
-    np.testing.assert_array_equal(standardise(changed, ["a"] * 60 + ["b"] * 60, fit)[:40], scaled[:40])
-
-
-def test_augmented_views_keep_the_radiomic_vector_and_blur_does_not() -> None:
-    """Texture-preserving is tested: shifts, flips, small noise and offset pass, blur and gamma fail."""
-    from scipy import ndimage
-
-    from osteo_daemon.imaging.texture import discretise, texture_features
-
-    rng = np.random.default_rng(3)
-    config = MoEConfig()
-    shape = tuple(n + 2 * MARGIN_VOXELS for n in config.voi_shape)
-    hu = (150 + 45 * ndimage.gaussian_filter(rng.standard_normal(shape), 0.8) / 0.2).astype(np.float32)
-    mask = core_mask(config)
-
-    def vector(view: np.ndarray) -> np.ndarray:
-        grey = discretise(torch.from_numpy(view.copy())[None], mask[None], -200.0, 25.0, 32)
-        found = texture_features(grey, 32)
-        names = (
-            "glcm_contrast",
-            "glcm_joint_entropy",
-            "glrlm_small_emphasis",
-            "gldm_large_emphasis",
-            "histogram_entropy",
-        )
-        return np.array([float(found[name]) for name in names])
-
-    plain = vector(hu[tuple(slice(4, -4) for _ in range(3))])
-    for _ in range(5):
-        view = vector(Augmentation().apply(hu, rng))
-        np.testing.assert_allclose(view, plain, rtol=0.12)
-    blurred = vector(ndimage.gaussian_filter(hu, 1.0)[tuple(slice(4, -4) for _ in range(3))])
-    gamma = vector((np.clip(hu / 400, 0, 1) ** 0.5 * 400)[tuple(slice(4, -4) for _ in range(3))])
-    assert np.abs(blurred / plain - 1).max() > 0.3
-    assert np.abs(gamma / plain - 1).max() > 0.3
 
 
 # --- the cohort -------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The ablation table: ``python -m benchmarks.ablation`` after ``python -m train.ablation``.
 
-``--quick`` makes a tiny cohort of its own, trains a few rows for a moment and checks that what must hold does: the table
-has the same shape as the committed one and a trained network beats the population's mean.
+``--quick`` makes a tiny cohort of its own, trains two rows for a moment and checks what must hold even then: the table
+has the shape of the committed one, a trained network follows the truth and none is better than an ideal reader.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import json
 import tempfile
 from pathlib import Path
 from typing import Any, Final
-
-import numpy as np
 
 from benchmarks.results import RESULTS, write_result
 from train.ablation import Budget, run_all
@@ -47,17 +45,12 @@ def faults(quick: dict[str, Any], committed: dict[str, Any] | None) -> list[str]
         if row["rmse"][0] < ideal * 0.8:
             found.append(f"{part}: an RMSE of {row['rmse'][0]} below the ideal reader's {ideal} means a leak")
         for name in QUICK_ROWS:
-            values = [v for cell in quick[part]["variants"][name].values() for v in cell]
-            if not np.isfinite(values[:1]).all():
-                found.append(f"{part} {name}: figures that are no numbers")
+            if None in quick[part]["variants"][name]["mae"]:
+                found.append(f"{part} {name}: an error that is no number")
         if committed is not None:
-            missing = set(committed[part]["variants"]["full"]) ^ set(row)
-            if missing:
-                found.append(f"{part}: figures differ from the committed table's: {sorted(missing)}")
-            if set(committed[part]) != set(quick[part]):
-                found.append(
-                    f"{part}: tables differ from the committed ones: {set(committed[part]) ^ set(quick[part])}"
-                )
+            cells = set(committed[part]["variants"]["full"]) ^ set(row)
+            tables = set(committed[part]) ^ set(quick[part])
+            found += [f"{part}: not the committed table's shape: {sorted(odd)}" for odd in (cells, tables) if odd]
     return found
 
 

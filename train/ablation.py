@@ -40,7 +40,7 @@ SEEDS: Final = (0, 1, 2)
 PARTS: Final[tuple[Part, ...]] = ("test", "external")
 BASE: Final = MoEConfig(voi_shape=NETWORK_SHAPE, voi_spacing_mm=SPACING_MM)
 LOOP: Final = LoopConfig(
-    epochs=24, batch_size=32, learning_rate=1.5e-3, patience=1000, labelled_share=0.5, keep="last", ema_decay=0.99
+    epochs=18, batch_size=32, learning_rate=1.5e-3, patience=1000, labelled_share=0.5, keep="last", ema_decay=0.99
 )
 WEIGHTS: Final = LossWeights(logit_adjustment=0.65)
 AUGMENTATION: Final = Augmentation(shift_voxels=2, coarse=0.35, density=0.5)

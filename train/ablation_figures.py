@@ -62,7 +62,7 @@ BASELINE_TITLES: Final = {
 }
 CONTROLS: Final = {"one-device": "one-device-no-experts", "shuffled": "shuffled-no-experts"}
 
-Interval = list[float]
+Interval = list[float | None]
 
 
 def finished(root: Path, seeds: Sequence[int] = SEEDS) -> dict[str, list[int]]:
@@ -72,7 +72,7 @@ def finished(root: Path, seeds: Sequence[int] = SEEDS) -> dict[str, list[int]]:
 
 
 def figures_of(root: Path, data: VoiSet, repeats: int = 300, seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
-    """All tables. Intervals are [value, low, high].
+    """All tables. Intervals are [value, low, high], None where a class was missing.
 
     Args:
         root: of the runs of `train.ablation`.
@@ -178,7 +178,10 @@ def _difference_of_seeds(
 
 def _intervals(metrics: Mapping[str, Metric], rows: Sequence[VoiRow], repeats: int) -> dict[str, Interval]:
     found = with_intervals(metrics, rows, repeats)
-    return {name: [round(v[key], 5) for key in ("value", "low", "high")] for name, v in found.items()}
+    return {
+        name: [round(v[key], 5) if np.isfinite(v[key]) else None for key in ("value", "low", "high")]
+        for name, v in found.items()
+    }
 
 
 def markdown(figures: Mapping[str, Any]) -> str:
@@ -203,13 +206,9 @@ def markdown(figures: Mapping[str, Any]) -> str:
         for name, row in here["variants"].items():
             cells = [_cell(row.get(key)) for key, _ in columns]
             lines.append(f"| {VARIANTS[name].title} | {figures['runs'][name]['seeds']} | " + " | ".join(cells) + " |")
-        for name, row in here["baselines"].items():
-            lines.append(
-                f"| *{BASELINE_TITLES[name]}* | | " + " | ".join(_cell(row.get(key)) for key, _ in columns) + " |"
-            )
-        lines.append(
-            "| **ideal reader** | | " + " | ".join(_cell(here["ceiling"].get(key)) for key, _ in columns) + " |"
-        )
+        others = [(f"*{BASELINE_TITLES[name]}*", row) for name, row in here["baselines"].items()]
+        for title, row in [*others, ("**ideal reader**", here["ceiling"])]:
+            lines.append(f"| {title} | | " + " | ".join(_cell(row.get(key)) for key, _ in columns) + " |")
         compared = [(key, title) for key, title in shown if key in COMPARED and key in dict(columns)]
         lines += ["", "Full model minus the row, on the same patients:", ""]
         lines += ["| | " + " | ".join(title for _, title in compared) + " |", "|---|" + "---|" * len(compared)]
@@ -226,7 +225,8 @@ def markdown(figures: Mapping[str, Any]) -> str:
 
 
 def _cell(value: Interval | None) -> str:
-    return "" if value is None else f"{value[0]:.3f} [{value[1]:.3f}, {value[2]:.3f}]"
+    numbers = [number for number in value or () if number is not None]
+    return f"{numbers[0]:.3f} [{numbers[1]:.3f}, {numbers[2]:.3f}]" if len(numbers) == 3 else ""
 
 
 def plot(figures: Mapping[str, Any], path: Path) -> None:
@@ -244,7 +244,7 @@ def plot(figures: Mapping[str, Any], path: Path) -> None:
     for axis, (part, key, title) in zip(axes, panels, strict=True):
         rows = {**figures[part]["full_minus"], **figures[part]["full_minus_baseline"]}
         for place, name in enumerate(names):
-            if key in rows.get(name, {}):
+            if key in rows.get(name, {}) and None not in rows[name][key]:
                 value, low, high = rows[name][key]
                 better = high < 0 if "mae" in key else low > 0
                 worse = low > 0 if "mae" in key else high < 0

@@ -3,9 +3,9 @@
     python -m train.evaluate --run runs/multitask
 
 Truth is the simulator's sBMD, not the noisy reading that training saw; so a perfect reader of the CT still errs by what
-no CT shows (`train.judging.ceiling`). Calibration and points of operation come from validation patients only. Beside the
-usual figures stand two that only a simulator allows: how far the prediction follows when the density of the trabecular
-core alone is changed, and how far it moves when the same vertebra comes from a coarser series.
+no CT shows (`train.judging.ceiling`). Calibration and points of operation come from validation patients only. Beside
+the usual figures stand two that only a simulator allows: how far the prediction follows when the density of the
+trabecular core alone is changed, and how far it moves when the same vertebra comes from a coarser series.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from train.data import open_set
 from train.evaluate import evaluate_run
 from train.loop import load_run
 from train.model_card import model_card
+from train.outliers import bundle_parts, fit_outliers
 
 NAME: Final = "osteo-moe"
 
@@ -48,6 +49,7 @@ def export_run(folder: Path, target: Path, version: str, licence: str, repeats: 
     cohort = open_set(Path(run.settings["data"])).config
     config = run.network.config
     spec = VoiSpec(config.voi_shape, config.voi_spacing_mm)
+    outlier_numbers, outlier_files = bundle_parts(fit_outliers(run.network, open_set(Path(run.settings["data"]))))
     return write_bundle(
         target,
         name=NAME,
@@ -59,6 +61,7 @@ def export_run(folder: Path, target: Path, version: str, licence: str, repeats: 
             "voi": spec.to_json(),
             "calibration": evaluation["calibration"],
             "bmd_scale": scale_of_cohort().to_json(),
+            **outlier_numbers,
             "training": {
                 "cohort_sha256": cohort["sha256"],
                 "devices": run.devices,
@@ -66,12 +69,14 @@ def export_run(folder: Path, target: Path, version: str, licence: str, repeats: 
                 "loop": run.settings["loop"],
                 "weights": run.settings["weights"],
                 "augmentation": run.settings["augmentation"],
+                "densitometry": run.settings["densitometry"],
+                "encoder_sha256": run.settings["encoder_sha256"],
             },
         },
         weights=run.network.state_dict(),
         model_card=model_card(f"{NAME} {version}", config, run.settings, summary, cohort, evaluation, run.epoch),
         licence=licence,
-        extra_files={"docs/evaluation.json": (json.dumps(evaluation, indent=1) + "\n").encode()},
+        extra_files={"docs/evaluation.json": (json.dumps(evaluation, indent=1) + "\n").encode(), **outlier_files},
     )
 
 

@@ -1,0 +1,84 @@
+"""The shipped osteo-moe from nothing: ``python -m train.recipe --version X.Y.Z``.
+
+Renders the cohort of ``train/cohort.json``, pretrains the encoder on its training scans, trains on all of its training
+patients with a reading each, judges and exports. Every stage resumes; a finished one is skipped. On two cores it takes
+about an hour; the model card states what training took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from osteo_daemon.network.config import MoEConfig
+from train.cohort import CohortConfig, make_cohort
+from train.data import Augmentation, open_set
+from train.export import NAME, export_run
+from train.loop import LoopConfig
+from train.losses import LossWeights
+from train.multitask import run_training
+from train.pool import build_pool
+from train.pretrain import PretrainConfig, pretrain
+from train.readings import Densitometry
+
+NETWORK: Final = MoEConfig()
+PRETRAIN: Final = PretrainConfig(mechanism="a", epochs=3)
+LOOP: Final = LoopConfig(epochs=16, batch_size=32, learning_rate=2e-3, patience=1000, keep="last", ema_decay=0.995)
+WEIGHTS: Final = LossWeights(logit_adjustment=0.65)
+AUGMENTATION: Final = Augmentation(coarse=0.4, density=0.5)
+DENSITOMETRY: Final = Densitometry(labelled_share=1.0)
+
+
+def make_bundle(cohort: Path, runs: Path, out: Path, version: str, licence: str, workers: int, device: str) -> None:
+    """Every stage in order, each where it was left.
+
+    Args:
+        cohort: folder of the cohort.
+        runs: folder for the encoder and the training.
+        out: folder of the bundle.
+    """
+    started = time.monotonic()
+    make_cohort(CohortConfig.read(), cohort, workers)
+    target = torch.device(device)
+    encoder = runs / "encoder"
+    if not (encoder / "summary.json").exists():
+        pool = build_pool([cohort], runs / "pool", NETWORK)
+        pretrain(open_set(cohort), encoder, PRETRAIN, NETWORK, target, pool, probe=False)
+    run_training(
+        cohort,
+        runs / "multitask",
+        LOOP,
+        NETWORK,
+        WEIGHTS,
+        AUGMENTATION,
+        target,
+        encoder / "encoder.pt",
+        DENSITOMETRY,
+    )
+    bundle = export_run(runs / "multitask", out, version, licence)
+    minutes = (time.monotonic() - started) / 60
+    print(f"{bundle.path}: {bundle.name} {bundle.version} sha256 {bundle.sha256}; this call took {minutes:.0f} min")
+
+
+def main() -> None:
+    """Command line of ``python -m train.recipe``."""
+    parser = argparse.ArgumentParser(description="the shipped bundle from nothing")
+    parser.add_argument("--version", required=True)
+    parser.add_argument("--cohort", type=Path, default=Path("runs/cohort"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/bundle"))
+    parser.add_argument("--out", type=Path, default=Path("model_zoo") / NAME)
+    parser.add_argument("--licence", type=Path, default=Path("model_zoo") / NAME / "LICENSE")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    given = parser.parse_args()
+    text = given.licence.read_text()
+    make_bundle(given.cohort, given.runs, given.out, given.version, text, given.workers, given.device)
+
+
+if __name__ == "__main__":
+    main()

@@ -24,7 +24,7 @@ EXIT_DAMAGED = 3
 PRIVATE_UMASK = 0o077
 """What the node writes holds patients' images: for its own user alone."""
 
-ROLES = ("receiver", "scheduler", "screener", "deliverer")
+ROLES = ("receiver", "dicomweb", "scheduler", "screener", "deliverer")
 
 _EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -74,13 +74,19 @@ def run(role: str, config: Path | None) -> None:
     entry: Callable[[Settings], int]
     if role == "receiver":
         from osteo_daemon.receiver import run as entry
+    elif role == "dicomweb":
+        from osteo_daemon.dicomweb_receiver import run as entry
     elif role == "scheduler":
         from osteo_daemon.scheduler import run as entry
     elif role == "screener":
         from osteo_daemon.screener import run as entry
     else:
         from osteo_daemon.deliverer import run as entry
-    sys.exit(entry(settings))
+    from osteo_daemon.audit import trail
+
+    with trail.application(settings, role):
+        status = entry(settings)
+    sys.exit(status)
 
 
 @cli.command()

@@ -19,8 +19,8 @@ from osteo_daemon.child import start_child
 from osteo_daemon.log import configure_logging, get_logger
 from osteo_daemon.settings import Settings
 
-ROLES = ("receiver", "scheduler", "screener", "deliverer")
-"""Started in this order, ended in it too: what takes work in ends first."""
+ROLES = ("receiver", "dicomweb", "scheduler", "screener", "deliverer")
+"""Started in this order, ended in it too: what takes work in ends first; ``dicomweb`` only where it has a port."""
 
 STOP_SECONDS = 30.0
 """How long the children may take to end before they are killed."""
@@ -136,5 +136,6 @@ def serve(settings: Settings, config_path: Path | None) -> int:
     """Run every role on this machine until SIGTERM or SIGINT; returns the exit status."""
     configure_logging(settings.log, "supervisor")
     arguments = [] if config_path is None else ["--config", str(config_path.resolve())]
-    commands = {role: [sys.executable, "-m", "osteo_daemon.cli", "run", role, *arguments] for role in ROLES}
+    roles = [role for role in ROLES if role != "dicomweb" or settings.dicomweb.port]
+    commands = {role: [sys.executable, "-m", "osteo_daemon.cli", "run", role, *arguments] for role in roles}
     return Supervisor(commands).run()

@@ -223,11 +223,11 @@ def _study(match: Dataset) -> FoundStudy | None:
     uid = _text(match, "StudyInstanceUID")
     if not _UID.fullmatch(uid):
         return None
-    modalities = match.get("ModalitiesInStudy") or ()
+    modalities = match.get("ModalitiesInStudy")
     return FoundStudy(
         uid,
         study_date=_text(match, "StudyDate"),
-        modalities=_texts(modalities if isinstance(modalities, MultiValue) else (modalities,)),
+        modalities=_texts(modalities if isinstance(modalities, MultiValue) else (modalities or "",)),
         description=_text(match, "StudyDescription"),
         instances=_count(match, "NumberOfStudyRelatedInstances"),
         patient_id=_text(match, "PatientID"),

@@ -23,7 +23,7 @@ def build_messages(request: ReportRequest, destinations: Iterable[DestinationSet
         Damaged: the source headers lack what a report must refer to.
     """
     for destination in destinations:
-        if destination.kind == "dicom":
+        if destination.takes_objects:
             continue
         message = _message(request, destination)
         if destination.kind == "hl7":

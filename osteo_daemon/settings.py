@@ -232,9 +232,14 @@ class DestinationSettings(PeerTlsSettings):
         missing = [key for key in needed if not getattr(self, key)]
         if missing:
             raise ValueError(f"destination {self.name} of kind {self.kind} needs {', '.join(missing)}")
-        if self.report_exclusions and (self.kind not in ("dicom", "dicomweb") or "sr" not in self.objects):
+        if self.report_exclusions and not (self.takes_objects and "sr" in self.objects):
             raise ValueError(f"destination {self.name} takes no structured report; set report_exclusions = false")
         return self
+
+    @property
+    def takes_objects(self) -> bool:
+        """It gets DICOM objects, whichever way; otherwise a message."""
+        return self.kind in ("dicom", "dicomweb")
 
 
 class DelivererSettings(_Section):

@@ -7,15 +7,17 @@ reports), ``c-find``, or ``none``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
 from osteo_daemon.delivery.back_off import back_off_seconds
 from osteo_daemon.delivery.transport import remote_ae
+from osteo_daemon.delivery.web_transport import find_on_the_web
 from osteo_daemon.dicom.commitment import CommitmentReport, new_transaction_uid, request_commitment
 from osteo_daemon.dicom.query import find_instances
 from osteo_daemon.errors import Refused
 from osteo_daemon.jobs.commitments import STORED_UNPROVEN, proven_outcome, with_omissions
-from osteo_daemon.jobs.records import Commitment, CommitmentState, Delivery, DeliveryState
+from osteo_daemon.jobs.records import Commitment, CommitmentState, Delivery, DeliveryState, ReportObject
 from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.settings import DestinationSettings, Settings
 
@@ -48,13 +50,13 @@ class Proof:
             PeerUnavailable: try again later.
             LeaseLost: another worker has the delivery.
         """
-        if self._destination.kind != "dicom" or self._destination.commitment == "none":
+        if not self._destination.takes_objects or self._destination.commitment == "none":
             outcome = with_omissions(self._delivery, "stored")
             self._store.delivery_done(self._delivery, outcome)
             return outcome
         if not self._delivery.unproven:
             return self._await(datetime.now(UTC), "")
-        if self._destination.commitment == "storage-commitment":
+        if self._destination.kind == "dicom" and self._destination.commitment == "storage-commitment":
             until = self._commitment()
             state = self._store.delivery(self._delivery.delivery_id).state
             if state is not DeliveryState.SENDING:
@@ -109,13 +111,7 @@ class Proof:
     def _query(self) -> str:
         unproven = self._store.delivery(self._delivery.delivery_id).unproven
         try:
-            found = find_instances(
-                remote_ae(self._settings, self._destination),
-                self._calling,
-                unproven,
-                connect_timeout_seconds=self._deliverer.connect_timeout_seconds,
-                dimse_timeout_seconds=self._deliverer.dimse_timeout_seconds,
-            )
+            found = self._find(unproven)
         except Refused as error:
             return self.give_up(f"no proof to be had: {error.detail}")
         present = self._store.objects_proved(self._delivery, found, FOUND)
@@ -132,6 +128,17 @@ class Proof:
             pause = back_off_seconds(self._deliverer.retry_base_seconds, questions)
             return self._await(datetime.now(UTC) + timedelta(seconds=pause), detail, asked=True)
         return _outcome(self._store.delivery_lost(self._delivery, missing, detail))
+
+    def _find(self, objects: Sequence[ReportObject]) -> frozenset[str]:
+        if self._destination.kind == "dicomweb":
+            return find_on_the_web(self._settings, self._destination, objects)
+        return find_instances(
+            remote_ae(self._settings, self._destination),
+            self._calling,
+            objects,
+            connect_timeout_seconds=self._deliverer.connect_timeout_seconds,
+            dimse_timeout_seconds=self._deliverer.dimse_timeout_seconds,
+        )
 
     def give_up(self, detail: str) -> str:
         """Everything was accepted and no proof is to be had: what that means is the site's choice.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from osteo_daemon.delivery.message_transport import FhirTransport, Hl7Transport
+from osteo_daemon.delivery.web_transport import WebTransport
 from osteo_daemon.dicom.storage_scu import SpooledObject, Verdict, send_objects
 from osteo_daemon.dicom.verification import echo
 from osteo_daemon.domain.study import RemoteAE
@@ -78,6 +79,7 @@ class DicomTransport:
 
 TRANSPORTS: dict[str, Callable[[Settings, DestinationSettings], Transport]] = {
     "dicom": DicomTransport,
+    "dicomweb": WebTransport,
     "hl7": Hl7Transport,
     "fhir": FhirTransport,
 }

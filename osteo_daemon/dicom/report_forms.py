@@ -49,7 +49,7 @@ class BuiltReport:
         Of the structured reports the deliverer sends one: the first whose class the peer takes, and with a reference
         to the segmentation only if the peer has that.
         """
-        if destination.kind != "dicom":
+        if not destination.takes_objects:
             return tuple(
                 built for built in self.objects if built.kind == destination.kind and built.variant == destination.name
             )
@@ -87,7 +87,7 @@ def needed_variants(destinations: Iterable[DestinationSettings]) -> tuple[str, .
     wanted = [
         variant
         for entry in destinations
-        if entry.kind == "dicom" and "sr" in entry.objects
+        if entry.takes_objects and "sr" in entry.objects
         for variant in sr_candidates(entry.sr_class, "seg" in entry.objects)
     ]
     return tuple(dict.fromkeys(wanted)) or (sr_variant("comprehensive-3d", refers_to_segmentation=True),)
@@ -95,4 +95,4 @@ def needed_variants(destinations: Iterable[DestinationSettings]) -> tuple[str, .
 
 def needed_kinds(destinations: Iterable[DestinationSettings]) -> frozenset[str]:
     """Kinds of objects that these destinations may need."""
-    return DEFAULT_KINDS | {kind for entry in destinations if entry.kind == "dicom" for kind in entry.objects}
+    return DEFAULT_KINDS | {kind for entry in destinations if entry.takes_objects for kind in entry.objects}

@@ -43,9 +43,7 @@ def _gently(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--per-hour", type=click.IntRange(0), help="Studies in an hour; instead of [pull]."),
         click.option("--between", help="Only at these hours, as 20:00-06:00; instead of [pull]."),
-        click.option(
-            "--accessions", type=_LIST, help="A file with accession numbers, one a line; never kept."
-        ),
+        click.option("--accessions", type=_LIST, help="A file with accession numbers, one a line; never kept."),
         click.option("--patients", type=_LIST, help="A file with Patient IDs, one a line; never kept."),
     ):
         command = option(command)
@@ -212,6 +210,7 @@ def _run(
     pace: PullSettings,
     as_json: bool,
 ) -> None:
+    from osteo_daemon.discards import Discards
     from osteo_daemon.intake import DurableIntake
     from osteo_daemon.jobs.pull_rows import PulledState, PullState
     from osteo_daemon.jobs.room import Room
@@ -229,9 +228,10 @@ def _run(
         signal.signal(number, lambda _number, _frame: stopping.set())
     with _progress(as_json) as tell:
         configure_logging(settings.log, "pull")
-        archive = open_archive(settings, entry, DurableIntake(spool, store, room=room), stopping)
+        intake = DurableIntake(spool, store, discards=Discards(settings.accompanying), room=room)
+        archive = open_archive(settings, entry, intake, stopping)
         puller = Puller(
-            pace, store, spool, archive, entry.maximum_matches, taken_classes(settings.accompanying), stopping, tell
+            pace, store, room, archive, entry.maximum_matches, taken_classes(settings.accompanying), stopping, tell
         )
         try:
             state = puller.run(pull_id, identities)

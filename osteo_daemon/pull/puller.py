@@ -19,7 +19,7 @@ from osteo_daemon.domain.job import JobState
 from osteo_daemon.errors import ConfigurationError, IllegalTransition, LeaseLost, PeerBusy, Refused, Transient
 from osteo_daemon.jobs.pull_rows import PulledState, PullState
 from osteo_daemon.jobs.pulls import OPEN_PULLS
-from osteo_daemon.jobs.spool import Spool
+from osteo_daemon.jobs.room import Room
 from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.lease import Heartbeat
 from osteo_daemon.log import get_logger
@@ -59,7 +59,7 @@ class Puller:
     Args:
         settings: patience and pace.
         store: of the node.
-        spool: asked for room: nothing is fetched that the receiver would have to refuse.
+        room: on the disk: nothing is fetched that would have to be refused.
         archive: to fetch from.
         maximum_matches: a question with so many answers is split.
         taken_classes: SOP classes that this node keeps.
@@ -71,7 +71,7 @@ class Puller:
         self,
         settings: PullSettings,
         store: JobStore,
-        spool: Spool,
+        room: Room,
         archive: Archive,
         maximum_matches: int,
         taken_classes: frozenset[str],
@@ -80,7 +80,7 @@ class Puller:
     ) -> None:
         self._settings = settings
         self._store = store
-        self._spool = spool
+        self._room = room
         self._archive = archive
         self._maximum_matches = maximum_matches
         self._taken_classes = taken_classes
@@ -172,8 +172,8 @@ class Puller:
             return self._pause(seconds, f"outside {self._settings.between}")
         if (seconds := self._rate.wait_seconds(time.monotonic())) > 0:
             return self._pause(seconds, f"{self._settings.studies_per_hour} studies an hour")
-        if self._spool.free_bytes() == 0:
-            return self._pause(_POLL_SECONDS, "no room on the disk")
+        if self._room.is_low:
+            return self._pause(_POLL_SECONDS, "little room is left on the disk")
         if self._settings.maximum_waiting:
             counts = self._store.counts_by_state()
             if sum(counts[state] for state in _WAITING_STATES) >= self._settings.maximum_waiting:

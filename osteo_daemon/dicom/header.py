@@ -33,7 +33,7 @@ _UNDEFINED = 0xFFFFFFFF
 LONG_VRS = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
 _TEXT_VRS = (b"AE", b"AS", b"CS", b"DA", b"DS", b"DT", b"IS", b"LO", b"LT", b"PN", b"SH", b"ST", b"TM", b"UI")
 _SHORT_VRS = frozenset((*_TEXT_VRS, b"AT", b"FL", b"FD", b"SL", b"SS", b"UL", b"US"))
-_UID = re.compile(r"[0-9.]{1,64}")
+_UID = re.compile(r"(?=.{1,64}$)[0-9]+(\.[0-9]+)*")  # leading zeros are not valid and occur
 _MAXIMUM_DEPTH = 64
 _INFLATED_HEADER_BYTES = 4 * 1024 * 1024
 _MAXIMUM_PADDING_BYTES = 8
@@ -150,7 +150,10 @@ class _Walk:
                     break  # the rest of a deflated data set was not looked at
                 raise NotDicom(f"element ({tag >> 16:04x},{tag & 0xFFFF:04x}) is longer than the data set")
             if tag in _WANTED:
-                found[tag] = bytes(self._view[value : min(position, value + 128)])
+                uid = bytes(self._view[value : min(position, value + 128)])
+                if found.setdefault(tag, uid) != uid:
+                    # the next reader may take the other one: nobody knows whose object this is
+                    raise NotDicom(f"element ({tag >> 16:04x},{tag & 0xFFFF:04x}) twice, with different values")
         return found
 
     def _element(self, position: int, explicit: bool | None = None) -> tuple[int, bytes, int, int]:

@@ -65,7 +65,7 @@ class Claims(Database):
                     continue
                 deadline = None if limit_seconds is None else now + timedelta(seconds=limit_seconds)
                 take_turn(connection, row.source_ae)
-                change_state(
+                claimed = change_state(
                     connection,
                     row,
                     JobState.SCREENING,
@@ -81,7 +81,7 @@ class Claims(Database):
                     deadline=deadline,
                     not_before=None,
                 )
-                return to_job(connection.execute(select(JobRow.__table__).where(JobRow.job_id == row.job_id)).one())
+                return to_job(claimed)
         return None
 
     def next_ready(self, *, now: datetime | None = None) -> Job | None:
@@ -210,14 +210,13 @@ class Claims(Database):
         with self._writing() as connection:
             row = claimed_row(connection, job)
             save_result(connection, job, result, now)
-            _end(connection, row, JobState.EXCLUDED, "study_excluded", code, reason, now)
+            excluded = _end(connection, row, JobState.EXCLUDED, "study_excluded", code, reason, now)
             if not deliveries:
                 return
             for entry in objects:
                 save_object(connection, job, entry)
             for delivery in deliveries:
                 save_delivery(connection, job, delivery, by_uid, now)
-            excluded = connection.execute(select(JobRow.__table__).where(JobRow.job_id == job.job_id)).one()
             told = f"exclusion for {len(deliveries)} destinations"
             change_state(
                 connection, excluded, JobState.REPORTED, who=row.worker, event="report_committed", reason=told, now=now
@@ -337,8 +336,8 @@ def _end(
     *,
     who: str | None = None,
     not_before: datetime | None = None,
-) -> None:
-    change_state(
+) -> Row[Any]:
+    return change_state(
         connection,
         row,
         state,

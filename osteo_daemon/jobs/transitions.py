@@ -38,8 +38,8 @@ def change_state(
     reason: str,
     now: datetime,
     **values: Any,
-) -> None:
-    """Move a job to ``state``, set ``values`` and write the event row.
+) -> Row[Any]:
+    """Move a job to ``state``, set ``values`` and write the event row; returns the job's row as it is now.
 
     Args:
         connection: an open writing transaction.
@@ -61,8 +61,9 @@ def change_state(
         update(JobRow)
         .where(JobRow.job_id == job.job_id, JobRow.state == job.state, JobRow.fencing_token == job.fencing_token)
         .values(state=state, changed_at=now, **values)
-    )
-    if changed.rowcount != 1:
+        .returning(JobRow.__table__)
+    ).one_or_none()
+    if changed is None:
         raise LeaseLost(f"job {job.job_id}")
     count_jobs(connection, {job.state: -1, state: 1})
     add_event(
@@ -77,6 +78,7 @@ def change_state(
         from_state=job.state,
         to_state=state,
     )
+    return changed
 
 
 def add_event(

@@ -23,6 +23,7 @@ from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.lease import Heartbeat
 from osteo_daemon.log import configure_logging, get_logger, where
 from osteo_daemon.settings import DestinationSettings, Settings
+from osteo_daemon.transfers import tell_sent
 
 REFUSED = "refused"
 GRACE_SECONDS = 10.0
@@ -180,7 +181,11 @@ class Lane(threading.Thread):
         log.info("delivery_ended", outcome=outcome)
 
     def _deliver(self, delivery: Delivery) -> str:
-        answered = Attempt(self._store, self._spool, delivery, self._stopping).send(self._transport)
+        attempt = Attempt(self._store, self._spool, delivery, self._stopping)
+        try:
+            answered = attempt.send(self._transport)
+        finally:
+            tell_sent(self._destination, delivery.study_instance_uid, attempt.stored, attempt.refused)
         if answered is None:
             self._store.delivery_release(delivery)
             return "released"

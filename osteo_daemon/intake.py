@@ -21,6 +21,7 @@ from osteo_daemon.jobs.spool import Spool, StoredFile
 from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.log import get_logger
 from osteo_daemon.settings import Settings
+from osteo_daemon.transfers import ReceivedTransfers
 
 _NOT_YET = ""
 
@@ -49,6 +50,7 @@ class DurableIntake:
         self._spool = spool
         self._jobs = jobs
         self._priorities = priorities
+        self._transfers = ReceivedTransfers()
         self._noted: dict[str, str] = {}  # the study that the store was last told of, by association
 
     def accept(self, received: ReceivedObject) -> RecordOutcome:
@@ -75,6 +77,7 @@ class DurableIntake:
             outcome = self._resolve(received, instance, stored)
         if outcome is RecordOutcome.OWN_RESULT:
             self._spool.discard(stored)
+        self._transfers.note(received, stored.path, outcome)
         get_logger().debug(
             "instance_received",
             outcome=outcome.value,
@@ -87,6 +90,7 @@ class DurableIntake:
 
     def association_closed(self, association_id: str) -> None:
         """What was received over this association has no more to come."""
+        self._transfers.ended(association_id)
         if self._discards is not None:
             self._discards.association_closed(association_id)
         if self._room is not None:

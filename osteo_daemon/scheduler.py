@@ -23,7 +23,11 @@ from apscheduler.events import EVENT_JOB_ERROR, EVENT_JOB_MAX_INSTANCES, EVENT_J
 from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.schedulers.background import BackgroundScheduler
 
+from osteo_daemon.audit.courier import courier_of
+from osteo_daemon.audit.events import process
+from osteo_daemon.audit.message import AuditMessage
 from osteo_daemon.completeness import CompletenessSweep
+from osteo_daemon.deletions import deletion_of, tell
 from osteo_daemon.domain.completeness import Outcome
 from osteo_daemon.domain.job import JobState
 from osteo_daemon.errors import ConfigurationError, Damaged, Transient
@@ -201,7 +205,9 @@ class Scheduler:
             )
         unfinished = self._jobs.being_purged()
         for study_instance_uid in unfinished:
+            deletion = self._deletion(study_instance_uid)
             self._jobs.finish_purge(study_instance_uid, self._spool)
+            tell(deletion)
         done = {"interrupted": len(unfinished)}
         if keep.images_days:
             done["images"] = self._purge(now - timedelta(days=keep.images_days), images=True)
@@ -238,6 +244,9 @@ class Scheduler:
         for step in self._steps.values():
             self._write(step, {"interval_seconds": step.seconds, "next_at": self._next_at(step)}, {})
 
+    def _deletion(self, study_instance_uid: str) -> AuditMessage | None:
+        return deletion_of(self._jobs, study_instance_uid, process("osteo-scheduler"))
+
     def _purge(self, before: datetime, *, images: bool) -> int:
         kept, count = frozenset(self._settings.keep.sources), 0
         while count < _STUDIES_PER_SWEEP and not self._stopping.is_set():
@@ -247,7 +256,8 @@ class Scheduler:
                 else self._jobs.purgeable_reports(before, _PAGE)
             )
             for study_instance_uid in studies:
-                self._jobs.purge_finished(
+                deletion = self._deletion(study_instance_uid)
+                purged = self._jobs.purge_finished(
                     study_instance_uid,
                     self._spool,
                     before=before,
@@ -255,6 +265,8 @@ class Scheduler:
                     reports=not images,
                     kept_sources=kept,
                 )
+                if purged:
+                    tell(deletion)
             count += len(studies)
             if len(studies) < _PAGE:
                 break
@@ -358,8 +370,14 @@ def run(settings: Settings) -> int:
         signal.signal(number, end)
     scheduler = Scheduler(settings)
     scheduler.start()
+    # every machine's scheduler brings what lies on that machine, whoever leads
+    courier = courier_of(settings)
+    if courier is not None:
+        courier.start()
     get_logger().info("scheduler_started", quiet_s=settings.completeness.quiet_seconds)
     ended.wait()
     scheduler.stop()
+    if courier is not None:
+        courier.stop()
     get_logger().info("stopped")
     return 0

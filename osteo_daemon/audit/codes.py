@@ -64,8 +64,8 @@ class ObjectId:
     URI: Final = Code("12", "URI", "RFC-3881")
 
 
-MEDIA_FILE: Final = Code("110037", "File")
-"""CID 405: the medium of an export that is a file."""
+MEDIA_URI: Final = Code("110037", "URI")
+"""CID 405: the medium of an export that a URI names: a file, a folder, an interface."""
 
 
 class Action(StrEnum):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from osteo_daemon.audit.codes import (
-    MEDIA_FILE,
+    MEDIA_URI,
     Action,
     Code,
     EventId,
@@ -120,9 +120,9 @@ def study_deleted(study: AuditStudy, patient: AuditPatient, who: Participant) ->
 def data_exported(
     studies: Sequence[AuditStudy], patients: Sequence[AuditPatient], who: Participant, where: str
 ) -> AuditMessage:
-    """Data of patients left the node as files; ``where`` names them for people, for instance a folder."""
+    """Data of patients left the node otherwise than as DICOM objects; ``where`` is a URI."""
     exporting = replace(who, roles=(*who.roles, Role.SOURCE))
-    medium = Participant(where, roles=(Role.DESTINATION_MEDIA,), medium=MEDIA_FILE)
+    medium = Participant(where, roles=(Role.DESTINATION_MEDIA,), medium=MEDIA_URI)
     objects = tuple(entry for patient in patients for entry in _objects((), patient))
     return AuditMessage(
         EventId.EXPORT, Action.READ, Outcome.SUCCESS, (exporting, medium), (*_objects(studies, None), *objects)
@@ -151,6 +151,11 @@ def queried(
     return AuditMessage(
         EventId.QUERY, Action.EXECUTE, Outcome.SUCCESS, _both(asking, answering, by_sender=True), (subject,)
     )
+
+
+def failed(message: AuditMessage, reason: str, outcome: Outcome = Outcome.SERIOUS_FAILURE) -> AuditMessage:
+    """The same event, which did not succeed."""
+    return replace(message, outcome=outcome, outcome_description=reason)
 
 
 def security_alert(

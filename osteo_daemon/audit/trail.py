@@ -6,11 +6,15 @@ does nothing. It never raises: what was done cannot be undone because it could n
 
 from __future__ import annotations
 
+import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from osteo_daemon.audit import events
 from osteo_daemon.audit.codes import EventType, Outcome
+from osteo_daemon.audit.events import Peer
 from osteo_daemon.audit.message import AuditMessage, to_xml
 from osteo_daemon.audit.spool import AuditSpool
 from osteo_daemon.audit.syslog import syslog_message
@@ -69,6 +73,7 @@ class Trail:
 
 
 _opened: Trail | None = None
+_node = Peer("", "")
 
 
 def audit_dir(settings: Settings) -> Path:
@@ -82,8 +87,9 @@ def open_trail(settings: Settings, role: str) -> None:
     Raises:
         ConfigurationError: the folder cannot be used.
     """
-    global _opened  # one for each process, as its log is
+    global _opened, _node  # one for each process, as its log is
     _opened = None
+    _node = Peer(settings.receiver.ae_title, socket.gethostname())
     if settings.audit.enabled:
         spool = AuditSpool(audit_dir(settings), settings.audit.spool_maximum_bytes)
         source_id = settings.audit.source_id or settings.receiver.ae_title
@@ -93,6 +99,28 @@ def open_trail(settings: Settings, role: str) -> None:
 def is_open() -> bool:
     """False: nobody listens; what takes work to find out, for instance a patient's name, need not be found."""
     return _opened is not None
+
+
+def node() -> Peer:
+    """This node as an application entity."""
+    return _node
+
+
+@contextmanager
+def application(settings: Settings, role: str) -> Iterator[None]:
+    """Open the trail for a process, and tell its start and its end.
+
+    Raises:
+        ConfigurationError: the folder cannot be used.
+    """
+    open_trail(settings, role)
+    record(events.application_started(role))
+    outcome = Outcome.MAJOR_FAILURE
+    try:
+        yield
+        outcome = Outcome.SUCCESS
+    finally:
+        record(events.application_stopped(role, outcome))
 
 
 def record(message: AuditMessage) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from getpass import getuser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -233,11 +234,17 @@ def purge(
     if not yes:
         what = f"{jobs[0].instances} images of a study in state {jobs[0].state.value} and its report objects"
         click.confirm(f"Remove {what} from this node?", abort=True)
+    from osteo_daemon.audit import trail
+    from osteo_daemon.audit.events import person
+    from osteo_daemon.deletions import deletion_of, tell
     from osteo_daemon.jobs.spool import Spool
 
     spool = Spool(settings.spool_dir)
+    trail.open_trail(settings, "command")
+    deletion = deletion_of(store, study_instance_uid, person(getuser()))
     with _explained("purge", study_instance_uid):
         store.purge_study(study_instance_uid, spool, OPERATOR, reason, force=force, also_committed=also_committed)
+    tell(deletion)
     click.echo(f"purge: {study_instance_uid}")
 
 

@@ -35,6 +35,10 @@ class Attempt:
         self._statuses = {entry.report.sop_instance_uid: entry.status for entry in delivery.objects}
         self._reports = {entry.report.sop_instance_uid: entry.report for entry in delivery.objects}
         self._errors: list[Refused] = []
+        self.stored: list[ReportObject] = []
+        """What the destination took in this attempt."""
+        self.refused: list[ReportObject] = []
+        """What it would not take in this attempt."""
 
     def send(self, transport: Transport) -> Delivery | None:
         """Send over one association.
@@ -118,9 +122,12 @@ class Attempt:
         if isinstance(verdict.error, PeerUnavailable):
             return
         status = verdict.status
+        sent = self.stored
         if isinstance(verdict.error, Refused):
             self._errors.append(verdict.error)
             status = f"{_REFUSED} {verdict.status}"
+            sent = self.refused
+        sent.append(self._reports[verdict.sop_instance_uid])
         self._write(verdict.sop_instance_uid, status)
 
     def _write(self, sop_instance_uid: str, status: str) -> None:

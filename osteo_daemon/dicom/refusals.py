@@ -8,6 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from osteo_daemon.audit import events, trail
+from osteo_daemon.audit.codes import EventType, Outcome
+from osteo_daemon.audit.events import Peer
 from osteo_daemon.log import get_logger
 
 TOLD_ONE_BY_ONE: Final = 20
@@ -48,6 +51,7 @@ class Refusals:
             told = kind.count <= TOLD_ONE_BY_ONE
         if told:
             get_logger().warning(event, address=address, reason=reason, **attributes)
+            self._alert(f"{event}: {reason}", Peer(attributes.get("ae_title", ""), address))
 
     def settle(self, *, at_once: bool = False) -> None:
         """Write the sums of the minutes that are over; ``at_once``: of all."""
@@ -67,3 +71,10 @@ class Refusals:
                     count=count - TOLD_ONE_BY_ONE,
                     duration_s=_MINUTE_SECONDS,
                 )
+                text = f"{event}: {reason}; {count - TOLD_ONE_BY_ONE} more in a minute"
+                self._alert(text, Peer("", address))
+
+    @staticmethod
+    def _alert(text: str, peer: Peer) -> None:
+        kind = EventType.NODE_AUTHENTICATION
+        trail.record(events.security_alert(kind, text, performing=peer, outcome=Outcome.MINOR_FAILURE))

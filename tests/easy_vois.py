@@ -64,6 +64,8 @@ def easy_set(folder: Path, patients: int = 80) -> Path:
                     target_sbmd_g_cm2=value,
                     diagnosis=NO_LABEL if diag is None else diag,
                     true_diagnosis=truth.diagnosis(truth.t_score(sbmd, level)),
+                    visible_g_cm2=sbmd,
+                    machine_sbmd_g_cm2=value,
                 )
             )
     folder.mkdir(parents=True)

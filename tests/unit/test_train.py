@@ -16,9 +16,11 @@ from osteo_daemon.inference.vertebra_network import VertebraNetwork
 from osteo_daemon.network.multitask import MultitaskMoE
 from tests.easy_vois import LOOP, NETWORK, SHAPE, easy_set
 from train import truth
+from train.baselines import NAMES, features_of, rows_with_truth, run_baselines
+from train.calibrate import fit_calibration
 from train.cohort import CohortConfig, draw_patient, make_cohort
 from train.data import MARGIN_VOXELS, NO_LABEL, Augmentation, batches, open_set
-from train.evaluate import HuModel, evaluate_run, fit_calibration, run_network
+from train.evaluate import evaluate_run, run_network
 from train.export import export_run
 from train.loop import load_run
 from train.losses import LossWeights, balance_loss, bmd_loss, device_loss, diagnosis_loss
@@ -70,14 +72,13 @@ def test_drawn_population_meets_the_norms_it_cites() -> None:
         means = []
         for _ in range(1500):
             density = truth.draw_density_mg_cm3(rng, age)
-            levels = truth.draw_levels(
+            levels = truth.draw_truth(
                 rng,
                 age_years=age,
                 sex="F",
                 osteophytes=0.2,
                 density_mg_cm3=dict.fromkeys(truth.LEVEL_OFFSET_G_CM2, density),
                 depth_mm=dict.fromkeys(truth.LEVEL_OFFSET_G_CM2, 35.0),
-                maker="Hologic",
             )
             means.append(np.mean([level.sbmd_g_cm2 for level in levels.values()]))
         assert truth.from_sbmd(float(np.mean(means)), "Hologic") == pytest.approx(expected_hologic, abs=0.02)
@@ -267,13 +268,20 @@ def test_calibration_and_baseline(finished: Path, easy: Path) -> None:
     data = open_set(easy)
     run = load_run(finished)
     raw = run_network(run.network, data, data.indices("train", "val", "test"), run.devices, quiet=True)
-    calibration = fit_calibration(raw, data)
+    calibration = fit_calibration(raw.class_logits, raw.level_logits, raw.bmd, raw.bmd_sd, raw.index, data)
     target = np.array([data.rows[i].target_sbmd_g_cm2 for i in raw.index])
     inside = np.abs(raw.bmd - target) <= calibration.bmd_interval_90 * calibration.bmd_sd_factor * raw.bmd_sd
     assert 0.9 <= inside.mean() <= 0.9 + 3.0 / len(target)
-    plain = HuModel.fit(raw, data)
-    assert np.corrcoef(plain.predict(raw, data), target)[0, 1] > 0.99
-    assert plain.slope > 0
+    features = features_of(data, NETWORK, easy)
+    test = rows_with_truth(data, data.indices("test"))
+    plain = run_baselines(data, features, {"test": test})
+    assert set(plain) == set(NAMES)
+    true = np.array([data.rows[i].sbmd_g_cm2 for i in test])
+    assert np.corrcoef(plain["core_hu_linear"]["test"].bmd, true)[0, 1] > 0.99
+    for name in NAMES:
+        judged = plain[name]["test"]
+        assert np.allclose(judged.probability.sum(1), 1.0)
+        assert auc(judged.score("diagnosis"), np.array([data.rows[i].true_diagnosis == 2 for i in test])) > 0.9
 
 
 def test_export_gives_a_bundle_that_predicts_what_training_saw(finished: Path, tmp_path: Path, easy: Path) -> None:
@@ -337,7 +345,7 @@ def test_sites_differ_and_the_external_one_is_drawn_at_its_share() -> None:
     config = CohortConfig()
     drawn = [draw_patient(config, n) for n in range(600)]
     share = np.mean([site.maker is None for _, _, site in drawn])
-    assert 0.11 < share < 0.19
+    assert abs(share - config.external_share) < 0.05
     inside = {scanner.kvp for _, scanner, site in drawn if site.maker}
     outside = {scanner.kvp for _, scanner, site in drawn if not site.maker}
     assert not inside & outside, "the external scanner must be unseen"

@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from osteo_daemon.imaging.texture_matrices import DIRECTIONS, check, count_cells, glcm, gldm, glrlm, glszm
+from osteo_daemon.imaging.texture_matrices import (
+    DIRECTIONS,
+    Neighbourhoods,
+    check,
+    count_cells,
+    glcm,
+    gldm,
+    glrlm,
+    glszm,
+)
 
 _TINY: Final = 1e-12
 _MAXIMUM_COARSENESS: Final = 1e6
@@ -40,13 +49,14 @@ def texture_features(grey: Tensor, levels: int) -> dict[str, Tensor]:
         ValueError: the grey levels do not lie in 0 to ``levels``, or a sample has fewer than two voxels in its mask.
     """
     voxels = (grey > 0).flatten(1).sum(1)
-    zones, sizes = glszm(grey, levels)
+    near = Neighbourhoods.of(grey, levels)
+    zones, sizes = glszm(near)
     families = {
         "histogram": histogram_features(grey, levels),
-        "glcm": glcm_features(glcm(grey, levels)),
-        "glrlm": size_features(glrlm(grey, levels), len(DIRECTIONS) * voxels),
+        "glcm": glcm_features(glcm(near)),
+        "glrlm": size_features(glrlm(near), len(DIRECTIONS) * voxels),
         "glszm": size_features(zones, voxels, sizes),
-        "gldm": size_features(gldm(grey, levels), voxels),
+        "gldm": size_features(gldm(near), voxels),
         "ngtdm": ngtdm_features(grey, levels),
     }
     return {f"{family}_{name}": value for family, values in families.items() for name, value in values.items()}

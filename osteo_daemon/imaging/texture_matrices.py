@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 import torch
+from scipy import sparse
+from scipy.sparse import csgraph
 from torch import Tensor
 from torch.nn import functional
 
@@ -31,34 +33,56 @@ def check(grey: Tensor, levels: int) -> None:
         raise ValueError("a sample has fewer than two voxels in its mask")
 
 
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """A batch padded by one and flattened: a neighbour is a fixed step away and no step from inside leaves the sample.
+@dataclass(frozen=True, slots=True, eq=False)
+class Neighbourhoods:
+    """Levels of a batch and which neighbours share them: what all matrices are counted from.
+
+    The batch is padded by one and flattened, so that a neighbour is a fixed step away and no step from inside leaves
+    the sample.
 
     Attributes:
+        levels: the largest grey level, G.
+        shape: (B, D, H, W) of the batch.
         grey: (N,) int64 levels, 0 outside the masks.
         sample: (N,) which sample a position belongs to.
         steps: distance of the neighbour in each of the 13 `DIRECTIONS`, all positive.
-        size: samples.
+        equal: for each direction the (N - step,) bools "this position and its neighbour lie inside on one level".
+        going: the positions where those are True, ascending.
     """
 
+    levels: int
+    shape: tuple[int, int, int, int]
     grey: Tensor
     sample: Tensor
     steps: tuple[int, ...]
-    size: int
+    equal: tuple[Tensor, ...]
+    going: tuple[Tensor, ...]
 
-    def pairs(self) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """(N - step,) views of every position and of its neighbour, and the step, for each direction."""
-        for step in self.steps:
-            yield self.grey[:-step], self.grey[step:], step
+    @classmethod
+    def of(cls, grey: Tensor, levels: int) -> Neighbourhoods:
+        """Of (B, D, H, W) grey levels.
 
+        Raises:
+            ValueError: see `check`.
+        """
+        check(grey, levels)
+        padded = functional.pad(grey, (1, 1, 1, 1, 1, 1))
+        batch, depth, height, width = padded.shape
+        steps = tuple(d * height * width + h * width + w for d, h, w in DIRECTIONS)
+        sample = torch.arange(batch, device=grey.device).repeat_interleave(depth * height * width)
+        flat = padded.flatten()
+        # comparisons read every position 26 times: in as few bytes as the levels need
+        small = flat.to(torch.uint8 if levels < 256 else torch.int32)
+        inside = small > 0
+        equal = tuple((small[:-step] == small[step:]) & inside[:-step] for step in steps)
+        going = tuple(same.nonzero().squeeze(1) for same in equal)
+        shape = (grey.shape[0], grey.shape[1], grey.shape[2], grey.shape[3])
+        return cls(levels, shape, flat, sample, steps, equal, going)
 
-def _flat(grey: Tensor) -> _Batch:
-    padded = functional.pad(grey, (1, 1, 1, 1, 1, 1))
-    batch, depth, height, width = padded.shape
-    steps = tuple(d * height * width + h * width + w for d, h, w in DIRECTIONS)
-    sample = torch.arange(batch, device=grey.device).repeat_interleave(depth * height * width)
-    return _Batch(padded.flatten(), sample, steps, batch)
+    @property
+    def cell(self) -> Tensor:
+        """(N,) index of sample and level."""
+        return self.sample * (self.levels + 1) + self.grey
 
 
 def count_cells(index: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -66,61 +90,73 @@ def count_cells(index: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.bincount(index, minlength=math.prod(shape)).reshape(shape).double()
 
 
-def glcm(grey: Tensor, levels: int) -> Tensor:
+def glcm(near: Neighbourhoods) -> Tensor:
     """Symmetric grey level co-occurrence counts, merged over directions: (B, G, G) float64."""
-    check(grey, levels)
-    flat = _flat(grey)
-    shape = (flat.size, levels + 1, levels + 1)
-    row = (flat.sample * (levels + 1) + flat.grey) * (levels + 1)
+    shape = (near.shape[0], near.levels + 1, near.levels + 1)
+    row = near.cell * (near.levels + 1)
     # pairs with the outside land in row or column 0 and are cut off
-    total = sum((count_cells(row[:-step] + there, shape) for _, there, step in flat.pairs()), torch.zeros(()))
-    total = total[:, 1:, 1:]
+    pairs = (count_cells(row[:-step] + near.grey[step:], shape) for step in near.steps)
+    total = sum(pairs, torch.zeros((), device=row.device))[:, 1:, 1:]
     return total + total.transpose(1, 2)
 
 
-def glrlm(grey: Tensor, levels: int) -> Tensor:
+def glrlm(near: Neighbourhoods) -> Tensor:
     """Grey level run length counts, merged over directions: (B, G, R) float64, run length r at column r - 1."""
-    check(grey, levels)
-    flat = _flat(grey)
-    longest = max(grey.shape[1:])
-    cell = flat.sample * (levels + 1) + flat.grey
-    shape = (flat.size, levels + 1)
-    # runs of at least r voxels, r from 1: a run of exactly r is one of at least r but not of at least r + 1
-    at_least = torch.zeros((longest + 1, *shape), dtype=torch.float64, device=grey.device)
-    for here, there, step in flat.pairs():
-        equal = (here == there) & (here > 0)
-        going = equal.nonzero().squeeze(1)  # positions whose run goes on by one voxel
-        # every voxel but a run's last has a successor: voxels without one are as many as runs
-        at_least[0] += count_cells(cell, shape) - count_cells(cell[going], shape)
-        starts = torch.ones_like(equal)
-        starts[step:] &= ~equal[:-step]
-        position = going[starts[going]]
-        length = 1
+    longest = max(near.shape[1:])
+    cell = near.cell
+    shape = (near.shape[0], near.levels + 1)
+    # stretches[k]: places where k neighbours in a row go on at the same level; a run of r voxels has r - k of them
+    stretches = torch.zeros((longest + 2, *shape), dtype=torch.float64, device=cell.device)
+    stretches[0] = len(near.steps) * count_cells(cell, shape)
+    for step, equal, going in zip(near.steps, near.equal, near.going, strict=True):
+        position, length = going, 1
         while len(position):
-            at_least[length] += count_cells(cell[position], shape)
-            position = position + step
-            position = position[equal[position]]
+            stretches[length] += count_cells(cell[position], shape)
+            position = position[equal[position + length * step]] if length < longest else position[:0]
             length += 1
-    exact = at_least[:-1] - at_least[1:]
+    exact = stretches[:-2] - 2 * stretches[1:-1] + stretches[2:]
     return exact.permute(1, 2, 0)[:, 1:]
 
 
-def glszm(grey: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+def glszm(near: Neighbourhoods) -> tuple[Tensor, Tensor]:
     """Zones of equal grey level linked over 26 neighbours.
 
     Returns:
         (B, G, Z) float64 counts and the (Z,) sizes that occur, ascending: a dense matrix up to the largest zone would
         be nearly empty.
     """
-    check(grey, levels)
-    flat = _flat(grey)
-    edges = []
-    for here, there, step in flat.pairs():
-        start = ((here == there) & (here > 0)).nonzero().squeeze(1)
-        edges.append(torch.stack([start, start + step]))
-    low, high = torch.cat(edges, dim=1)
-    # the root of a zone is its smallest position: hook roots along the edges that still join two, then shorten paths
-    root = torch.arange(len(flat.grey), device=grey.device)
+    inside = near.grey > 0
+    label = _components(near)[inside]
+    size = torch.bincount(label)
+    first = torch.zeros_like(size)
+    # any voxel of a zone tells its sample and level
+    first[label] = inside.nonzero().squeeze(1)
+    zones = size.nonzero().squeeze(1)
+    first, size = first[zones], size[zones]
+    sizes, column = torch.unique(size, return_inverse=True)
+    index = (near.sample[first] * near.levels + near.grey[first] - 1) * len(sizes) + column
+    return count_cells(index, (near.shape[0], near.levels, len(sizes))), sizes
+
+
+def _components(near: Neighbourhoods) -> Tensor:
+    """(N,) number of each position's zone; any numbers that differ between zones."""
+    if near.grey.is_cuda:
+        return _hooked_components(near)
+    low = np.concatenate([going.numpy() for going in near.going])
+    high = np.concatenate([going.numpy() + step for going, step in zip(near.going, near.steps, strict=True)])
+    count = len(near.grey)
+    links = sparse.coo_array(
+        (np.ones(len(low), dtype=np.int8), (low.astype(np.int32), high.astype(np.int32))), (count, count)
+    )
+    return torch.from_numpy(csgraph.connected_components(links, directed=False)[1].astype(np.int64))
+
+
+def _hooked_components(near: Neighbourhoods) -> Tensor:
+    """The same in torch alone: the root of a zone is its smallest position."""
+    low = torch.cat(near.going)
+    high = torch.cat([going + step for going, step in zip(near.going, near.steps, strict=True)])
+    # hook roots along the edges that still join two, then shorten paths
+    root = torch.arange(len(near.grey), device=near.grey.device)
     while len(low):
         a, b = root[low], root[high]
         root.scatter_reduce_(0, torch.maximum(a, b), torch.minimum(a, b), "amin")
@@ -131,20 +167,15 @@ def glszm(grey: Tensor, levels: int) -> tuple[Tensor, Tensor]:
             root = shorter
         apart = root[low] != root[high]
         low, high = low[apart], high[apart]
-    zones, size = torch.unique(root[flat.grey > 0], return_counts=True)
-    sizes, column = torch.unique(size, return_inverse=True)
-    index = (flat.sample[zones] * levels + flat.grey[zones] - 1) * len(sizes) + column
-    return count_cells(index, (flat.size, levels, len(sizes))), sizes
+    return root
 
 
-def gldm(grey: Tensor, levels: int) -> Tensor:
+def gldm(near: Neighbourhoods) -> Tensor:
     """Neighbouring grey level dependence counts, coarseness 0: (B, G, 27) float64, dependence j at column j - 1."""
-    check(grey, levels)
-    flat = _flat(grey)
-    dependence = torch.zeros(flat.grey.shape, dtype=torch.int8, device=grey.device)
-    for here, there, step in flat.pairs():
-        equal = (here == there).to(torch.int8)
-        dependence[:-step] += equal
-        dependence[step:] += equal
-    index = (flat.sample * (levels + 1) + flat.grey) * _NEIGHBOURS + dependence.clamp_max(_NEIGHBOURS - 1)
-    return count_cells(index, (flat.size, levels + 1, _NEIGHBOURS))[:, 1:]
+    dependence = torch.zeros(near.grey.shape, dtype=torch.int8, device=near.grey.device)
+    for step, equal in zip(near.steps, near.equal, strict=True):
+        same = equal.to(torch.int8)
+        dependence[:-step] += same
+        dependence[step:] += same
+    index = near.cell * _NEIGHBOURS + dependence
+    return count_cells(index, (near.shape[0], near.levels + 1, _NEIGHBOURS))[:, 1:]

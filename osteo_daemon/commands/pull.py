@@ -210,6 +210,7 @@ def _run(
     pace: PullSettings,
     as_json: bool,
 ) -> None:
+    from osteo_daemon.audit import trail
     from osteo_daemon.discards import Discards
     from osteo_daemon.intake import DurableIntake
     from osteo_daemon.jobs.pull_rows import PulledState, PullState
@@ -228,6 +229,7 @@ def _run(
         signal.signal(number, lambda _number, _frame: stopping.set())
     with _progress(as_json) as tell:
         configure_logging(settings.log, "pull")
+        trail.open_trail(settings, "pull")
         intake = DurableIntake(spool, store, discards=Discards(settings.accompanying), room=room)
         archive = open_archive(settings, entry, intake, stopping)
         puller = Puller(
@@ -258,11 +260,13 @@ def _count(
     identities: Identities | None,
     as_json: bool,
 ) -> None:
+    from osteo_daemon.audit import trail
     from osteo_daemon.intake import DurableIntake
     from osteo_daemon.jobs.spool import Spool
     from osteo_daemon.pull.archive import open_archive
     from osteo_daemon.pull.search import search
 
+    trail.open_trail(settings, "pull")
     stopping = threading.Event()
     archive = open_archive(settings, entry, DurableIntake(Spool(settings.spool_dir), store), stopping)
     found: Counter[str] = Counter()

@@ -10,9 +10,13 @@ from typing import Final
 import pydicom
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
+from pydicom.uid import ImplicitVRLittleEndian
 from pynetdicom import build_context
 from pynetdicom.association import Association
+from pynetdicom.dsutils import encode
 
+from osteo_daemon.audit import events, trail
+from osteo_daemon.audit.events import Peer
 from osteo_daemon.dicom.peer import association
 from osteo_daemon.dicom.storage_scu import SpooledObject
 from osteo_daemon.domain.archive import FoundSeries, FoundStudies, FoundStudy, Span
@@ -187,6 +191,7 @@ def ask(link: Association, keys: Dataset, message_id: int, peer: str, maximum: i
     """
     if not link.is_established:
         raise PeerBusy(f"{peer} ended the association")
+    _tell(link, keys)
     matches: list[Dataset] = []
     error: PeerBusy | Refused | None = None
     for answer, match in link.send_c_find(keys, STUDY_ROOT_FIND, msg_id=message_id):
@@ -206,6 +211,14 @@ def ask(link: Association, keys: Dataset, message_id: int, peer: str, maximum: i
         elif status != _SUCCESS:
             error = error or Refused(text)
     return Answers(tuple(matches), error)
+
+
+def _tell(link: Association, keys: Dataset) -> None:
+    if not trail.is_open():
+        return
+    encoded = encode(keys, is_implicit_vr=True, is_little_endian=True) or b""
+    asked = Peer(link.acceptor.ae_title.strip(), link.acceptor.address or "")
+    trail.record(events.queried(STUDY_ROOT_FIND, encoded, ImplicitVRLittleEndian, trail.node(), asked))
 
 
 def _keys(entry: SpooledObject) -> Dataset:

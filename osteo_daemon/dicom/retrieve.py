@@ -34,6 +34,7 @@ _PENDING: Final = frozenset({0xFF00, 0xFF01})
 _CANCELLED: Final = 0xFE00
 _DESTINATION_UNKNOWN: Final = 0xA801
 _IDENTIFIER_MISMATCH: Final = range(0xA900, 0xAA00)
+_UNABLE: Final = range(0xC000, 0xD000)
 _CLASS_UNSUPPORTED: Final = 0x0122
 _NOT_AUTHORISED: Final = 0x0124
 
@@ -142,7 +143,7 @@ class Retrieval:
                     if status in _PENDING:
                         progress(before + done)
                         continue
-                    self._judge(status)
+                    self._judge(status, model)
                     if identifier is not None:
                         failed |= _uids(identifier.get("FailedSOPInstanceUIDList"))
                     before += done
@@ -171,7 +172,7 @@ class Retrieval:
             ended.set()
             thread.join()
 
-    def _judge(self, status: int | None) -> None:
+    def _judge(self, status: int | None, model: str) -> None:
         name = self.peer.ae_title
         if self.stopping.is_set():
             raise PeerBusy("stopped")
@@ -187,6 +188,8 @@ class Retrieval:
         if status in _IDENTIFIER_MISMATCH or status in (_CLASS_UNSUPPORTED, _NOT_AUTHORISED):
             raise Refused(text)
         # A7xx, Cxxx, a cancellation that we did not ask for: another time
+        if status in _UNABLE and model == STUDY_ROOT_MOVE:
+            text += f"; does it know {self.calling_ae_title} as a destination?"  # some archives say no more than that
         raise PeerBusy(text)
 
 

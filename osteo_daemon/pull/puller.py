@@ -153,8 +153,6 @@ class Puller:
         criteria = Criteria.of(self._store.pull(pull_id).criteria)
         self._show(pull_id)
         while not self._stopping.is_set():
-            if self._must_wait():
-                continue
             study = self._store.next_wanted(pull_id)
             if study is None:
                 soonest = self._store.next_wanted_at(pull_id)
@@ -162,6 +160,8 @@ class Puller:
                     self._store.change_pull(pull_id, PullState.DONE)
                     return
                 self._pause((soonest - datetime.now(UTC)).total_seconds(), "studies that did not come wait")
+                continue
+            if self._must_wait():
                 continue
             self._one(pull_id, study.study_instance_uid, criteria)
             self._show(pull_id)

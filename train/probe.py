@@ -20,7 +20,7 @@ import torch
 from osteo_daemon.network.config import MoEConfig
 from osteo_daemon.network.encoder import VertebraEncoder
 from train.data import VoiSet, batches, open_set
-from train.metrics import auc, pearson
+from train.metrics import Metric, auc, cluster_bootstrap, pearson
 
 Floats = npt.NDArray[np.float64]
 
@@ -40,9 +40,19 @@ def encode(
 
 
 def linear_probe(
-    encoder: VertebraEncoder, data: VoiSet, network: MoEConfig, device: torch.device, most: int = 1_000_000
+    encoder: VertebraEncoder,
+    data: VoiSet,
+    network: MoEConfig,
+    device: torch.device,
+    *,
+    most: int = 1_000_000,
+    repeats: int = 0,
 ) -> dict[str, float]:
-    """Fit and judge; rows with a known sBMD only, at most ``most`` of each part (the first ones).
+    """Fit and judge; rows with a known sBMD only.
+
+    Args:
+        most: rows of each part, the first ones.
+        repeats: of a bootstrap over patients, which adds ``NAME_low`` and ``NAME_high``.
 
     Raises:
         ValueError: training, validation or test patients are missing.
@@ -69,12 +79,20 @@ def linear_probe(
     scores = [_best_ridge(x, [y[part][k] for part in ("train", "val")]) for k in range(3)]
     sbmd, worst, level = (predict(x["test"]) for predict in scores)
     true_sbmd, true_worst, true_level = y["test"]
-    return {
-        "bmd_pearson": pearson(sbmd[:, 0], true_sbmd[:, 0]),
-        "bmd_mae_g_cm2": float(np.abs(sbmd - true_sbmd).mean()),
-        "osteoporosis_auc": auc(worst[:, 0], true_worst[:, 0] > 0),
-        "level_accuracy": float((level.argmax(1) == true_level.argmax(1)).mean()),
+    right = level.argmax(1) == true_level.argmax(1)
+    metrics: dict[str, Metric] = {
+        "bmd_pearson": lambda k: pearson(sbmd[k, 0], true_sbmd[k, 0]),
+        "bmd_mae_g_cm2": lambda k: float(np.abs(sbmd[k] - true_sbmd[k]).mean()),
+        "osteoporosis_auc": lambda k: auc(worst[k, 0], true_worst[k, 0] > 0),
+        "level_accuracy": lambda k: float(right[k].mean()),
     }
+    everything = np.arange(len(right))
+    result = {name: metric(everything) for name, metric in metrics.items()}
+    if repeats:
+        patients = np.array([row.patient for row in rows["test"]])
+        for name, found_interval in cluster_bootstrap(patients, metrics, repeats=repeats).items():
+            result |= {f"{name}_low": found_interval["low"], f"{name}_high": found_interval["high"]}
+    return result
 
 
 def _best_ridge(x: dict[str, Floats], targets: list[Floats]) -> Any:

@@ -28,6 +28,7 @@ from osteo_daemon.imaging.selection import select_series
 from osteo_daemon.imaging.slices import ct_slices, read_headers
 from osteo_daemon.imaging.volume import CtVolume
 from osteo_daemon.inference.bundle import find_bundle, read_bundle
+from osteo_daemon.inference.level_sequence import read_sequence
 from osteo_daemon.inference.vertebra_network import Prediction, VertebraNetwork
 from osteo_daemon.network.config import MoEConfig
 from osteo_daemon.network.encoder import HU_STATISTICS, HuStatistics
@@ -122,6 +123,11 @@ def values(predictions: list[Prediction]) -> dict[str, float]:
     return {p.level: p.bmd_g_cm2 for p in predictions if p.bmd_g_cm2 is not None}
 
 
+def likeliest(prediction: Prediction) -> str:
+    """The level that the image alone suggests most."""
+    return max(prediction.level_probabilities, key=lambda name: prediction.level_probabilities[name])
+
+
 def judge_scan(network: VertebraNetwork, volume: CtVolume, places: list[Place]) -> dict[str, Any]:
     """What the network says of one real scan, and how it moves when the scan is changed."""
     statistics_of = HuStatistics(MoEConfig.from_json(network.bundle.network))
@@ -129,6 +135,7 @@ def judge_scan(network: VertebraNetwork, volume: CtVolume, places: list[Place]) 
     core = statistics_of.raw(hu)[:, HU_STATISTICS.index("core_mean")].tolist()
     found = network.predict(volume, places)
     base = values(found)
+    sequence = read_sequence([p.level for p in found], [p.level_probabilities for p in found], LEVELS)
     added = {
         hu_added: values(network.predict(with_added_hu(volume, places, hu_added), places)) for hu_added in (20, 40, 60)
     }
@@ -149,11 +156,14 @@ def judge_scan(network: VertebraNetwork, volume: CtVolume, places: list[Place]) 
                 "osteoporosis": None
                 if p.class_probabilities is None
                 else round(p.class_probabilities["osteoporosis"], 3),
-                "level_predicted": max(p.level_probabilities, key=lambda name, q=p: q.level_probabilities[name]),
+                "level_predicted": likeliest(p),
                 "gate_entropy": round(p.gate_entropy, 3),
             }
             for p, hu_mean in zip(found, core, strict=True)
         ],
+        "level_right": sum(likeliest(p) == p.level for p in found),
+        "sequence_shift": None if sequence is None else sequence.shift,
+        "sequence_margin": None if sequence is None else round(sequence.margin, 2),
         "mean_bmd_l1_l4_g_cm2": round(statistics.mean(base.values()), 4),
         "mean_bmd_with_added_hu_g_cm2": {str(k): round(statistics.mean(v.values()), 4) for k, v in added.items()},
         "monotonic": all(b[level] > a[level] for a, b in itertools.pairwise(steps) for level in base),

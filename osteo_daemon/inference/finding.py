@@ -30,6 +30,7 @@ def finding_of(
     kvp: float | None,
     phase: Phase,
     patient: Patient,
+    names_confirmed: bool,
 ) -> tuple[VertebraFinding, tuple[QualityFlag, ...]]:
     flags = [*vertebra.flags, *measurement.quality_flags]
     corrected, correction_flags = None, tuple[QualityFlag, ...]()
@@ -55,6 +56,8 @@ def finding_of(
         # an investigational network raises no doubt about names either
         if (
             status == CLINICAL
+            # one vertebra alone errs too often: all of them read together must disagree, too
+            and not names_confirmed
             and likeliest != vertebra.level
             and prediction.level_probabilities[likeliest] >= LEVEL_DISAGREEMENT_PROBABILITY
         ):

@@ -13,6 +13,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from osteo_daemon.inference.vertebra_network import Prediction
+
 REACH: Final = 2
 """Sequences are moved by at most this many levels."""
 _LEAST_PROBABILITY: Final = 1e-4
@@ -57,6 +59,15 @@ def read_sequence(
     score = shift_scores(np.log(np.maximum(table, _LEAST_PROBABILITY)), index)
     order = np.argsort(score)
     return SequenceReading(int(order[-1]) - REACH, float(score[order[-1]] - score[order[-2]]), len(known))
+
+
+def names_confirmed(names: Sequence[str], predictions: Sequence[Prediction | None]) -> bool:
+    """Whether the network, reading a scan's vertebrae together, finds them where they were counted."""
+    seen = [(str(name), p.level_probabilities) for name, p in zip(names, predictions, strict=True) if p is not None]
+    if not seen:
+        return False
+    reading = read_sequence([name for name, _ in seen], [look for _, look in seen], list(seen[0][1]))
+    return reading is not None and reading.shift == 0
 
 
 def shift_scores(log_probability: npt.NDArray[np.float64], index: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:

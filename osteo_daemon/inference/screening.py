@@ -36,6 +36,7 @@ from osteo_daemon.inference.bundle import ModelBundle, find_bundle
 from osteo_daemon.inference.contrast import measure_enhancement
 from osteo_daemon.inference.density import Measurement, measure
 from osteo_daemon.inference.finding import finding_of
+from osteo_daemon.inference.level_sequence import names_confirmed
 from osteo_daemon.inference.patient import Patient
 from osteo_daemon.inference.quality import ScanQuality, assess, check_scale, tube_voltage
 from osteo_daemon.inference.surroundings import survey
@@ -284,6 +285,7 @@ class StudyScreener:
         progress("predict")
         with clock.stage("network"):
             predictions = self._predict(volume, vertebrae)
+            confirmed = names_confirmed([v.level for v in vertebrae], predictions)
         kvp = tube_voltage(stack.header)
         findings, correction_flags = [], set[QualityFlag]()
         for vertebra, prediction in zip(vertebrae, predictions, strict=True):
@@ -296,6 +298,7 @@ class StudyScreener:
                 kvp,
                 quality.enhancement.phase,
                 patient,
+                confirmed,
             )
             findings.append(finding)
             correction_flags.update(flags)

@@ -14,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osteo_daemon.inference.level_sequence import REACH, read_sequence
+from osteo_daemon.inference.level_sequence import REACH, names_confirmed, read_sequence
+from osteo_daemon.inference.vertebra_network import Prediction
 from osteo_daemon.network.heads import class_probabilities
 from train import truth
 from train.cohort import CONFIGURATION, CohortConfig, makers_of_sites
@@ -245,6 +246,20 @@ def test_a_shifted_count_is_found(shift: int) -> None:
 def test_one_vertebra_or_unknown_names_say_nothing() -> None:
     seen = [looks(1, 2.0, np.random.default_rng(0))] * 3
     assert read_sequence(("L1", "T5", "S1"), seen, LEVELS) is None
+
+
+def test_names_are_confirmed_by_all_vertebrae_together_only() -> None:
+    rng = np.random.default_rng(7)
+
+    def prediction(name: str, true: int) -> Prediction:
+        return Prediction(name, None, None, None, None, None, looks(true, 1.5, rng), (1.0,), 0.0, 1.0)
+
+    counted = ("T12", "L1", "L2", "L3", "L4")
+    assert names_confirmed(counted, [prediction(name, k) for k, name in enumerate(counted)])
+    assert not names_confirmed(counted, [prediction(name, k + 1) for k, name in enumerate(counted)])
+    odd_one = [prediction(name, 3 if k == 1 else k) for k, name in enumerate(counted)]
+    assert names_confirmed(counted, odd_one), "one vertebra that looks like another says nothing about the count"
+    assert not names_confirmed(counted, [None] * 5), "without a network nothing is confirmed"
 
 
 # --- judging ----------------------------------------------------------------------------------------------------

@@ -176,8 +176,10 @@ class Retrieval:
         name = self.peer.ae_title
         if self.stopping.is_set():
             raise PeerBusy("stopped")
+        # Orthanc hangs up when it does not know the destination, others say no more than that they are unable
+        hint = f"; does it know {self.calling_ae_title} as a destination?" if model == STUDY_ROOT_MOVE else ""
         if status is None:
-            raise PeerBusy(f"{name} gave no answer in time or ended the association")
+            raise PeerBusy(f"{name} gave no answer in time or ended the association{hint}")
         text = f"{name} answered with status 0x{status:04X}"
         if status in (_SUCCESS, _SOME_FAILED):
             return
@@ -188,9 +190,7 @@ class Retrieval:
         if status in _IDENTIFIER_MISMATCH or status in (_CLASS_UNSUPPORTED, _NOT_AUTHORISED):
             raise Refused(text)
         # A7xx, Cxxx, a cancellation that we did not ask for: another time
-        if status in _UNABLE and model == STUDY_ROOT_MOVE:
-            text += f"; does it know {self.calling_ae_title} as a destination?"  # some archives say no more than that
-        raise PeerBusy(text)
+        raise PeerBusy(text + hint if status in _UNABLE else text)
 
 
 class _Taker:

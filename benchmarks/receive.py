@@ -1,14 +1,16 @@
 """Durable receive beside Orthanc and DCMTK's storescp in one run: ``python -m benchmarks.receive``.
 
-300 CT slices of 0.5 MB from DCMTK's storescu, one association or four at once, on loopback; DCMTK programs as they
-come and with ``TCP_NODELAY=1``. Only this node syncs every file and commits a row before it answers; storescp neither
-syncs nor indexes. ``--quick`` sends 24 slices.
+300 CT slices of 0.5 MB on loopback, over one association or four at once, from DCMTK's storescu and from pynetdicom;
+all ends as they come, and with ``TCP_NODELAY=1``. Only this node syncs every file and commits a row before it answers;
+storescp neither syncs nor indexes. Peers take turns within each round, and ratios are taken within a round: what else
+runs on the machine meets all of them. ``--quick`` sends 24 slices.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import operator
 import os
 import shutil
 import socket
@@ -25,12 +27,14 @@ import numpy as np
 import psutil
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pynetdicom import AE, _config
 
 from benchmarks.results import write_result
 
 LOOPBACK = "127.0.0.1"
 TITLE = "OSTEO"
 SIZE = 512
+PDU_BYTES = 131072
 
 
 def dcmtk(name: str) -> str | None:
@@ -84,7 +88,7 @@ def storescp(folder: Path, port: int) -> list[str]:
     """DCMTK's storescp: writes files, syncs nothing, keeps no index."""
     (folder / "storage").mkdir()
     # --fork: it serves several associations only then
-    return [str(dcmtk("storescp")), "--fork", "-pdu", "131072", "-od", str(folder / "storage"), str(port)]
+    return [str(dcmtk("storescp")), "--fork", "-pdu", str(PDU_BYTES), "-od", str(folder / "storage"), str(port)]
 
 
 PEERS = {"osteo_daemon": node, "orthanc": orthanc, "storescp": storescp}
@@ -112,48 +116,105 @@ def running(name: str, folder: Path, environment: dict[str, str]) -> Iterator[tu
         process.wait(60)
 
 
-def measure(name: str, files: list[Path], senders: int, no_delay: bool) -> dict[str, float]:
-    """One run: all files to a fresh peer; MB are 10^6 bytes of file."""
+def send(port: int, files: list[str]) -> None:
+    """Send files over one association of pynetdicom, once told to; ends with an error when one is refused."""
+    _config.STORE_SEND_CHUNKED_DATASET = True
+    print("ready", flush=True)
+    sys.stdin.readline()
+    entity = AE(ae_title="STORESCU")
+    entity.add_requested_context(CTImageStorage, ExplicitVRLittleEndian)
+    association = entity.associate(LOOPBACK, port, ae_title=TITLE, max_pdu=PDU_BYTES)
+    if os.environ.get("TCP_NODELAY") == "1":
+        association.dul.socket.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    statuses = [association.send_c_store(path).get("Status") for path in files]
+    association.release()
+    if any(statuses):
+        sys.exit("refused")
+
+
+def command_of(sender: str, port: int) -> list[str]:
+    """The command of a sender; paths of files follow."""
+    if sender == "pynetdicom":
+        return [sys.executable, "-m", "benchmarks.receive", "--send", str(port)]
+    return [str(dcmtk("storescu")), "-pdu", str(PDU_BYTES), "-aec", TITLE, LOOPBACK, str(port)]
+
+
+def measure(name: str, files: list[Path], sender: str, senders: int, no_delay: bool) -> dict[str, float]:
+    """One run: all files to a fresh peer; MB are 10^6 bytes of file. Python's start does not count."""
     environment = {**os.environ, **({"TCP_NODELAY": "1"} if no_delay else {})}
     size_mb = sum(path.stat().st_size for path in files) / 1e6
     with tempfile.TemporaryDirectory() as folder, running(name, Path(folder), environment) as (port, process):
         begun = time.monotonic()
-        command = [str(dcmtk("storescu")), "-pdu", "131072", "-aec", TITLE, LOOPBACK, str(port)]
         children = [
-            subprocess.Popen([*command, *map(str, files[part::senders])], env=environment, stdout=subprocess.DEVNULL)
+            subprocess.Popen(
+                [*command_of(sender, port), *map(str, files[part::senders])],
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
             for part in range(senders)
         ]
+        if sender == "pynetdicom":
+            for child in children:
+                assert child.stdout is not None
+                child.stdout.readline()
+            begun = time.monotonic()
+            for child in children:
+                assert child.stdin is not None
+                child.stdin.write(b"go\n")
+                child.stdin.flush()
         codes = [child.wait() for child in children]
         if any(codes):
             raise RuntimeError(f"{name} refused a slice")
         seconds = time.monotonic() - begun
-        return {
-            "seconds": round(seconds, 3),
-            "mb_per_s": round(size_mb / seconds, 1),
-            "peer_rss_mb": round(process.memory_info().rss / 1e6, 1),
-        }
+        return {"mb_per_s": size_mb / seconds, "peer_rss_mb": process.memory_info().rss / 1e6}
+
+
+def compare(files: list[Path], sender: str, senders: int, no_delay: bool, rounds: int) -> dict[str, float]:
+    """Medians over rounds of every peer's speed, and of this node's ratio to each within a round."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in PEERS}
+    names = list(PEERS)
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            found[name].append(measure(name, files, sender, senders, no_delay))
+    speeds = {name: [run["mb_per_s"] for run in runs] for name, runs in found.items()}
+    ours = speeds["osteo_daemon"]
+    return {
+        **{f"{name}_mb_per_s": round(statistics.median(speed), 1) for name, speed in speeds.items()},
+        **{
+            f"times_{name}": round(statistics.median(map(operator.truediv, ours, speeds[name])), 2)
+            for name in names
+            if name != "osteo_daemon"
+        },
+        "osteo_daemon_rss_mb": round(max(run["peer_rss_mb"] for run in found["osteo_daemon"]), 1),
+    }
 
 
 def main() -> None:
     """Measure and write ``docs/results/receive.json``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="24 slices, one round")
-    quick = parser.parse_args().quick
+    parser.add_argument("--note", default="", help="what else ran on the machine")
+    parser.add_argument("--send", nargs="+", metavar="ARGUMENT", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.send:
+        send(int(arguments.send[0]), arguments.send[1:])
+        return
     if missing := [name for name in ("storescu", "echoscu", "storescp", "Orthanc") if dcmtk(name) is None]:
         sys.exit(f"not installed: {', '.join(missing)}")
-    count, rounds = (24, 1) if quick else (300, 3)
+    count, rounds = (24, 1) if arguments.quick else (300, 5)
     runs: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         write_slices(Path(folder), count)
         files = sorted(Path(folder).iterdir())
-        for no_delay in (False, True):
-            for senders in (1, 4):
-                for name in PEERS:
-                    found = [measure(name, files, senders, no_delay) for _ in range(rounds)]
-                    label = f"{name}, {senders} sender{'s' * (senders > 1)}, {'no delay' if no_delay else 'defaults'}"
-                    runs[label] = {key: statistics.median(run[key] for run in found) for key in found[0]}
-                    print(f"{label:48}", runs[label], flush=True)
-    path = write_result("receive", {"slices": count, "rounds": rounds, "runs": runs}, quick=quick)
+        for no_delay in (True, False):
+            for sender in ("storescu", "pynetdicom"):
+                for senders in (1, 4):
+                    label = f"{senders} x {sender}, {'TCP_NODELAY at both ends' if no_delay else 'as they come'}"
+                    runs[label] = compare(files, sender, senders, no_delay, rounds)
+                    print(f"{label:46}", runs[label], flush=True)
+    figures = {"slices": count, "rounds": rounds, "note": arguments.note, "runs": runs}
+    path = write_result("receive", figures, quick=arguments.quick)
     print(f"wrote {path}")
 
 

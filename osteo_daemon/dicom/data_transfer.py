@@ -10,7 +10,9 @@ the dependency is pinned below 3.1.
 
 from __future__ import annotations
 
+import contextlib
 import select
+import socket
 import ssl
 import struct
 import threading
@@ -53,7 +55,7 @@ _UID_LENGTH = 64  # PS3.5 9.1
 _COMMAND_BYTES = 1 << 20
 _FIRST_BUFFER_BYTES = 1 << 20
 _KEPT_BUFFER_BYTES = 8 << 20
-_WRITTEN_AT_ONCE_BYTES = 128 << 10
+_WRITTEN_AT_ONCE_BYTES = 96 << 10  # less than a fragment of the usual 128 KiB
 _RECEIVED_AT_ONCE_BYTES = 1 << 20
 _WAIT_SECONDS = 0.05
 _LENT_SECONDS = 2.0
@@ -181,7 +183,10 @@ class MessageReader:
         self._maximum_pdu_bytes = maximum_pdu_bytes + 4096
         self._maximum_object_bytes = maximum_object_bytes
         self._budget = budget
-        self._header = memoryview(bytearray(_PDV_HEADER.size))
+        self._headers = memoryview(bytearray(_PDU_HEADER.size + _PDV_HEADER.size))
+        self._item_header = self._headers[_PDU_HEADER.size :]
+        self._prepared: Any = None
+        self._poller: Any = None
         self._command = bytearray()
         self._buffer = bytearray()
         self._received = 0
@@ -212,9 +217,7 @@ class MessageReader:
             connection = self._connection()
             if isinstance(connection, ssl.SSLSocket) and connection.pending():
                 return True
-            poller = select.poll()
-            poller.register(connection, select.POLLIN)
-            return bool(poller.poll(seconds * 1000))
+            return bool(self._poller.poll(seconds * 1000))
         except (OSError, ValueError):
             return True  # reading will tell
 
@@ -247,20 +250,22 @@ class MessageReader:
 
     def _read_pdu(self) -> str | None:
         self._deadline = time.monotonic() + self._pdu_seconds
-        self._receive(self._header)
-        kind, length = _PDU_HEADER.unpack(self._header)
+        # the header of a P-DATA-TF and that of its first item in one go; other PDUs may be shorter than both
+        count = self._receive(self._headers, _PDU_HEADER.size)
+        kind, length = _PDU_HEADER.unpack_from(self._headers)
         if kind not in _KNOWN_PDUS:
             raise _ProtocolError
         if length > self._maximum_pdu_bytes:
             raise OSError("the announced PDU is too long")
         if kind != _P_DATA:
             self.abandon()
-            return self._lend(bytes(self._header) + self._take(length))
+            begun = bytes(self._headers[:count])[: _PDU_HEADER.size + length]
+            return self._lend(begun + self._take(_PDU_HEADER.size + length - len(begun)))
+        if length < _PDV_HEADER.size:
+            raise _ProtocolError
+        self._receive(self._headers[count:])
         while length:
-            if length < _PDV_HEADER.size:
-                raise _ProtocolError
-            self._receive(self._header)
-            item_length, context_id, control = _PDV_HEADER.unpack(self._header)
+            item_length, context_id, control = _PDV_HEADER.unpack(self._item_header)
             length -= item_length + 4
             if item_length < 2 or length < 0:
                 raise _ProtocolError
@@ -269,6 +274,10 @@ class MessageReader:
                     return event
             else:
                 self._data_fragment(item_length - 2, context_id, last=bool(control & _LAST))
+            if 0 < length < _PDV_HEADER.size:
+                raise _ProtocolError
+            if length:
+                self._receive(self._item_header)
         return None
 
     def _command_fragment(self, size: int, context_id: int, control: int, rest: int) -> str | None:
@@ -337,30 +346,45 @@ class MessageReader:
         self._receive(memoryview(taken))
         return bytes(taken)
 
-    def _receive(self, view: memoryview) -> None:
-        """Fill a view.
+    def _receive(self, view: memoryview, at_least: int | None = None) -> int:
+        """Fill a view, or only so much of it when no more is there; returns how much it holds.
 
         Raises:
             OSError: the peer closed, or it did not come in time. A wait ends at most twice the time after its begin.
         """
         connection = self._connection()
-        if connection.gettimeout() != self._pdu_seconds:
-            connection.settimeout(self._pdu_seconds)
+        needed = len(view) if at_least is None else at_least
         count = 0
-        while count < len(view):
+        while count < needed:
             step = connection.recv_into(view[count : count + _RECEIVED_AT_ONCE_BYTES])
             if not step:
                 raise ConnectionError("closed inside a PDU")
             count += step
-            if count < len(view) and time.monotonic() > self._deadline:
+            if count < needed and time.monotonic() > self._deadline:
                 raise TimeoutError("the PDU did not come in time")
+        return count
 
     def _connection(self) -> Any:
         wrapper = self._association.dul.socket
         connection = None if wrapper is None else wrapper.socket
         if connection is None:
             raise ConnectionError("closed")
+        if connection is not self._prepared:
+            self._prepare(connection)
         return connection
+
+    def _prepare(self, connection: Any) -> None:
+        if isinstance(connection, ssl.SSLSocket):
+            connection.settimeout(self._pdu_seconds)
+        else:
+            # the kernel's time-out costs nothing; Python's is a poll before every read
+            connection.settimeout(None)
+            seconds, rest = divmod(self._pdu_seconds, 1)
+            timeout = struct.pack("@ll", int(seconds), int(rest * 1e6))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
+        self._poller = select.poll()
+        self._poller.register(connection, select.POLLIN)
+        self._prepared = connection
 
 
 class _StreamingDul(DULServiceProvider):  # type: ignore[misc]
@@ -369,7 +393,16 @@ class _StreamingDul(DULServiceProvider):  # type: ignore[misc]
     def run(self) -> None:
         try:
             super().run()
+        except Exception as error:  # noqa: BLE001
+            # the edge of this thread: the library's decoders raise what they like
+            get_logger().info("message_unreadable", detail=type(error).__name__)
         finally:
+            connection = None if self.socket is None else self.socket.socket
+            if connection is not None:
+                # the library leaves it open when its reactor fails; shut down alone, it would hold the peer's bytes
+                with contextlib.suppress(OSError):
+                    socket.socket.shutdown(connection, socket.SHUT_RDWR)
+                connection.close()
             self.reader.abandon()
             self.reader.release()
             self.reader.library_works.set()

@@ -13,6 +13,7 @@ Buffer = bytes | bytearray | memoryview
 """Bytes in memory (collections.abc.Buffer from Python 3.12 on)."""
 
 _SYNC_FILE_RANGE_WRITE = 2
+_BEGIN_BYTES = 32 << 10
 _LINUX = getattr(ctypes.CDLL(None), "sync_file_range", None)  # no function of the standard library calls it
 if _LINUX is not None:
     _LINUX.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
@@ -46,7 +47,7 @@ class IncomingFile:
         self.size_bytes += len(view)
         while view:
             view = view[os.write(self._handle, view) :]
-        if _LINUX is not None:
+        if _LINUX is not None and self.size_bytes - begin >= _BEGIN_BYTES:
             # a hint: it waits for nothing and promises nothing; `seal` does both
             _LINUX(self._handle, begin, self.size_bytes - begin, _SYNC_FILE_RANGE_WRITE)
 

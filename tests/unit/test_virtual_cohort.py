@@ -18,7 +18,7 @@ from osteo_daemon.inference.level_sequence import REACH, names_confirmed, read_s
 from osteo_daemon.inference.vertebra_network import Prediction
 from osteo_daemon.network.heads import class_probabilities
 from train import truth
-from train.cohort import CONFIGURATION, CohortConfig, makers_of_sites
+from train.cohort import CONFIGURATION, CohortConfig
 from train.counterfactual import DensityChange
 from train.data import NO_LABEL, VoiRow, digest_of
 from train.judging import Judged, ceiling, difference, mean_of, metrics_of, net_benefit, youden
@@ -26,6 +26,7 @@ from train.losses import TaskVariances
 from train.readings import Densitometry, measure
 from train.rescan import draw_lattice, rescan
 from train.shrink import shrink
+from train.sites import makers_of_sites
 from train.splits import part_of
 
 LEVELS = ("T12", "L1", "L2", "L3", "L4", "L5")

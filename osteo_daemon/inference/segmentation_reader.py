@@ -15,8 +15,10 @@ from pydicom.pixels.utils import iter_pixels
 from pydicom.uid import SegmentationStorage
 
 from osteo_daemon.domain.findings import Level
-from osteo_daemon.errors import VertebraeUnusable
+from osteo_daemon.errors import PixelDataUnreadable, VertebraeUnusable
+from osteo_daemon.imaging.decoder import decode
 from osteo_daemon.imaging.region import Region
+from osteo_daemon.imaging.slices import PARSE_ERRORS
 from osteo_daemon.inference.segment_codes import level_of_segment
 
 MAXIMUM_FILE_BYTES = 2**30
@@ -29,7 +31,7 @@ GRID_TOLERANCE_MM = 0.2
 """A frame may lie this far from the even grid of all frames: positions are written rounded."""
 
 _OCCUPIED = 0.5  # of Maximum Fractional Value, for FRACTIONAL segmentations (PS3.3 C.8.20.2.3)
-_MALFORMED = (AttributeError, EOFError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+_MALFORMED = (*PARSE_ERRORS, RuntimeError)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,7 +75,7 @@ def read_segmentation(path: Path) -> SegmentedVertebrae:
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         return SegmentedVertebrae(str(dataset.SOPInstanceUID), digest, _regions(dataset, numbers))
-    except (OSError, *_MALFORMED) as error:
+    except _MALFORMED as error:
         # only the class: a library's message may quote a value
         raise VertebraeUnusable(f"cannot be read ({type(error).__name__})") from error
 
@@ -195,6 +197,13 @@ def _pixels(dataset: Dataset, numbers: Sequence[int]) -> Iterator[npt.NDArray[np
             bits = np.unpackbits(data[begin // 8 : -(-end // 8)], bitorder="little")[begin % 8 :][:size]
             yield bits.reshape(shape) > threshold
         return
-    for number in numbers:
-        (frame,) = iter_pixels(dataset, indices=[number])
-        yield np.asarray(frame).reshape(shape) >= threshold
+    if not dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+        for number in numbers:
+            (frame,) = iter_pixels(dataset, indices=[number])
+            yield np.asarray(frame).reshape(shape) >= threshold
+        return
+    try:
+        for frame in decode([(Path(str(dataset.filename)), [number + 1 for number in numbers])]):
+            yield np.asarray(frame).reshape(shape) >= threshold
+    except PixelDataUnreadable as error:
+        raise VertebraeUnusable(f"its frames cannot be decoded ({error.detail})") from error

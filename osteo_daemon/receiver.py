@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 from types import FrameType
@@ -134,6 +135,9 @@ def run(settings: Settings) -> int:
     receiver = Receiver(settings)
     # in a thread of its own: the handler may run where a lock is held
     signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=receiver.reload_certificates).start())
+    # what is there for good is not looked at again: all threads wait while garbage is collected
+    gc.collect()
+    gc.freeze()
     receiver.start()
     get_logger().info(
         "receiver_listening",

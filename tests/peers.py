@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import struct
+import time
+from typing import Any
 
 from tests.fakes import CALLED, CALLING, LOOPBACK
 
@@ -53,12 +56,103 @@ def associate_request(
     return pdu(1, body)
 
 
-def established(port: int, **request: bytes) -> socket.socket:
+def established(port: int, source: str = LOOPBACK, **request: Any) -> socket.socket:
     """A connection that has become an association."""
-    peer = connect(port)
-    peer.sendall(associate_request(**request))  # type: ignore[arg-type]
-    assert peer.recv(1) == b"\x02"  # A-ASSOCIATE-AC
+    peer = connect(port, source)
+    peer.sendall(associate_request(**request))
+    kind, _body = read_pdu(peer)
+    assert kind == 2, f"PDU type {kind} instead of an A-ASSOCIATE-AC"
     return peer
+
+
+def read_pdu(peer: socket.socket) -> tuple[int, bytes]:
+    """The next PDU: its type and what follows its length; (0, b"") when the other end has closed."""
+    header = _exactly(peer, 6)
+    if len(header) < 6:
+        return 0, b""
+    kind, length = struct.unpack(">BxI", header)
+    return kind, _exactly(peer, length)
+
+
+def _exactly(peer: socket.socket, count: int) -> bytes:
+    received = b""
+    while len(received) < count:
+        part = peer.recv(count - len(received))
+        if not part:
+            break
+        received += part
+    return received
+
+
+def element(number: int, value: bytes, length: int | None = None) -> bytes:
+    """A command element (PS3.7 6.3.1); ``length`` is what it says of itself."""
+    return struct.pack("<HHI", 0, number, len(value) if length is None else length) + value
+
+
+def command(*elements: bytes) -> bytes:
+    """A command set with its group length."""
+    body = b"".join(elements)
+    return element(0, struct.pack("<I", len(body))) + body
+
+
+def us(value: int) -> bytes:
+    return struct.pack("<H", value)
+
+
+ECHO_COMMAND = command(
+    element(2, b"1.2.840.10008.1.1\0"), element(0x100, us(0x30)), element(0x110, us(1)), element(0x800, us(0x101))
+)
+
+
+def store_command(sop_instance: bytes, sop_class: bytes = CT_STORAGE.encode(), message_id: int = 1) -> bytes:
+    """A C-STORE-RQ."""
+    return command(
+        element(2, sop_class + b"\0" * (len(sop_class) % 2)),
+        element(0x100, us(1)),
+        element(0x110, us(message_id)),
+        element(0x700, us(0)),
+        element(0x800, us(0)),
+        element(0x1000, sop_instance + b"\0" * (len(sop_instance) % 2)),
+    )
+
+
+def p_data(value: bytes, control: int, number: int = 1, length: int | None = None) -> bytes:
+    """A P-DATA-TF with one fragment; ``control``: 1 command, 2 last (PS3.8 E.2); ``length`` is what the item says."""
+    body = struct.pack(">IBB", len(value) + 2 if length is None else length, number, control) + value
+    return pdu(4, body)
+
+
+def echo_seconds(port: int, security: ssl.SSLContext | None = None, calling: str = CALLING) -> float:
+    """A whole legitimate association with one C-ECHO; how long it took."""
+    begun = time.monotonic()
+    with connect(port) as plain, _secured(plain, security) as peer:
+        peer.settimeout(30)
+        peer.sendall(associate_request(calling))
+        assert read_pdu(peer)[0] == 2
+        peer.sendall(p_data(ECHO_COMMAND, 3))
+        kind, answer = read_pdu(peer)
+        assert kind == 4
+        assert element(0x900, us(0)) in answer
+        peer.sendall(pdu(5, b"\0" * 4))
+        assert read_pdu(peer)[0] == 6
+    return time.monotonic() - begun
+
+
+def store_status(
+    peer: socket.socket, sop_instance: bytes, data_set: bytes, sop_class: bytes = CT_STORAGE.encode()
+) -> int:
+    """Send one object under context 1 of an association; the status of the answer, -1 when there is none."""
+    peer.sendall(p_data(store_command(sop_instance, sop_class), 3))
+    for begin in range(0, max(len(data_set), 1), 65536):
+        part = data_set[begin : begin + 65536]
+        peer.sendall(p_data(part, 2 if begin + 65536 >= len(data_set) else 0))
+    kind, answer = read_pdu(peer)
+    at = answer.find(struct.pack("<HHI", 0, 0x900, 2))
+    return struct.unpack_from("<H", answer, at + 8)[0] if kind == 4 and at > 0 else -1
+
+
+def _secured(plain: socket.socket, security: ssl.SSLContext | None) -> socket.socket:
+    return plain if security is None else security.wrap_socket(plain, server_hostname=LOOPBACK)
 
 
 def closed_within(peer: socket.socket, seconds: float) -> bool:

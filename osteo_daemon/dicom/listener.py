@@ -1,6 +1,6 @@
 """pynetdicom's listener with its four holes closed (docs/decisions): nobody who is silent, slow or greedy stops others.
 
-* A TLS handshake runs in the connection's own thread, with a time-out, never in the accept loop.
+* A TLS handshake and the first PDU are waited for in the connection's own thread, with a time-out; see `greeting`.
 * A PDU is read within a bounded length and a bounded time; the bound does not wait for negotiation.
 * Connections that have not become associations are capped apart from associations; the oldest gives way.
 * A message, and the queue of messages, has a bound: the peer waits in TCP.
@@ -12,26 +12,33 @@ Overrides private names of pynetdicom 3.0: the dependency is pinned below 3.1.
 from __future__ import annotations
 
 import contextlib
+import gc
 import socket
 import struct
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pynetdicom.transport import AssociationSocket, RequestHandler, ThreadedAssociationServer
 
-from osteo_daemon.dicom.admission import Network, allowed
+from osteo_daemon.certificates import certificate_of
+from osteo_daemon.dicom.admission import Caller, Network, Rejection, allowed
 from osteo_daemon.dicom.buffers import BufferBudget
 from osteo_daemon.dicom.data_transfer import Begin, MessageReader, stream_stores
+from osteo_daemon.dicom.greeting import NotARequest, read_request, rejection_pdu
 from osteo_daemon.dicom.refusals import Refusals
 from osteo_daemon.dicom.tls import ListenerTls
 from osteo_daemon.tls import reason_of
 
 _LARGEST_CHUNK_BYTES = 1 << 20
-_ASSOCIATE_BYTES = 1 << 20  # 128 contexts with every syntax and negotiation item stay far below
+_COMMAND_BYTES = 1 << 20
 _QUEUED_MESSAGES = 2
+_LAST_WORDS_SECONDS = 1.0
+_ANSWER_BYTES = 1 << 16
+_COLLECT_SECONDS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +69,8 @@ class _Connection:
     since: float
     host: str
     socket: socket.socket
-    association: Any  # None until its thread is made
+    association: Any = None  # until its thread is made
+    greeting: bytes = b""  # the request, once it is there
 
     @property
     def silent(self) -> bool:
@@ -79,6 +87,7 @@ class _BoundedSocket(AssociationSocket):  # type: ignore[misc]
     """Reads whole PDUs, within bounds."""
 
     limits: ListenerLimits
+    greeting: bytes
 
     def recv(self, nr_bytes: int) -> bytearray:
         """Read exactly ``nr_bytes``, fewer when the peer closes.
@@ -89,11 +98,14 @@ class _BoundedSocket(AssociationSocket):  # type: ignore[misc]
         connection = self.socket
         if connection is None:
             raise OSError("closed")
-        established = self._assoc.is_established
-        if nr_bytes > (self._largest_pdu() if established else _ASSOCIATE_BYTES):
+        if self.greeting:
+            given, self.greeting = self.greeting[:nr_bytes], self.greeting[nr_bytes:]
+            return bytearray(given)
+        # PS3.8 D.1: the maximum length is that of the variable field; senders err by their own headers
+        if nr_bytes > self.limits.maximum_pdu_bytes + 4096:
             raise OSError("the announced PDU is too long")
         self._check_message()
-        deadline = time.monotonic() + (self.limits.pdu_seconds if established else self.limits.associate_seconds)
+        deadline = time.monotonic() + self.limits.pdu_seconds
         received = bytearray(nr_bytes)
         view = memoryview(received)
         count = 0
@@ -113,22 +125,35 @@ class _BoundedSocket(AssociationSocket):  # type: ignore[misc]
             # the thread that aborts the association may have closed it
             if connection.fileno() >= 0:
                 connection.settimeout(before)
-            if count < nr_bytes and self._assoc.requestor.primitive is None:
-                # the thread that waits for the A-ASSOCIATE-RQ ends now, not when the time for it is over
-                self._assoc.dul.to_user_queue.put(None)
         del received[count:]
         return received
 
     @property
     def ready(self) -> bool:
         """True when there are bytes to read and room for the message that they belong to."""
+        if self.greeting:
+            return True
         if self._assoc.dimse.msg_queue.qsize() >= _QUEUED_MESSAGES:
             return False
         return bool(super().ready)
 
-    def _largest_pdu(self) -> int:
-        # PS3.8 D.1: the maximum length is that of the variable field; senders err by their own headers
-        return self.limits.maximum_pdu_bytes + 4096
+    def send(self, bytestream: bytes) -> None:
+        """Send all of it, or end the connection: after a failure the library would leave it open."""
+        connection = self.socket
+        try:
+            if connection is None:
+                raise OSError("closed")
+            connection.sendall(bytestream)
+        except OSError:
+            if connection is not None:
+                hang_up(connection)
+            self.event_queue.put("Evt17")
+
+    def _shutdown_socket(self) -> None:
+        # the library leaves a connection open that was shut down before; the kernel would hold its peer's bytes
+        if self.socket is not None:
+            hang_up(self.socket)
+            self.socket.close()
 
     def _check_message(self) -> None:
         message = self._assoc.dimse.message
@@ -137,7 +162,7 @@ class _BoundedSocket(AssociationSocket):  # type: ignore[misc]
         data_set = message.data_set
         if data_set is not None and data_set.tell() > self.limits.maximum_object_bytes:
             raise OSError("the data set is too long")
-        if message.encoded_command_set.tell() > _ASSOCIATE_BYTES:
+        if message.encoded_command_set.tell() > _COMMAND_BYTES:
             raise OSError("the command set is too long")
 
 
@@ -150,6 +175,7 @@ class _BoundedRequestHandler(RequestHandler):  # type: ignore[misc]
         bounded = association.dul.socket
         bounded.__class__ = _BoundedSocket
         bounded.limits = limits = self.server.limits
+        bounded.greeting = self.server.watch(association, self.request)
         if self.server.begin is not None:
             reader = MessageReader(
                 association,
@@ -160,7 +186,6 @@ class _BoundedRequestHandler(RequestHandler):  # type: ignore[misc]
                 budget=self.server.budget,
             )
             stream_stores(association, reader)
-        self.server.watch(association, self.request, self.client_address[0])
         return association
 
 
@@ -168,7 +193,7 @@ class HardenedServer(ThreadedAssociationServer):  # type: ignore[misc]
     """An association server for a hospital network; made by `AE.make_server` with ``server_class``."""
 
     daemon_threads = True
-    request_queue_size = 128
+    request_queue_size = 1024  # where it is full, a connection waits a second for its next try
 
     def __init__(
         self,
@@ -176,6 +201,7 @@ class HardenedServer(ThreadedAssociationServer):  # type: ignore[misc]
         limits: ListenerLimits,
         refusals: Refusals,
         budget: BufferBudget,
+        judge: Callable[[Caller], Rejection | None],
         tls: ListenerTls | None = None,
         begin: Begin | None = None,
         **keywords: Any,
@@ -183,6 +209,8 @@ class HardenedServer(ThreadedAssociationServer):  # type: ignore[misc]
         self.limits = limits
         self.begin = begin
         self.budget = budget
+        self._judge = judge
+        self._collected = time.monotonic()
         self._refusals = refusals
         self._tls = tls
         self._lock = threading.Lock()
@@ -191,8 +219,11 @@ class HardenedServer(ThreadedAssociationServer):  # type: ignore[misc]
         super().__init__(*arguments, **keywords)
 
     def service_actions(self) -> None:
-        """Between two looks for connections: new certificates, and the sums of refusals."""
-        super().service_actions()
+        """Between two looks for connections: new certificates, the sums of refusals, and what associations left."""
+        # the library collects once in sixty calls: under a flood of connections that is most of what this thread does
+        if (now := time.monotonic()) - self._collected >= _COLLECT_SECONDS:
+            self._collected = now
+            gc.collect()
         if self._tls is not None:
             self._tls.refresh()
         self._refusals.settle()
@@ -202,7 +233,9 @@ class HardenedServer(ThreadedAssociationServer):  # type: ignore[misc]
         connection, address = self.socket.accept()
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        # the library sends without a time-out: a peer that reads nothing would hold its threads for ever
+        # the library sends without a time-out: a peer that reads nothing would hold its threads for ever, and the
+        # kernel by itself keeps thousands of answers for it
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ANSWER_BYTES)
         seconds, microseconds = divmod(int(self.limits.pdu_seconds * 1e6), 1_000_000)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", seconds, microseconds))
         return connection, address
@@ -223,35 +256,62 @@ class HardenedServer(ThreadedAssociationServer):  # type: ignore[misc]
                 crowd = counts.most_common(1)[0][0]
             oldest = min((entry for entry in silent if entry[0] == crowd), default=None)
             evicted = [] if oldest is None else [self._connections.pop(oldest[2])]
-            self._connections[id(request)] = _Connection(time.monotonic(), host, request, None)
+            self._connections[id(request)] = _Connection(time.monotonic(), host, request)
         for entry in evicted:
             self.refuse(entry.host, "too many silent connections")
-            _hang_up(entry.socket)
+            hang_up(entry.socket)
         return True
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """The TLS handshake, then the association, both in the connection's own thread."""
-        if self._tls is not None:
-            key = id(request)
-            secured = None
-            try:
-                # made before the handshake: who hangs up on a silent connection needs the socket that is in use
-                request.settimeout(self.limits.associate_seconds)
-                secured = self._tls.context.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
-                with self._lock:
-                    if (entry := self._connections.pop(key, None)) is None:
-                        raise OSError("had to give way")
-                    self._connections[id(secured)] = _Connection(entry.since, entry.host, secured, None)
-                secured.do_handshake()
-                secured.settimeout(None)
-            except OSError as error:
-                self.refuse(client_address[0], f"TLS: {reason_of(error)}")
-                self._forget(key)
-                self._forget(id(secured))
-                self.shutdown_request(request if secured is None else secured)
+        """TLS handshake, first PDU, association: all in the connection's own thread."""
+        connection, host = request, client_address[0]
+        try:
+            if self._tls is not None:
+                connection = self._secure(request, self._tls)
+            if (greeting := self._greeted(connection, host)) is not None:
+                self._change(connection, connection, greeting=greeting)
+                connection.settimeout(None)
+                super().process_request_thread(connection, client_address)
                 return
-            request = secured
-        super().process_request_thread(request, client_address)
+        except NotARequest as error:
+            self.refuse(host, error.reason)
+            _say(connection, error.abort)
+        except TimeoutError:
+            self.refuse(host, "no association request in time")
+        except OSError as error:
+            self.refuse(host, f"TLS: {reason_of(error)}" if self._tls is not None else "connection lost")
+        self._forget(id(connection))
+        self.shutdown_request(connection)
+
+    def _secure(self, request: socket.socket, tls: ListenerTls) -> socket.socket:
+        """Raises OSError when the handshake fails."""
+        request.settimeout(self.limits.associate_seconds)
+        # made before the handshake: who hangs up on a silent connection needs the socket that is in use
+        secured = tls.context.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+        self._change(request, secured)
+        try:
+            secured.do_handshake()
+        except OSError:
+            self._forget(id(secured))
+            self.shutdown_request(secured)
+            raise
+        return secured
+
+    def _greeted(self, connection: socket.socket, host: str) -> bytes | None:
+        """The association request; None when there is none, or its sender was turned away."""
+        request = read_request(connection, self.limits.associate_seconds)
+        if request is None:
+            return None
+        caller = Caller(request.called_ae_title, request.calling_ae_title, host, certificate_of(connection))
+        if (rejection := self._judge(caller)) is None:
+            return request.pdu
+        _say(connection, rejection_pdu(rejection))
+        return None
+
+    def _change(self, old: socket.socket, new: socket.socket, **changes: Any) -> None:
+        with self._lock:
+            if (entry := self._connections.pop(id(old), None)) is not None:
+                self._connections[id(new)] = replace(entry, socket=new, **changes)
 
     def refuse(self, address: str, reason: str) -> None:
         """Tell of a connection that is not taken."""
@@ -262,11 +322,14 @@ class HardenedServer(ThreadedAssociationServer):  # type: ignore[misc]
         self._refusals.tell("connection_failed", address=client_address[0], reason="no association came of it")
         self._forget(id(request))
 
-    def watch(self, association: Any, request: Any, host: str) -> None:
-        """Tie a connection to its association, so that it counts as silent only until established."""
+    def watch(self, association: Any, connection: socket.socket) -> bytes:
+        """Tie a connection to its association, so that it is silent only until established; gives its request."""
         with self._lock:
-            if (entry := self._connections.get(id(request))) is not None:
-                self._connections[id(request)] = _Connection(entry.since, host, request, association)
+            entry = self._connections.get(id(connection))
+            if entry is None:  # it had to give way meanwhile
+                return b""
+            self._connections[id(connection)] = replace(entry, association=association, greeting=b"")
+        return entry.greeting
 
     def shutdown_unstarted(self) -> None:
         """Give the port back without ever having served."""
@@ -282,10 +345,17 @@ class HardenedServer(ThreadedAssociationServer):  # type: ignore[misc]
         with self._lock:
             entries = list(self._connections.values())
         for entry in entries:
-            _hang_up(entry.socket)
+            hang_up(entry.socket)
 
 
-def _hang_up(connection: socket.socket) -> None:
+def _say(connection: socket.socket, last_words: bytes) -> None:
+    with contextlib.suppress(OSError):
+        connection.settimeout(_LAST_WORDS_SECONDS)
+        connection.sendall(last_words)
+
+
+def hang_up(connection: socket.socket) -> None:
+    """End a connection that another thread may be using; that thread closes it."""
     with contextlib.suppress(OSError):  # it went first
         # of the plain socket, under TLS too: its own shutdown would take the TLS state from the thread that reads
         socket.socket.shutdown(connection, socket.SHUT_RDWR)

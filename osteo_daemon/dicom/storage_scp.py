@@ -6,6 +6,7 @@ report here on their storage commitments: PACSs report to the port of the AE tha
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import uuid
@@ -84,6 +85,8 @@ class StorageScp:
         crowded: Callable[[], bool] = lambda: False,
     ) -> None:
         _config.LOG_HANDLER_LEVEL = "none"  # its own event log prints titles and addresses of every PDU
+        # two of its errors for every connection that ends early: what is worth a line gets one here
+        logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)
         self._settings = settings
         self._closed = closed
         self._reported = reported
@@ -156,6 +159,7 @@ class StorageScp:
                 limits=limits,
                 refusals=self._refusals,
                 budget=self._budget,
+                judge=self._turned_away,
                 tls=tls,
                 begin=self._arrivals.begin,
             )
@@ -227,7 +231,7 @@ class StorageScp:
                 certificate_of(association.dul.socket.socket),
             )
             decision = self._admission.judge(caller)
-            if decision.reason:
+            if decision.reason:  # it was asked before; the library may read a title otherwise
                 self._reject(association, caller, decision.reason, decision.rejection)
                 return
             if caller.calling_ae_title in self._backfill and self._crowded():
@@ -245,7 +249,20 @@ class StorageScp:
             get_logger().error("association_failed", error=type(error).__name__, detail=where(error))
             association.abort(block=False)
 
+    def _turned_away(self, caller: Caller) -> Rejection | None:
+        """Whom the settings do not know is rejected before the rest of its request is looked at."""
+        decision = self._admission.judge(caller)
+        if not decision.reason:
+            return None
+        self._tell(caller, decision.reason)
+        return decision.rejection
+
     def _reject(self, association: Any, caller: Caller, reason: str, rejection: Rejection) -> None:
+        self._tell(caller, reason)
+        association.acse.send_reject(*rejection)
+        association.kill()
+
+    def _tell(self, caller: Caller, reason: str) -> None:
         shown = {} if caller.certificate is None else {"certificate": caller.certificate.fingerprint}
         self._refusals.tell(
             "association_refused",
@@ -255,8 +272,6 @@ class StorageScp:
             called_ae_title=printable(caller.called_ae_title),
             **shown,
         )
-        association.acse.send_reject(*rejection)
-        association.kill()
 
     def _on_echo(self, event: Any) -> int:
         return StoreStatus.SUCCESS

@@ -20,7 +20,7 @@ from osteo_daemon.errors import ConfigurationError
 from osteo_daemon.settings import PeerTlsSettings, TlsSettings
 
 # level 2 of OpenSSL: at least 112 bits of security, RSA keys of 2048 bits (RFC 9325 4.2)
-_TLS_1_2_SUITES: Final = "@SECLEVEL=2:ECDHE+AESGCM:ECDHE+CHACHA20"
+TLS_1_2_SUITES: Final = "@SECLEVEL=2:ECDHE+AESGCM:ECDHE+CHACHA20"
 _OTHER_CERTIFICATE: Final = "not one of the certificates in the settings"
 
 
@@ -124,7 +124,7 @@ def reason_of(error: OSError) -> str:
 def _restrict(context: ssl.SSLContext) -> None:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_TICKET
-    context.set_ciphers(_TLS_1_2_SUITES)
+    context.set_ciphers(TLS_1_2_SUITES)
 
 
 def _load(context: ssl.SSLContext, certificate_file: Path, key_file: Path | None) -> None:

@@ -14,7 +14,7 @@ from pynetdicom.association import Association
 from pynetdicom.events import Event
 from pynetdicom.presentation import PresentationContext
 
-from osteo_daemon.dicom.uids import IMPLEMENTATION_CLASS_UID
+from osteo_daemon.dicom.uids import ASSOCIATION_VERSION_NAME, IMPLEMENTATION_CLASS_UID
 from osteo_daemon.domain.study import RemoteAE
 from osteo_daemon.errors import ConfigurationError, PeerUnavailable, Refused
 from osteo_daemon.tls import client_context, reason_of
@@ -52,6 +52,7 @@ def association(
     """
     entity = AE(ae_title=calling_ae_title)
     entity.implementation_class_uid = IMPLEMENTATION_CLASS_UID
+    entity.implementation_version_name = ASSOCIATION_VERSION_NAME
     entity.connection_timeout = connect_timeout_seconds
     entity.acse_timeout = connect_timeout_seconds
     entity.dimse_timeout = dimse_timeout_seconds

@@ -93,7 +93,7 @@ class Retrieval:
             Refused: it does not, whatever is asked.
         """
         taker = _Taker(store, self.peer, association_id)
-        contexts, roles = _storage_contexts()
+        contexts, roles = storage_contexts()
         handlers = [(evt.EVT_C_STORE, taker.take)]
         with self._association([build_context(STUDY_ROOT_GET), *contexts], handlers, roles) as link:
             requests = [keys for target in targets for keys in _identifiers(target)]
@@ -253,7 +253,7 @@ def _keys(target: Target, level: str) -> Dataset:
     return keys
 
 
-def _storage_contexts() -> tuple[list[PresentationContext], list[Any]]:
+def storage_contexts() -> tuple[list[PresentationContext], list[Any]]:
     """CT in a context for each transfer syntax, so that the archive sends what it has; 128 contexts are the most."""
     contexts = [build_context(uid, syntax) for uid in SCREENED_CLASSES for syntax in TRANSFER_SYNTAXES]
     contexts += [build_context(uid, list(TRANSFER_SYNTAXES)) for uid in ACCOMPANYING_CLASSES]

@@ -12,6 +12,7 @@ import pydicom
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import _config, build_context
 from pynetdicom.association import Association
+from pynetdicom.presentation import PresentationContext
 
 from osteo_daemon.dicom.peer import association
 from osteo_daemon.domain.study import RemoteAE
@@ -105,7 +106,7 @@ def send_objects(
     with association(
         peer,
         calling_ae_title,
-        _contexts(entry.sop_class_uid for entry in objects),
+        result_contexts(entry.sop_class_uid for entry in objects),
         connect_timeout_seconds=connect_timeout_seconds,
         dimse_timeout_seconds=dimse_timeout_seconds,
     ) as link:
@@ -121,7 +122,8 @@ def send_objects(
     return tuple(verdicts)
 
 
-def _contexts(sop_classes: Iterable[str]) -> list[object]:
+def result_contexts(sop_classes: Iterable[str]) -> list[PresentationContext]:
+    """The presentation contexts proposed for objects of these classes."""
     # one context for each syntax: only so the acceptor can take both and we choose (PS3.8 9.3.2.2)
     return [
         build_context(uid, syntax)

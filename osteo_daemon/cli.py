@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from osteo_daemon.commands.audit import audit
 from osteo_daemon.commands.deliveries import deliveries
 from osteo_daemon.commands.options import config_option, not_blank
 from osteo_daemon.commands.pull import pull
@@ -129,7 +130,7 @@ def _let_idle_threads_sleep() -> None:
 
 cli.add_command(deliveries)
 cli.add_command(pull)
-for command in (studies, fsck, backup, restore, schedule):
+for command in (studies, fsck, backup, restore, schedule, audit):
     cli.add_command(command)
 
 

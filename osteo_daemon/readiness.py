@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from osteo_daemon.audit.courier import transport_of
 from osteo_daemon.certificates import read_certificates, whole_days_left
 from osteo_daemon.delivery.transport import TRANSPORTS, remote_ae
 from osteo_daemon.dicom.tls import expiries, tls_files
@@ -53,6 +54,8 @@ def check_node(settings: Settings) -> list[Finding]:
     if settings.screener.network_enabled:
         checks.append(("network bundle", lambda: _bundle(settings, settings.screener.network_bundle)))
     checks.append(("device", lambda: str(choose_device(settings.screener.device))))
+    if settings.audit.enabled and settings.audit.host:
+        checks.append(("audit repository", lambda: _audit_repository(settings)))
     if not settings.destinations:
         checks.append(("destinations", _no_destination))
     for destination in settings.destinations:
@@ -98,6 +101,15 @@ def _store(settings: Settings) -> str:
         return "will be created on the first start"
     counts = JobStore(settings.database_url).counts_by_state()
     return ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "empty"
+
+
+def _audit_repository(settings: Settings) -> str:
+    audit = settings.audit
+    start = time.perf_counter()
+    transport_of(audit).send([])
+    taken = (time.perf_counter() - start) * 1000
+    where = f"{audit.host}:{audit.port}"
+    return f"{where} answered in {taken:.0f} ms" if audit.transport == "tls" else f"{where}, by datagrams: unproven"
 
 
 def _sources(settings: Settings) -> str:

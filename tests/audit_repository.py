@@ -19,7 +19,7 @@ class Repository:
 
     Attributes:
         security: its side of TLS.
-        reset_after: for each of the first connections, how many messages are read before it is cut with the rest unread.
+        reset_after: for each of the first connections, how many messages are read before it is cut, the rest unread.
         port: where it listens; 0: a free port.
         answers_end: False: it closes the connection instead of answering the closure alert.
         received: the text of every message, in order.

@@ -69,7 +69,7 @@ class Trail:
             count = self._lost
         # the first at once, then at every doubling: loud, and no flood
         if count & (count - 1) == 0:
-            get_logger().error("audit_not_recorded", count=count, detail="see [audit] and osteo audit")
+            get_logger().error("audit_not_recorded", count=count, detail="see [audit] and osteo audit status")
 
 
 _opened: Trail | None = None

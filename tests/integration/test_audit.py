@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import socket
 import stat
 from pathlib import Path
@@ -27,6 +28,7 @@ from osteo_daemon.errors import ConfigurationError
 from osteo_daemon.jobs.records import NewDelivery, ReportKind, ReportObject
 from osteo_daemon.jobs.spool import Spool
 from osteo_daemon.jobs.store import JobStore
+from osteo_daemon.readiness import Finding, check_node
 from osteo_daemon.settings import AuditSettings, Settings, load_settings
 from tests.audit_repository import Repository, kind_of, xml_of
 from tests.authority import Authority
@@ -324,3 +326,32 @@ def action_of(message: Element) -> str:
 def detail_of(message: Element) -> str:
     (detail,) = message.iter("ParticipantObjectDetail")
     return base64.b64decode(detail.attrib["value"]).decode()
+
+
+def test_what_waits_can_be_asked(tmp_path: Path) -> None:
+    config = tmp_path / "osteo.toml"
+    config.write_text(f'state_dir = "{tmp_path / "state"}"\n[audit]\nenabled = true\n')
+    runner = CliRunner()
+    assert "waiting: 0" in runner.invoke(cli, ["audit", "status", "--config", str(config)]).output
+    fill(AuditSpool(tmp_path / "state" / "audit", ROOM), range(3))
+    shown = json.loads(runner.invoke(cli, ["audit", "status", "--json", "--config", str(config)]).output)
+    assert (shown["waiting"], shown["repository"]) == (3, None)
+    assert shown["waiting_since"] is not None
+    config.write_text(f'state_dir = "{tmp_path / "state"}"\n')
+    assert "off" in runner.invoke(cli, ["audit", "status", "--config", str(config)]).output
+
+
+def test_a_check_tries_the_repository(authority: Authority, tmp_path: Path) -> None:
+    port = a_free_port()
+    ours = authority.issue("osteo")
+    files = {"ca_file": authority.file, "certificate_file": ours.certificate, "key_file": ours.key}
+    wanted = AuditSettings(enabled=True, host=LOOPBACK, port=port, **files)
+    settings = Settings(state_dir=tmp_path / "state", audit=wanted)
+
+    def found() -> Finding:
+        return next(finding for finding in check_node(settings) if finding.name == "audit repository")
+
+    assert not found().ok
+    with Repository(authority.server(authority.issue("repository")), port=port) as repository:
+        assert found().ok
+    assert repository.received == []

@@ -69,6 +69,7 @@ class Supervisor:
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._end)
+        signal.signal(signal.SIGHUP, self._reload)
         self._children = [_Child(role, command) for role, command in self.commands.items()]
         exit_code = 0
         while not self._ended_by and not exit_code:
@@ -83,6 +84,12 @@ class Supervisor:
 
     def _end(self, signum: int, _frame: FrameType | None) -> None:
         self._ended_by = signum
+
+    def _reload(self, signum: int, _frame: FrameType | None) -> None:
+        # it loads its certificates anew; no other role has anything to load
+        for child in self._children:
+            if child.role == "receiver" and child.process is not None:
+                child.process.send_signal(signum)
 
     def _tend(self, child: _Child) -> int:
         """Start, watch, restart; a non-zero return ends the supervisor."""

@@ -12,9 +12,9 @@ import tempfile
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.results import RESULTS, write_result
+from benchmarks.results import RESULTS, ROOT, write_result
 from train.ablation import Budget, run_all
-from train.ablation_figures import figures_of, plot
+from train.ablation_figures import figures_of, page, plot
 from train.cohort import CohortConfig, make_cohort
 from train.data import open_set
 from train.readings import Densitometry
@@ -75,6 +75,7 @@ def main() -> None:
     figures = figures_of(given.runs, open_set(given.data), given.repeats)
     print(write_result(NAME, figures))
     plot(figures, path.with_suffix(".png"))
+    (ROOT / "docs" / "ablation.md").write_text(page(figures), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -224,6 +224,59 @@ def markdown(figures: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+_PAGE: Final = """\
+# Ablation on the virtual cohort
+
+Made by `python -m benchmarks.ablation` from `docs/results/ablation.json`; don't edit it. Runs: `python -m
+train.ablation`. Virtual patients only; nothing here is a clinical result.
+
+{patients[train]} training patients ({labelled} of them with a reading), {patients[val]} for validation,
+{patients[test]} for test, {patients[external]} at the external hospital. Networks of {parameters:,} parameters on
+VOIs of 1.5 mm, the last epoch of runs of one length, {runs} runs finished. Values with 95 % intervals over patients,
+means over the seeds done; differences are taken on the same patients.
+
+How to read it:
+
+- **What the experts have to do here.** The sites differ in tube voltage, kernel, slice thickness and contrast, which
+  moves HU at the same bone, and each site's densitometer is off by a constant of its own. The cross-device error
+  compares with what the site's own machine would say without chance: a network does well there that tells the site
+  from the image. That constant is no property of bone, so against the *true* sBMD, as at the external hospital,
+  learning it can't help.
+- **Controls.** With one machine for everybody, or patients sent to machines by lot, there is nothing about devices to
+  learn from an image, and the experts must show no gain.
+- **The ideal reader** knows everything that was drawn about body, age and sex, and lacks only what no CT of a
+  vertebra shows. No model can do better but by chance; how little lies between the lines in HU and that reader bounds
+  what any network can gain in this simulator.
+- The network is told by augmentation what density does to BMD, the baselines are not; the row without changed
+  densities is the fair comparison in that respect.
+
+![differences](results/ablation.png)
+"""
+
+
+def page(figures: Mapping[str, Any]) -> str:
+    """docs/ablation.md."""
+    head = _PAGE.format(
+        patients=figures["patients"],
+        labelled=figures["labelled_training_patients"],
+        parameters=figures["runs"]["full"]["parameters"],
+        runs=sum(row["seeds"] for row in figures["runs"].values()),
+    )
+    facts = (
+        ("minutes_mean", "minutes a run"),
+        ("test_level_accuracy", "level right, test"),
+        ("test_sequence_accuracy", "whole scan right, test"),
+        ("external_causal_slope_share", "slope over density / simulator's, external"),
+        ("external_coarse_shift_g_cm2", "shift by coarser series, external, g/cm2"),
+    )
+    lines = ["", "### Runs", "", "| | seeds | " + " | ".join(title for _, title in facts) + " |"]
+    lines.append("|---|---|" + "---|" * len(facts))
+    for name, row in figures["runs"].items():
+        cells = [f"{row[key]:.3f}" if key in row else "" for key, _ in facts]
+        lines.append(f"| {VARIANTS[name].title} | {row['seeds']} | {' | '.join(cells)} |")
+    return head + markdown(figures) + "\n".join(lines) + "\n"
+
+
 def _cell(value: Interval | None) -> str:
     numbers = [number for number in value or () if number is not None]
     return f"{numbers[0]:.3f} [{numbers[1]:.3f}, {numbers[2]:.3f}]" if len(numbers) == 3 else ""

@@ -233,11 +233,10 @@ def test_a_moment_written_by_a_wrong_clock_holds_nothing_up(tmp_path: Path, buil
         store = commit(settings, built)
         claimed = store.claim_delivery("before", 60)
         assert claimed is not None
-        store.delivery_retry(claimed, datetime.now(UTC) + timedelta(days=400), "the clock was a year ahead")
-        store.save_breaker(
-            "pacs0",
-            Breaker(BreakerState.OPEN, datetime.now(UTC), 3, datetime.now(UTC) + timedelta(days=400), "away"),
-        )
+        ahead = datetime.now(UTC) + timedelta(days=400)
+        probe_at = ahead + timedelta(minutes=1)
+        store.delivery_retry(claimed, probe_at, "the clock was a year ahead", now=ahead)
+        store.save_breaker("pacs0", Breaker(BreakerState.OPEN, ahead, 3, probe_at, "away"))
         with lanes(settings, store):
             assert until(lambda: ended(store), PATIENCE_S).outcome == "stored"
     store.close()

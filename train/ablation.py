@@ -44,7 +44,7 @@ LOOP: Final = LoopConfig(
 )
 WEIGHTS: Final = LossWeights(logit_adjustment=0.65)
 AUGMENTATION: Final = Augmentation(shift_voxels=2, coarse=0.35, density=0.5)
-PRETRAIN_EPOCHS: Final = 6
+PRETRAIN_EPOCHS: Final = 3
 _ONE_EXPERT: Final = {"expert_count": 1, "expert_width": 4 * BASE.expert_width, "device_count": 0}
 """As many parameters as four experts have, and no gate to speak of."""
 

@@ -14,15 +14,12 @@ from enum import StrEnum
 from pathlib import Path
 
 from osteo_daemon.dicom.filed import read_filed
-from osteo_daemon.domain.study import SopInstance
 from osteo_daemon.errors import NotDicom
 from osteo_daemon.jobs.inventory import Area, KnownFile, StudyInventory
 from osteo_daemon.jobs.records import RecordOutcome
 from osteo_daemon.jobs.spool import Spool, is_same_instance
 from osteo_daemon.jobs.store import JobStore
-
-UNKNOWN_SOURCE = "UNKNOWN"
-"""Calling AE title of objects that were taken up from their files."""
+from osteo_daemon.reconciliation import take_up
 
 YOUNG_SECONDS = 60.0
 _CHUNK_BYTES = 1 << 20
@@ -181,30 +178,13 @@ class _Check:
 
     def _row_missing(self, path: Path, uid: str | None) -> IntegrityFinding:
         try:
-            filed = read_filed(path)
+            if not self._repair:
+                return IntegrityFinding(Problem.ROW_MISSING, str(path), read_filed(path).identifiers.study_instance_uid)
+            found = take_up(self._store, self._spool, path)
         except (NotDicom, OSError) as error:
             return IntegrityFinding(Problem.FILE_UNREADABLE, f"{path}: {error}", uid)
-        found = filed.identifiers
-        uid = found.study_instance_uid
-        if not self._repair:
-            return IntegrityFinding(Problem.ROW_MISSING, str(path), uid)
-        instance = SopInstance(
-            study_instance_uid=uid,
-            series_instance_uid=found.series_instance_uid,
-            sop_class_uid=found.sop_class_uid,
-            sop_instance_uid=found.sop_instance_uid,
-            transfer_syntax_uid=filed.transfer_syntax_uid,
-            path=path,
-            size_bytes=path.stat().st_size,
-            sha256=_sha256(path),
-        )
-        before = self._store.job(uid)
-        outcome = self._store.record_instance(instance, UNKNOWN_SOURCE, screenable=filed.screenable)
-        if before is None and self._store.job(uid) is not None and self._spool.report_files(uid):
-            # it was reported once, under revisions that the store has forgotten
-            self._store.lift_revision(uid, "fsck", "reports of forgotten revisions lie in the spool")
-        repaired = outcome in (RecordOutcome.STORED, RecordOutcome.DUPLICATE)
-        return IntegrityFinding(Problem.ROW_MISSING, str(path), uid, repaired=repaired)
+        repaired = found.outcome in (RecordOutcome.STORED, RecordOutcome.DUPLICATE)
+        return IntegrityFinding(Problem.ROW_MISSING, str(path), found.study_instance_uid, repaired=repaired)
 
     @staticmethod
     def _is_miscounted(study: StudyInventory) -> bool:

@@ -19,6 +19,7 @@ from osteo_daemon.jobs.room import Room
 from osteo_daemon.jobs.spool import Spool
 from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.log import configure_logging, get_logger
+from osteo_daemon.reconciliation import Reconciliation
 from osteo_daemon.settings import Settings
 
 GRACE_SECONDS = 10.0
@@ -47,6 +48,7 @@ class Receiver:
         self._destinations = settings.destinations
         leftovers = self._spool.remove_leftovers()
         self._jobs.forget_associations()
+        self._reconciliation = Reconciliation(self._jobs, self._spool)
         self._scp = StorageScp(
             settings.receiver,
             settings.sources,
@@ -82,12 +84,14 @@ class Receiver:
         self._scp.reload_certificates()
 
     def start(self) -> None:
-        """Listen."""
+        """Listen, and look meanwhile for files that have no rows."""
         self._scp.start()
+        self._reconciliation.start()
 
     def stop(self, grace_seconds: float = GRACE_SECONDS) -> None:
         """Finish what is under way and close."""
         self._scp.stop(grace_seconds)
+        self._reconciliation.stop()
         self._jobs.close()
 
     def _services(self, settings: Settings) -> NormalizedServices:

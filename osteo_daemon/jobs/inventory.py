@@ -15,6 +15,7 @@ from osteo_daemon.domain.job import FINISHED, JobState
 from osteo_daemon.jobs.accompanying import is_unscreened, unscreened
 from osteo_daemon.jobs.database import Database
 from osteo_daemon.jobs.schema import (
+    EventRow,
     InstanceRow,
     JobRow,
     LeaseRow,
@@ -97,6 +98,13 @@ class Inventory(Database):
                 select(StudyRow.__table__).where(StudyRow.study_instance_uid == study_instance_uid)
             ).one_or_none()
             return None if row is None else _of_study(connection, row)
+
+    def extent(self) -> tuple[int, int]:
+        """How many instances the store knows, and the number of its newest event: an older store has a lower one."""
+        with self._reading() as connection:
+            instances = connection.execute(select(func.count()).select_from(InstanceRow)).scalar_one()
+            newest = connection.execute(select(func.max(EventRow.event_id))).scalar_one()
+        return instances, newest or 0
 
     def damage(self) -> list[str]:
         """What the database says is wrong with itself; PostgreSQL keeps its own checks."""

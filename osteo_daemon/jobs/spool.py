@@ -249,6 +249,11 @@ def _full_is_transient(incoming: IncomingFile | None = None) -> Iterator[None]:
         raise
 
 
+def is_content_of(path: Path, sha256: str) -> bool:
+    """True when a received file's name says that these are its bytes."""
+    return path.stem[_NAME_LENGTH + 1 :] == sha256[:_CONTENT_LENGTH]
+
+
 def _digest(uid: str) -> str:
     return hashlib.sha256(uid.encode("utf-8", "surrogateescape")).hexdigest()[:_NAME_LENGTH]
 

@@ -28,7 +28,7 @@ from train.readings import Densitometry
 
 NETWORK: Final = MoEConfig()
 PRETRAIN: Final = PretrainConfig(mechanism="a", epochs=3)
-LOOP: Final = LoopConfig(epochs=10, batch_size=32, learning_rate=2e-3, patience=1000, keep="last", ema_decay=0.995)
+LOOP: Final = LoopConfig(epochs=8, batch_size=32, learning_rate=2e-3, patience=1000, keep="last", ema_decay=0.995)
 WEIGHTS: Final = LossWeights(logit_adjustment=0.65)
 AUGMENTATION: Final = Augmentation(coarse=0.4, density=0.5)
 DENSITOMETRY: Final = Densitometry(labelled_share=1.0)

@@ -27,6 +27,7 @@ _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NAME_LENGTH = 32
 _CONTENT_LENGTH = 16
 _PLACE_ATTEMPTS = 20
+_KNOWN_FOLDERS = 1024
 _ROOM_TO_COMMIT_BYTES = 16 << 20  # the row of a report must find room, too
 
 
@@ -229,6 +230,8 @@ class Spool:
             self._make_durable_folder(folder.parent)
             folder.mkdir(mode=0o750, exist_ok=True)
             sync_folder(folder.parent)
+        if len(self._known_folders) >= _KNOWN_FOLDERS:
+            self._known_folders.clear()  # studies come and go; the folders of those at hand are soon known again
         self._known_folders.add(folder)
 
 

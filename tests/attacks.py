@@ -326,17 +326,17 @@ def certificates_of_others(target: Target) -> None:
 
 @attack
 def one_sender_with_all_associations(target: Target) -> None:
-    refused = 0
-    with many(20, target.connect) as peers:
-        for peer in peers:
+    answers = []
+    with many(0, target.connect) as peers:
+        for _ in range(20):
+            peers.append(peer := target.connect())
             peer.settimeout(ENDED_SECONDS)
             peer.sendall(associate_request("HOG"))
-            kind, body = read_pdu(peer)
-            refused += kind == 3
-            # the first may be gone for their silence by now
-            assert kind == 2 or body[1:] == b"\x02\x03\x02", f"PDU {kind} {body.hex()}: no transient refusal by a limit"
-        assert refused >= 8, f"{refused} were refused"  # all but four at a time, for at least four seconds
-        time.sleep(1)
+            answers.append(read_pdu(peer))
+    refused = [body[1:] for kind, body in answers if kind == 3]
+    assert set(refused) == {b"\x02\x03\x02"}, "not a transient refusal by a local limit"
+    # on a busy machine the first are gone for their silence before the last has come
+    assert len(refused) >= 4, f"{len(refused)} were refused"
 
 
 # messages

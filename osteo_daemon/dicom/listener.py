@@ -2,6 +2,7 @@
 
 * A TLS handshake and the first PDU are waited for in the connection's own thread, with a time-out; see `greeting`.
 * A PDU is read within a bounded length and a bounded time; the bound does not wait for negotiation.
+* Addresses that connect for nothing are hung up on at once; see `patience`.
 * Connections that have not become associations are capped apart from associations; the oldest gives way.
 * A message, and the queue of messages, has a bound: the peer waits in TCP.
 * A peer that does not read what we answer holds a thread for a bounded time only.
@@ -29,6 +30,7 @@ from osteo_daemon.dicom.admission import Caller, Network, Rejection, allowed
 from osteo_daemon.dicom.buffers import BufferBudget
 from osteo_daemon.dicom.data_transfer import Begin, MessageReader, stream_stores
 from osteo_daemon.dicom.greeting import NotARequest, read_request, rejection_pdu
+from osteo_daemon.dicom.patience import Patience
 from osteo_daemon.dicom.refusals import Refusals
 from osteo_daemon.dicom.tls import ListenerTls
 from osteo_daemon.tls import reason_of
@@ -210,6 +212,7 @@ class HardenedServer(ThreadedAssociationServer):  # type: ignore[misc]
         self.begin = begin
         self.budget = budget
         self._judge = judge
+        self._patience = Patience()
         self._collected = time.monotonic()
         self._refusals = refusals
         self._tls = tls
@@ -246,6 +249,9 @@ class HardenedServer(ThreadedAssociationServer):  # type: ignore[misc]
         if not allowed(host, self.limits.networks):
             self.refuse(host, "address not among the sources")
             return False
+        if self._patience.is_over(host):
+            self.refuse(host, "too many connections for nothing")
+            return False
         with self._lock:
             self._connections = {key: entry for key, entry in self._connections.items() if not entry.ended}
             silent = [(entry.host, entry.since, key) for key, entry in self._connections.items() if entry.silent]
@@ -280,6 +286,7 @@ class HardenedServer(ThreadedAssociationServer):  # type: ignore[misc]
             self.refuse(host, "no association request in time")
         except OSError as error:
             self.refuse(host, f"TLS: {reason_of(error)}" if self._tls is not None else "connection lost")
+        self._patience.waste(host)
         self._forget(id(connection))
         self.shutdown_request(connection)
 

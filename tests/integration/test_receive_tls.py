@@ -88,7 +88,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     for name in ("expired", "future", "revoked", "stranger"):
         extra += source_text(name.upper(), f"sha256:{issued[name].sha256}")
     with receiver_process(folder, extra=extra) as (role, plain):
-        role.wait_for("receiver_listening_tls")
+        role.wait_for("receiver_listening_tls", 90)
         yield Node(role, plain, port, authority, issued, folder / "receiver.log")
 
 
@@ -275,7 +275,7 @@ def test_certificates_change_while_it_runs(tmp_path: Path) -> None:
     extra = tls_text(port, authority, own, crl)
     extra += source_text("CT1", f"sha256:{ct1.sha256}") + source_text("CT2", f"sha256:{ct2.sha256}")
     with receiver_process(tmp_path, extra=extra) as (role, _plain):
-        role.wait_for("receiver_listening_tls")
+        role.wait_for("receiver_listening_tls", 90)
         log = tmp_path / "receiver.log"
 
         def shown() -> str:

@@ -11,6 +11,7 @@ from structlog.testing import capture_logs
 
 from osteo_daemon.certificates import earliest_next_update, read_certificates
 from osteo_daemon.dicom.admission import CALLED_UNKNOWN, CALLING_UNKNOWN, Admission, Caller
+from osteo_daemon.dicom.patience import BURST, PER_SECOND, Patience
 from osteo_daemon.dicom.quota import Quota
 from osteo_daemon.dicom.refusals import TOLD_ONE_BY_ONE, Refusals
 from osteo_daemon.dicom.tls import ListenerTls
@@ -154,6 +155,26 @@ def test_refusals_from_everywhere_are_bounded() -> None:
             refusals.tell("connection_refused", address=f"2001:db8::{number:x}", reason="x")
     assert len(lines) == 1024 + TOLD_ONE_BY_ONE
     assert len(refusals._kinds) <= 1025
+
+
+def test_patience_with_connections_for_nothing_comes_back() -> None:
+    clock = Clock()
+    patience = Patience(clock)
+    for _ in range(BURST):
+        assert not patience.is_over("192.0.2.1")
+        patience.waste("192.0.2.1")
+    assert patience.is_over("192.0.2.1")
+    assert not patience.is_over("192.0.2.2")
+    clock.now += 1 / PER_SECOND + 1e-6
+    assert not patience.is_over("192.0.2.1")
+    for _ in range(1000):  # a check of the port each second is never too much
+        clock.now += 1
+        patience.waste("192.0.2.3")
+        assert not patience.is_over("192.0.2.3")
+    for number in range(5000):
+        clock.now += 1
+        patience.waste(f"2001:db8::{number:x}")
+    assert len(patience._wasted) <= 1024
 
 
 def admission(secured: bool = True, **source: object) -> Admission:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from osteo_daemon.dicom.contexts import SCREENED_CLASSES
 from osteo_daemon.dicom.header_facts import read_facts
@@ -69,6 +70,7 @@ class CompletenessSweep:
         self._inquiries = Inquiries(settings)
         self._known: dict[str, _Known] = {}
         self._facts: dict[str, dict[str, ImageFacts]] = {}
+        self._spoken_for: dict[str, dict[datetime, bool]] = {}
 
     def close(self) -> None:
         """Ask nothing more."""
@@ -94,16 +96,18 @@ class CompletenessSweep:
         return done
 
     def _forget_others(self, present: set[str]) -> None:
-        for uid in [uid for uid in self._known if uid not in present]:
-            del self._known[uid]
-        for uid in [uid for uid in self._facts if uid not in present]:
-            del self._facts[uid]
+        memories: tuple[dict[str, Any], ...] = (self._known, self._facts, self._spoken_for)
+        for memory in memories:
+            for uid in [uid for uid in memory if uid not in present]:
+                del memory[uid]
         self._inquiries.keep(present)
 
     def _look_at(self, study: Receiving, rhythm: Rhythm) -> Completed | None:
         now = self._clock()
         known = self._known.get(study.study_instance_uid)
         quiet = study.quiet_seconds(now)
+        # as it was when it was seen last: an association that ends before the next arrival speaks for nothing
+        self._spoken_for.setdefault(study.study_instance_uid, {})[study.last_received_at] = study.open_association
         inquiry = self._inquiry(study) if quiet >= rhythm.early_seconds else None
         if known is not None and known.study == study and known.inquiry == inquiry and now < known.until:
             return None
@@ -111,15 +115,22 @@ class CompletenessSweep:
         if verdict.outcome is Outcome.WAIT:
             self._wait(study, inquiry, verdict, rhythm.quiet_seconds - quiet, now)
             return None
-        arrivals = self._jobs.arrivals(study.study_instance_uid, study.source_ae)
         job = self._jobs.complete_study(
             study,
             event=_EVENTS[verdict.outcome],
             reason=verdict.reason,
-            gap_seconds=largest_gap([moment.timestamp() for moment in arrivals], self._limits),
+            gap_seconds=self._largest_gap(study),
             now=now,
         )
         return None if job is None else Completed(job, verdict)
+
+    def _largest_gap(self, study: Receiving) -> float | None:
+        seen = self._spoken_for.get(study.study_instance_uid, {})
+        return largest_gap(
+            [moment.timestamp() for moment in self._jobs.arrivals(study.study_instance_uid, study.source_ae)],
+            self._limits,
+            {moment.timestamp() for moment, is_open in seen.items() if is_open},
+        )
 
     def _wait(
         self, study: Receiving, inquiry: Inquiry | None, verdict: Verdict, overdue_seconds: float, now: datetime

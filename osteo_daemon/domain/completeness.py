@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -23,7 +23,7 @@ GAPS_NEEDED = 8
 """With fewer studies the configured quiet time holds."""
 
 GAP_QUANTILE = 0.95
-"""Of the largest gaps within a source's studies: two of forty may be anything."""
+"""Of the largest gaps within a source's studies; the longest of all never counts, two of forty may be anything."""
 
 QUIET_FACTOR = 2.0
 EARLY_FACTOR = 1.5
@@ -162,7 +162,7 @@ def rhythm_of(gaps_seconds: Sequence[float], limits: QuietLimits) -> Rhythm:
     if len(gaps_seconds) < GAPS_NEEDED:
         return Rhythm(limits.quiet_seconds, min(limits.early_seconds, limits.quiet_seconds))
     ordered = sorted(gaps_seconds)
-    gap = ordered[math.ceil(GAP_QUANTILE * len(ordered)) - 1]
+    gap = ordered[min(math.ceil(GAP_QUANTILE * len(ordered)) - 1, len(ordered) - 2)]
     quiet = min(max(QUIET_FACTOR * gap, shortest), longest)
     return Rhythm(quiet, min(max(limits.early_seconds, EARLY_FACTOR * gap), quiet))
 
@@ -172,15 +172,24 @@ def with_gap(gaps_seconds: Sequence[float], gap_seconds: float) -> list[float]:
     return [*gaps_seconds, round(gap_seconds, 3)][-GAPS_KEPT:]
 
 
-def largest_gap(moments_seconds: Sequence[float], limits: QuietLimits) -> float | None:
-    """The longest pause between two arrivals; None when there are fewer than two.
+def largest_gap(
+    moments_seconds: Iterable[float], limits: QuietLimits, spoken_for: Collection[float] = ()
+) -> float | None:
+    """The longest pause between two arrivals that a quiet time has to bridge; None when nothing tells.
+
+    Args:
+        moments_seconds: of all arrivals, in any order.
+        spoken_for: arrivals after which an association stayed open until the next one: no quiet time is needed there.
 
     Pauses longer than any quiet time are none: what came after them is another sending.
     """
     longest = max(limits.maximum_seconds, limits.quiet_seconds)
     ordered = sorted(moments_seconds)
-    gaps = [after - before for before, after in itertools.pairwise(ordered) if after - before <= longest]
-    return max(gaps, default=None)
+    gaps = [after - before for before, after in itertools.pairwise(ordered) if before not in spoken_for]
+    bridged = [gap for gap in gaps if gap <= longest]
+    if len(ordered) < 2 or (gaps and not bridged):
+        return None
+    return max(bridged, default=0.0)
 
 
 def judge(evidence: Evidence, rhythm: Rhythm, limits: QuietLimits) -> Verdict:

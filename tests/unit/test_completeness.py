@@ -146,6 +146,7 @@ def test_facts_are_read_from_real_headers(tmp_path: Path) -> None:
 def test_the_rhythm_of_a_source_is_learnt_within_bounds_and_outliers_do_not_count() -> None:
     assert rhythm_of([1.0] * (GAPS_NEEDED - 1), LIMITS) == Rhythm(60, 10)
     assert rhythm_of([1.0] * GAPS_NEEDED, LIMITS) == Rhythm(20, 10)
+    assert rhythm_of([*[1.0] * (GAPS_NEEDED - 1), 200.0], LIMITS) == Rhythm(20, 10)
     assert rhythm_of([40.0] * 20, LIMITS) == Rhythm(80, 60)
     assert rhythm_of([*[1.0] * 38, 290.0, 290.0], LIMITS) == Rhythm(20, 10)
     assert rhythm_of([*[1.0] * 30, *[200.0] * 10], LIMITS) == Rhythm(300, 300)
@@ -159,6 +160,9 @@ def test_the_rhythm_of_a_source_is_learnt_within_bounds_and_outliers_do_not_coun
     assert largest_gap([30.0, 0.0, 1.0], LIMITS) == 29.0
     assert largest_gap([0.0, 1.0, 5000.0, 5002.0], LIMITS) == 2.0  # another sending
     assert largest_gap([7.0], LIMITS) is None
+    assert largest_gap([0.0, 50.0, 53.0], LIMITS, {0.0}) == 3.0  # an open association spoke for it
+    assert largest_gap([0.0, 50.0], LIMITS, {0.0}) == 0.0
+    assert largest_gap([0.0, 5000.0], LIMITS) is None
 
 
 DONE = Lists("MPPS", ended=True, listed=60, here=60)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from osteo_daemon.network.config import MoEConfig
 from osteo_daemon.network.multitask import MultitaskMoE
 from train.data import Augmentation, Batch, VoiSet, batches, epoch_rows
+from train.distributed import ALONE, Ranks
 from train.losses import LossWeights, TaskVariances, total_loss
 from train.optim import MovingAverage, adamw, learning_rate_at
 
@@ -95,12 +96,18 @@ def train(
     devices: list[str],
     validate: Callable[[nn.Module], dict[str, float]],
     device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Train, or go on from ``folder/last.pt``; returns the history. The best weights lie in ``folder/best.pt``.
 
     Args:
         validate: gives a dictionary with ``loss`` for the averaged network.
+        ranks: this process's place; every process validates alike, the primary one writes.
+
+    Raises:
+        ValueError: the processes can't share a batch evenly.
     """
+    ranks.check_batch(config.batch_size)
     folder.mkdir(parents=True, exist_ok=True)
     indices = epoch_rows(data, config.labelled_share, config.seed, 0)
     steps_per_epoch = max(1, len(indices) // config.batch_size)
@@ -128,8 +135,14 @@ def train(
     if saved is not None:
         # last, because making a network draws random numbers too
         torch.set_rng_state(saved["rng"].cpu())
+    if not ranks.primary:
+        # other dropout than the primary's; nothing else draws from torch while it trains
+        torch.manual_seed(config.seed + 1_000_003 * ranks.rank + state["step"])
+    forward = ranks.wrap(network, device)
 
-    bar = tqdm(total=steps, initial=state["step"], unit="step", desc="train", mininterval=2.0)
+    bar = tqdm(
+        total=steps, initial=state["step"], unit="step", desc="train", mininterval=2.0, disable=not ranks.primary
+    )
     while state["epoch"] < config.epochs and state["since_best"] < config.patience:
         started = time.monotonic()
         network.train()
@@ -151,8 +164,9 @@ def train(
                 group["lr"] = learning_rate_at(
                     state["step"], steps, config.learning_rate, max(1, int(config.warmup_share * steps))
                 )
+            moved = to_device(ranks.share(batch), device)
             parts = _step(
-                network, optimiser, to_device(batch, device), config, weights, prior, state["step"] / steps, variances
+                network, forward, optimiser, moved, config, weights, prior, state["step"] / steps, variances, ranks
             )
             average.update(network)
             state["step"] += 1
@@ -171,6 +185,9 @@ def train(
         better = measured["loss"] < state["best"]
         state["best"] = min(state["best"], measured["loss"])
         state["since_best"] = 0 if better else state["since_best"] + 1
+        if not ranks.primary:
+            ranks.wait()
+            continue
         if better or config.keep == "last":
             _save({"network": average.state, "epoch": state["epoch"]}, folder / "best.pt")
         _save(
@@ -187,12 +204,14 @@ def train(
         )
         (folder / "history.json").write_text(json.dumps(history, indent=1))
         tqdm.write(" ".join(f"{k}={v:.4g}" for k, v in history[-1].items()))
+        ranks.wait()
     bar.close()
     return {"history": history, **state}
 
 
 def _step(
     network: MultitaskMoE,
+    forward: nn.Module,
     optimiser: torch.optim.Optimizer,
     batch: Batch,
     config: LoopConfig,
@@ -200,9 +219,10 @@ def _step(
     prior: Tensor,
     progress: float,
     variances: TaskVariances | None,
+    ranks: Ranks,
 ) -> dict[str, float]:
     with torch.autocast(batch.hu.device.type, dtype=torch.bfloat16, enabled=config.bfloat16):
-        out = network(batch.hu, batch.given_level)
+        out = forward(batch.hu, batch.given_level)
     loss, parts = total_loss(
         out,
         batch,
@@ -215,6 +235,8 @@ def _step(
     )
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
+    if variances is not None:
+        ranks.average_gradients(variances)
     nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
     optimiser.step()
     return {"loss": float(loss.detach()), **parts}

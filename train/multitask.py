@@ -23,6 +23,7 @@ from torch import nn
 from osteo_daemon.network.config import MoEConfig
 from osteo_daemon.network.multitask import MultitaskMoE
 from train.data import Augmentation, VoiSet, batches, open_set
+from train.distributed import ALONE, Ranks, joined
 from train.evaluate import run_network
 from train.loop import LoopConfig, load_run, seed_everything, to_device, train
 from train.losses import LossWeights, total_loss
@@ -81,6 +82,7 @@ def run_training(
     device: torch.device,
     encoder: Path | None = None,
     densitometry: Densitometry | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Train from scratch, from a pretrained ``encoder`` (`train.pretrain`), or go on.
 
@@ -89,7 +91,7 @@ def run_training(
     Writes settings.json, history.json, best.pt and last.pt into ``folder``.
 
     Raises:
-        ValueError: the folder holds a run with other settings.
+        ValueError: the folder holds a run with other settings, or a batch can't be shared evenly.
     """
     data = open_set(data_folder)
     if densitometry is not None:
@@ -111,7 +113,9 @@ def run_training(
     settings = json.loads(json.dumps(settings))
     if stamp.exists() and json.loads(stamp.read_text()) != settings:
         raise ValueError(f"{folder} holds a run with other settings; remove it or choose another folder")
-    stamp.write_text(json.dumps(settings, indent=1))
+    ranks.wait()  # all have compared before one writes
+    if ranks.primary:
+        stamp.write_text(json.dumps(settings, indent=1))
     seed_everything(loop.seed)
     network = MultitaskMoE(network_config)
     if encoder is not None:
@@ -128,6 +132,7 @@ def run_training(
         devices,
         validator(data, devices, weights, device),
         device,
+        ranks,
     )
     raw = run_network(load_run(folder).network, data, data.indices("val", labelled=True), devices, quiet=True)
     target = np.array([data.rows[i].target_sbmd_g_cm2 for i in raw.index], dtype=np.float64)
@@ -139,9 +144,11 @@ def run_training(
         "validation_mae_g_cm2": float(np.abs(raw.bmd - target).mean()),
         "threads": torch.get_num_threads(),
         "device": str(device),
+        "processes": ranks.count,
         "machine": f"{platform.machine()}, torch {torch.__version__}",
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    if ranks.primary:
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1))
     return summary
 
 
@@ -166,17 +173,20 @@ def main() -> None:
     loop = LoopConfig(**{field.name: given[field.name] for field in fields(LoopConfig)})
     experts = given["experts"]
     network = MoEConfig(expert_count=experts, top_k=given["top_k"], device_count=min(len(MAKERS), experts))
-    summary = run_training(
-        given["data"],
-        given["out"],
-        loop,
-        network,
-        LossWeights(),
-        Augmentation(),
-        torch.device(given["device"]),
-        given["encoder"],
-    )
-    print(json.dumps(summary, indent=1))
+    with joined(torch.device(given["device"])) as (ranks, device):
+        summary = run_training(
+            given["data"],
+            given["out"],
+            loop,
+            network,
+            LossWeights(),
+            Augmentation(),
+            device,
+            given["encoder"],
+            ranks=ranks,
+        )
+        if ranks.primary:
+            print(json.dumps(summary, indent=1))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ TOLD_ONE_BY_ONE: Final = 20
 
 _MINUTE_SECONDS: Final = 60.0
 _KINDS: Final = 1024
+_WAITING_ALERTS: Final = 256
 _ELSEWHERE: Final = "others"
 
 
@@ -25,6 +27,7 @@ _ELSEWHERE: Final = "others"
 class _Kind:
     begun: float
     count: int = 0
+    told: int = 0
 
 
 class Refusals:
@@ -38,6 +41,9 @@ class Refusals:
         self._clock = clock
         self._lock = threading.Lock()
         self._kinds: dict[tuple[str, str, str], _Kind] = {}
+        # an audit message is on disk before its writer goes on: never the thread that accepts connections
+        self._alerts: queue.SimpleQueue[tuple[str, Peer] | None] = queue.SimpleQueue()
+        self._writer: threading.Thread | None = None
 
     def tell(self, event: str, *, address: str, reason: str, **attributes: str) -> None:
         """A line for one refusal, or one more in the sum that `settle` writes."""
@@ -48,7 +54,9 @@ class Refusals:
                 key = (event, _ELSEWHERE, reason)
             kind = self._kinds.setdefault(key, _Kind(self._clock()))
             kind.count += 1
-            told = kind.count <= TOLD_ONE_BY_ONE
+            # what there is no room to tell singly stands in the sum
+            told = kind.told < TOLD_ONE_BY_ONE and self._alerts.qsize() < _WAITING_ALERTS
+            kind.told += told
         if told:
             get_logger().warning(event, address=address, reason=reason, **attributes)
             self._alert(f"{event}: {reason}", Peer(attributes.get("ae_title", ""), address))
@@ -60,21 +68,39 @@ class Refusals:
         now = self._clock()
         with self._lock:
             over = [key for key, kind in self._kinds.items() if at_once or now - kind.begun >= _MINUTE_SECONDS]
-            sums = [(key, self._kinds.pop(key).count) for key in over]
-        for (event, address, reason), count in sums:
-            if count > TOLD_ONE_BY_ONE:
+            ended = [(key, self._kinds.pop(key)) for key in over]
+        for (event, address, reason), kind in ended:
+            if (count := kind.count - kind.told) > 0:
                 get_logger().warning(
                     "refusals_repeated",
                     kind=event,
                     address=address,
                     reason=reason,
-                    count=count - TOLD_ONE_BY_ONE,
+                    count=count,
                     duration_s=_MINUTE_SECONDS,
                 )
-                text = f"{event}: {reason}; {count - TOLD_ONE_BY_ONE} more in a minute"
-                self._alert(text, Peer("", address))
+                self._alert(f"{event}: {reason}; {count} more in a minute", Peer("", address))
 
-    @staticmethod
-    def _alert(text: str, peer: Peer) -> None:
+    def close(self) -> None:
+        """Write all that is left; nothing is told afterwards."""
+        self.settle(at_once=True)
+        with self._lock:
+            writer, self._writer = self._writer, None
+        if writer is not None:
+            self._alerts.put(None)
+            writer.join()
+
+    def _alert(self, text: str, peer: Peer) -> None:
+        if not trail.is_open():
+            return
+        with self._lock:
+            if self._writer is None:
+                self._writer = threading.Thread(target=self._write, name="refusals", daemon=True)
+                self._writer.start()
+        self._alerts.put((text, peer))
+
+    def _write(self) -> None:
         kind = EventType.NODE_AUTHENTICATION
-        trail.record(events.security_alert(kind, text, performing=peer, outcome=Outcome.MINOR_FAILURE))
+        while (alert := self._alerts.get()) is not None:
+            text, peer = alert
+            trail.record(events.security_alert(kind, text, performing=peer, outcome=Outcome.MINOR_FAILURE))

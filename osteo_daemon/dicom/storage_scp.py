@@ -30,7 +30,7 @@ from osteo_daemon.dicom.received import Incoming, ReceivedObject, printable
 from osteo_daemon.dicom.refusals import Refusals
 from osteo_daemon.dicom.status import StoreStatus
 from osteo_daemon.dicom.tls import ListenerTls, tls_files
-from osteo_daemon.dicom.uids import IMPLEMENTATION_CLASS_UID
+from osteo_daemon.dicom.uids import ASSOCIATION_VERSION_NAME, IMPLEMENTATION_CLASS_UID
 from osteo_daemon.errors import ConfigurationError
 from osteo_daemon.log import get_logger
 from osteo_daemon.settings import DestinationSettings, QuotaSettings, ReceiverSettings, SourceSettings, TlsSettings
@@ -126,7 +126,7 @@ class StorageScp:
         if self._commitments:
             contexts.append(commitment_context())
         entity.implementation_class_uid = IMPLEMENTATION_CLASS_UID
-        entity.implementation_version_name = "OSTEO_DAEMON"
+        entity.implementation_version_name = ASSOCIATION_VERSION_NAME
         entity.maximum_pdu_size = settings.maximum_pdu_bytes
         entity.acse_timeout = settings.acse_timeout_seconds
         entity.dimse_timeout = settings.dimse_timeout_seconds
@@ -210,7 +210,7 @@ class StorageScp:
             time.sleep(_POLL_SECONDS)
         for server in self._servers:
             server.hang_up_all()
-        self._refusals.settle(at_once=True)
+        self._refusals.close()
 
     def _idle(self, association: Any, now: float) -> bool:
         if is_busy(association):

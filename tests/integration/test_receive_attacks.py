@@ -145,7 +145,7 @@ def test_each_attack_comes_to_the_end_that_it_should(siege: Siege, name: str) ->
 
 
 def test_legitimate_echoes_are_answered_within_a_second_throughout(siege: Siege) -> None:
-    """A second; more only where others keep the machine busy, by the load before and by echoes to a receiver in peace."""
+    """A second; more only where others keep the machine busy: by the load before, by echoes of a receiver in peace."""
     assert len(siege.echoes) >= 10
     bound = max(1.0, siege.load_before, 4 * max(siege.elsewhere))
     assert max(siege.echoes) <= bound, (sorted(siege.echoes)[-5:], sorted(siege.elsewhere)[-5:])

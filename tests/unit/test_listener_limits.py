@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
 
+from osteo_daemon.audit import trail
+from osteo_daemon.audit.message import AuditMessage
 from osteo_daemon.certificates import earliest_next_update, read_certificates
 from osteo_daemon.dicom.admission import CALLED_UNKNOWN, CALLING_UNKNOWN, Admission, Caller
 from osteo_daemon.dicom.patience import BURST, PER_SECOND, Patience
@@ -146,6 +149,28 @@ def test_refusals_are_told_singly_and_then_by_number() -> None:
         }
         refusals.tell("connection_refused", address="192.0.2.1", reason="x")
         assert lines[-1]["event"] == "connection_refused"
+
+
+def test_a_slow_audit_trail_holds_nobody_up_and_misses_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk takes 10 ms for each message; a thousand refusals are told at once, singly or in sums."""
+    written: list[str] = []
+
+    def slow(message: AuditMessage) -> None:
+        time.sleep(0.01)
+        written.append(message.objects[0].details["Alert Description"])
+
+    monkeypatch.setattr(trail, "is_open", lambda: True)
+    monkeypatch.setattr(trail, "record", slow)
+    refusals = Refusals()
+    begun = time.monotonic()
+    for number in range(1000):
+        refusals.tell("connection_refused", address=f"192.0.2.{number % 100}", reason="x")
+    assert time.monotonic() - begun < 5
+    refusals.close()
+    singly = [text for text in written if "more" not in text]
+    sums = [int(text.split("; ")[1].split()[0]) for text in written if "more" in text]
+    assert 256 <= len(singly) < 1000
+    assert len(singly) + sum(sums) == 1000
 
 
 def test_refusals_from_everywhere_are_bounded() -> None:

@@ -12,7 +12,8 @@ from osteo_daemon.errors import MalformedMessage
 
 _MAXIMUM_HEADER_BYTES = 16384
 _MAXIMUM_PREAMBLE_BYTES = 65536
-_BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]")
+# RFC 2046 allows 70 characters; Orthanc sends 73
+_BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,./:=? -]{0,199}[0-9A-Za-z'()+_,./:=?-]")
 
 
 @dataclass(frozen=True, slots=True)

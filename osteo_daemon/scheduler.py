@@ -27,10 +27,10 @@ from osteo_daemon.audit.courier import courier_of
 from osteo_daemon.audit.events import process
 from osteo_daemon.audit.message import AuditMessage
 from osteo_daemon.completeness import CompletenessSweep
-from osteo_daemon.deletions import deletion_of, tell
 from osteo_daemon.domain.completeness import Outcome
 from osteo_daemon.domain.job import JobState
 from osteo_daemon.errors import ConfigurationError, Damaged, Transient
+from osteo_daemon.handling import deletion_of, tell
 from osteo_daemon.jobs.backup import make_backup, remove_old_backups
 from osteo_daemon.jobs.spool import Spool
 from osteo_daemon.jobs.store import JobStore

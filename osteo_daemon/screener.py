@@ -20,10 +20,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from osteo_daemon.audit.events import process
 from osteo_daemon.control import Mode, StatusFile, read_wish
 from osteo_daemon.domain.job import Job
 from osteo_daemon.domain.trend import EarlierValue, TrendPoint
 from osteo_daemon.errors import LeaseLost, Transient, WorkerDied
+from osteo_daemon.handling import tell_read
 from osteo_daemon.jobs.claims import WALL_CLOCK_LIMIT
 from osteo_daemon.jobs.records import NewDelivery, ReportKind, ReportObject
 from osteo_daemon.jobs.store import JobStore
@@ -154,6 +156,7 @@ class Screener:
         start = time.monotonic()
         log = self._log.bind(job_id=job.job_id, study_instance_uid=job.study_instance_uid, revision=job.revision)
         log.info("screening_started", attempt=job.attempts)
+        self._tell_read(job)
         watch = LeaseWatch(
             screener.lease_seconds, screener.wall_clock_seconds, screener.stop_grace_seconds, self._stopping
         )
@@ -270,6 +273,12 @@ class Screener:
             self._suspects = [*self._suspects, *suspects][-_SUSPECTS:]
             return self._end(lambda: self._store.release(job), "released")
         return self._retry(job, WORKER_DIED, error.detail)
+
+    def _tell_read(self, job: Job) -> None:
+        try:
+            tell_read(self._store, job, process("osteo-screener"))
+        except Transient as error:
+            self._log.warning("read_not_told", error=type(error).__name__)
 
     def _commit(self, job: Job, answer: Mapping[str, Any], watch: LeaseWatch) -> str:
         """Write what came of it. A store that does not answer is asked again as long as the lease may hold.

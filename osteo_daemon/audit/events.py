@@ -107,9 +107,9 @@ def instances_accessed(
     studies: Sequence[AuditStudy], patient: AuditPatient, who: Participant, action: Action = Action.READ
 ) -> AuditMessage:
     """Somebody looked at instances of one patient, made or changed them."""
-    return AuditMessage(
-        EventId.INSTANCES_ACCESSED, action, Outcome.SUCCESS, (who, _process()), _objects(studies, patient)
-    )
+    # a process is told of with its own name, a person together with the process that served them
+    participants = (who,) if who.alternative_id else (who, _process())
+    return AuditMessage(EventId.INSTANCES_ACCESSED, action, Outcome.SUCCESS, participants, _objects(studies, patient))
 
 
 def study_deleted(study: AuditStudy, patient: AuditPatient, who: Participant) -> AuditMessage:

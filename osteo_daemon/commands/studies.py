@@ -236,7 +236,7 @@ def purge(
         click.confirm(f"Remove {what} from this node?", abort=True)
     from osteo_daemon.audit import trail
     from osteo_daemon.audit.events import person
-    from osteo_daemon.deletions import deletion_of, tell
+    from osteo_daemon.handling import deletion_of, tell
     from osteo_daemon.jobs.spool import Spool
 
     spool = Spool(settings.spool_dir)

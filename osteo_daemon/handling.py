@@ -1,4 +1,4 @@
-"""The removal of a study, as the audit trail tells it: what there was is looked up before it goes."""
+"""What is done to studies that are here, as the audit trail tells it: they are read, and they are removed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,22 @@ from osteo_daemon.audit import events, trail
 from osteo_daemon.audit.events import AuditPatient, AuditStudy
 from osteo_daemon.audit.message import AuditMessage, Participant
 from osteo_daemon.dicom.identity import patient_of
+from osteo_daemon.domain.job import Job
 from osteo_daemon.jobs.store import JobStore
 
 
+def tell_read(store: JobStore, job: Job, who: Participant) -> None:
+    """A process reads a study's images."""
+    if not trail.is_open():
+        return
+    instances = store.instances(job)
+    classes = dict(Counter(instance.sop_class_uid for instance in instances))
+    patient = patient_of(instances[0].path) if instances else AuditPatient()
+    trail.record(events.instances_accessed([AuditStudy(job.study_instance_uid, classes)], patient, who))
+
+
 def deletion_of(store: JobStore, study_instance_uid: str, who: Participant) -> AuditMessage | None:
-    """The message to record once the study's files are gone; None where nobody listens."""
+    """The message to record once the study's files are gone: what there is, is looked up now. None: nobody listens."""
     if not trail.is_open():
         return None
     inventory = store.inventory_of(study_instance_uid)

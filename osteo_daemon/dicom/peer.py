@@ -14,6 +14,9 @@ from pynetdicom.association import Association
 from pynetdicom.events import Event
 from pynetdicom.presentation import PresentationContext
 
+from osteo_daemon.audit import events, trail
+from osteo_daemon.audit.codes import EventType
+from osteo_daemon.audit.events import Peer
 from osteo_daemon.dicom.uids import ASSOCIATION_VERSION_NAME, IMPLEMENTATION_CLASS_UID
 from osteo_daemon.domain.study import RemoteAE
 from osteo_daemon.errors import ConfigurationError, PeerUnavailable, Refused
@@ -69,7 +72,10 @@ def association(
         tls_args=security,
     )
     if failures:
-        raise PeerUnavailable(f"{peer.ae_title} at {peer.host}:{peer.port}: TLS: {reason_of(failures[0])}")
+        reason = f"TLS: {reason_of(failures[0])}"
+        asked = Peer(peer.ae_title, peer.host)
+        trail.record(events.security_alert(EventType.NODE_AUTHENTICATION, reason, performing=asked))
+        raise PeerUnavailable(f"{peer.ae_title} at {peer.host}:{peer.port}: {reason}")
     if not link.is_established:
         raise _failure(link, peer)
     with _lock:

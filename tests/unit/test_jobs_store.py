@@ -16,6 +16,7 @@ from sqlalchemy.exc import IntegrityError
 from osteo_daemon.domain.job import TRANSITIONS, Job, JobState, Priority
 from osteo_daemon.domain.study import SopInstance
 from osteo_daemon.errors import ConfigurationError, IllegalTransition, LeaseLost, StoreUnavailable
+from osteo_daemon.jobs.inventory import LIFT
 from osteo_daemon.jobs.records import DeliveryState, NewDelivery, RecordOutcome, ReportKind, ReportObject
 from osteo_daemon.jobs.schema import Base
 from osteo_daemon.jobs.store import JobStore
@@ -333,6 +334,16 @@ def test_a_study_of_accompanying_objects_alone_is_excluded_until_its_ct_comes(st
     # the first report of a study is of its first revision, whatever came before the images
     assert (job.state, job.revision, job.priority) == (JobState.RECEIVING, 1, Priority.STAT)
     assert [event.to_state for event in store.events(STUDY)] == [JobState.EXCLUDED, JobState.RECEIVING]
+
+
+def test_what_the_store_may_have_forgotten_is_lifted_before_its_ct_comes(store: JobStore, tmp_path: Path) -> None:
+    """A restored store knows the dose report; the images came after the backup, and were reported then."""
+    store.record_instance(instance(7), "CT1", screenable=False, now=at(0))
+    store.after_restore(tmp_path, tmp_path, now=at(1))
+    store.record_instance(instance(1), "CT1", now=at(2))
+    job = store.job(STUDY)
+    assert job is not None
+    assert (job.state, job.revision) == (JobState.RECEIVING, 1 + LIFT)
 
 
 def test_a_retry_does_not_wait_for_a_clock_that_was_set_back(store: JobStore) -> None:

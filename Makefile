@@ -52,9 +52,10 @@ lint: $(STAMP) ## style, types, import contracts
 bench: $(STAMP) ## the quick form of every benchmark; figures go to docs/results
 	$(BIN)/python -m benchmarks.all --quick
 
-docs-results: $(STAMP) ## write the tables of the documents and the localizer's card anew from docs/results
+docs-results: $(STAMP) ## write the documents' tables, the localizer's card and the conformance statement anew
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/python -m train.localizer_card
+	$(BIN)/osteo conformance --out docs/conformance-statement.md
 
 clean: ## remove what make made
 	rm -rf $(VENV) demo-output

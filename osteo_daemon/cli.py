@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from osteo_daemon.commands.audit import audit
+from osteo_daemon.commands.conformance import conformance
 from osteo_daemon.commands.deliveries import deliveries
 from osteo_daemon.commands.options import config_option, not_blank
 from osteo_daemon.commands.pull import pull
@@ -48,6 +49,7 @@ def cli() -> None:
     osteo fsck     do job store, spool and digests agree?
     osteo backup   copy store and spool while the node runs; osteo restore brings them back
     osteo report   read our reports as text
+    osteo conformance  the DICOM conformance statement of this node
     osteo demo     a virtual patient through the whole node
 
     Exit status: 0 done, 1 the node is not as it should be, 2 wrong usage or settings, 3 what was named cannot be used.
@@ -128,6 +130,7 @@ def _let_idle_threads_sleep() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+cli.add_command(conformance)
 cli.add_command(deliveries)
 cli.add_command(pull)
 for command in (studies, fsck, backup, restore, schedule, audit):

@@ -19,7 +19,7 @@ def derived_uid(*parts: str) -> str:
 
 
 IMPLEMENTATION_CLASS_UID = derived_uid("implementation class")
-"""Implementation Class UID (0002,0012) of the objects that this node writes, and of its associations (PS3.7 D.3.3.2)."""
+"""Implementation Class UID: of objects that this node writes (0002,0012) and of its associations (PS3.7 D.3.3.2)."""
 
 ASSOCIATION_VERSION_NAME = "OSTEO_DAEMON"
 """Implementation Version Name of associations: no version, which would tell an attacker more than a peer."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from pynetdicom import build_context
+from pynetdicom.presentation import PresentationContext
 
 from osteo_daemon.dicom.contexts import VERIFICATION
 from osteo_daemon.dicom.peer import association
@@ -12,6 +13,11 @@ from osteo_daemon.domain.study import RemoteAE
 from osteo_daemon.errors import PeerUnavailable, Refused
 
 _SUCCESS = 0x0000
+
+
+def echo_context() -> PresentationContext:
+    """The presentation context proposed."""
+    return build_context(VERIFICATION)
 
 
 def echo(peer: RemoteAE, calling_ae_title: str, *, timeout_seconds: float = 10) -> float:
@@ -25,7 +31,7 @@ def echo(peer: RemoteAE, calling_ae_title: str, *, timeout_seconds: float = 10) 
     with association(
         peer,
         calling_ae_title,
-        [build_context(VERIFICATION)],
+        [echo_context()],
         connect_timeout_seconds=timeout_seconds,
         dimse_timeout_seconds=timeout_seconds,
     ) as link:

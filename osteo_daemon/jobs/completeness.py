@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -15,7 +16,7 @@ from osteo_daemon.domain.study import SopInstance
 from osteo_daemon.jobs.database import Database
 from osteo_daemon.jobs.evidence_schema import AnnouncedStudyRow, AnnouncementRow, SourceGapsRow
 from osteo_daemon.jobs.intake import to_instance
-from osteo_daemon.jobs.schema import AssociationRow, InstanceRow, JobRow, StudyRow
+from osteo_daemon.jobs.schema import AssociationRow, EventRow, InstanceRow, JobRow, StudyRow
 from osteo_daemon.jobs.transitions import CLOCK_STEP, add_event, change_state, screening_job, to_job, utc_now
 
 _LONG_AGO_SECONDS = 1e9
@@ -143,12 +144,20 @@ class Completeness(Database):
             return [to_instance(row) for row in connection.execute(query)]
 
     def arrivals(self, study_instance_uid: str, source_ae: str) -> list[datetime]:
-        """When each object of a study came from one source."""
+        """When each object of a study came from one source: since it was complete last, and the one before."""
         query = select(InstanceRow.received_at).where(
             InstanceRow.study_instance_uid == study_instance_uid, InstanceRow.source_ae == source_ae
         )
+        complete_at = select(func.max(EventRow.at)).where(
+            EventRow.study_instance_uid == study_instance_uid,
+            EventRow.from_state == JobState.RECEIVING.value,
+            EventRow.to_state == JobState.READY.value,
+        )
         with self._reading() as connection:
-            return list(connection.execute(query).scalars())
+            moments = sorted(connection.execute(query).scalars())
+            since = connection.execute(complete_at).scalar()
+        before = 0 if since is None else bisect_right(moments, since)
+        return moments[max(before - 1, 0) :]
 
     def source_gaps(self) -> dict[str, list[float]]:
         """The largest gap in each of a source's last studies, in seconds, by AE title."""

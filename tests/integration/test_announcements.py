@@ -331,6 +331,12 @@ def test_the_source_is_asked_once_it_is_quiet(tmp_path: Path, level: str) -> Non
         reasons = until(lambda: node.swept(11))
         assert reasons == [f"{CALLING} has no more ({what}); nothing came for 10 s"]
         assert asked.count("SERIES") == 2  # once for each quiet
+        # the source was wrong: what comes late is a revision
+        (late,) = write_ct(tmp_path / "late", count=1, study_uid=study_of(files[0]), seed=1)
+        assert storescu(node.port, [late]).returncode == 0
+        job = node.store.job(study_of(files[0]))
+        assert job is not None
+        assert (job.state, job.revision) == (JobState.RECEIVING, 2)
 
 
 def test_a_source_that_does_not_answer_costs_nothing_but_the_quiet_time(

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 
+from osteo_daemon.completeness import CompletenessSweep
 from osteo_daemon.dicom.header_facts import read_facts
 from osteo_daemon.dicom.source_count import SourceCount
 from osteo_daemon.domain.announcement import (
@@ -42,6 +43,7 @@ from osteo_daemon.domain.job import JobState
 from osteo_daemon.domain.slice_order import LUMBAR_EXTENT_MM, ImageFacts, slices_of_study
 from osteo_daemon.domain.study import SopInstance
 from osteo_daemon.jobs.store import JobStore
+from osteo_daemon.settings import Settings
 from tests.ct_series import column, write_slices
 from tests.fakes import write_ct
 from tests.stores import new_sqlite
@@ -335,3 +337,40 @@ def test_a_study_that_changed_since_it_was_judged_goes_nowhere(store: JobStore) 
     assert store.source_gaps() == {"CT1": [10.0]}
     assert [(entry.event, entry.reason) for entry in store.events("7")][-1] == ("study_complete", "why")
     assert store.receiving_studies(0, now=at(99)) == []
+
+
+def test_a_pause_that_an_open_association_speaks_for_teaches_nothing(store: JobStore) -> None:
+    now = [0.0]
+    sweep = CompletenessSweep(Settings(), store, clock=lambda: at(now[0]))
+
+    def arrive(uid: str, seconds: float, association: str | None) -> None:
+        instance = SopInstance("7", "7.1", CT, uid, "1.2", Path("/x"), 1, "0" * 64)
+        store.record_instance(instance, "CT1", association_id=association, now=at(seconds))
+
+    def swept(*moments: float) -> int:
+        done = 0
+        for moment in moments:
+            now[0] = moment
+            done += len(sweep.run())
+        return done
+
+    arrive("1", 0, "a")
+    arrive("2", 1, "a")
+    assert swept(20, 60, 119) == 0  # open
+    arrive("3", 120, "a")
+    store.association_closed("a")
+    assert swept(135, 150) == 0
+    arrive("4", 160, None)  # forty seconds after an association has ended
+    assert swept(200, 219) == 0
+    assert swept(220) == 1
+    assert store.source_gaps() == {"CT1": [40.0]}
+    assert store.events("7")[-1].reason == "nothing came for 60 s, the quiet time of CT1"
+    assert swept(221) == 0
+    arrive("5", 230, "b")
+    arrive("6", 231, "b")
+    assert swept(290) == 0
+    arrive("7", 291, "b")
+    store.association_closed("b")
+    assert swept(351) == 1  # what came late tells how long the pause was that looked like the end
+    assert store.source_gaps() == {"CT1": [40.0, 70.0]}
+    sweep.close()

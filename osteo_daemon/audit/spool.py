@@ -6,6 +6,7 @@ not fit is not recorded, loudly; the oldest stay, since a flood of new messages 
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -18,6 +19,9 @@ _SUFFIX = ".syslog"
 _PARTIAL = ".partial"
 _RECOUNTED_EVERY = 128
 """Other processes write here too: what lies here is counted anew after so many messages of our own."""
+
+_FULL_SECONDS = 1.0
+"""How often a full folder is counted."""
 
 
 class AuditSpool:
@@ -42,6 +46,7 @@ class AuditSpool:
         except OSError as error:
             raise ConfigurationError(f"the audit folder {folder} cannot be used ({error.strerror})") from error
         self._bytes = self.size_bytes()
+        self._counted_at = time.monotonic()
         newest = max((path.name for path in self.folder.glob(f"*{_SUFFIX}")), default="0-")
         self._last = int(newest.partition("-")[0])
 
@@ -52,8 +57,11 @@ class AuditSpool:
             OSError: the disk failed.
         """
         with self._lock:
-            if self._written % _RECOUNTED_EVERY == 0 or self._bytes + len(message) > self._maximum_bytes:
+            full = self._bytes + len(message) > self._maximum_bytes
+            # a full folder is large, and its reader may be away for days: it is not counted for every message
+            if self._written % _RECOUNTED_EVERY == 0 or (full and time.monotonic() > self._counted_at + _FULL_SECONDS):
                 self._bytes = self.size_bytes()
+                self._counted_at = time.monotonic()
             if self._bytes + len(message) > self._maximum_bytes:
                 return False
             # in order of time, and of writing where the clock was set back
@@ -86,6 +94,8 @@ class AuditSpool:
         """Forget messages that were sent."""
         for path in paths:
             path.unlink(missing_ok=True)
+        with self._lock:
+            self._counted_at = -math.inf
 
     def size_bytes(self) -> int:
         """What the messages take together."""

@@ -9,7 +9,18 @@ import sys
 import benchmarks
 
 NOT_BENCHMARKS = frozenset(
-    {"all", "heldout", "phantom_cache", "results", "spine_figures", "tables", "tissue", "unpack"}
+    {
+        "all",
+        "clinical_week",
+        "heldout",
+        "node_processes",
+        "phantom_cache",
+        "results",
+        "spine_figures",
+        "tables",
+        "tissue",
+        "unpack",
+    }
 )
 
 

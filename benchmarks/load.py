@@ -13,56 +13,37 @@ Once a simulated day one process is ended by SIGKILL and started again. Memory i
 from __future__ import annotations
 
 import argparse
-import io
-import math
 import random
-import signal
 import sqlite3
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import psutil
 import pydicom
-from pydicom.uid import generate_uid
 from pynetdicom import AE, _config
 from pynetdicom.sop_class import CTImageStorage  # type: ignore[attr-defined]
 
-from benchmarks.results import RESULTS, ROOT, write_result
-from osteo_daemon.errors import LeaseLost, Transient
-from osteo_daemon.jobs.records import NewDelivery, ReportKind, ReportObject
-from osteo_daemon.jobs.spool import Spool
-from osteo_daemon.jobs.store import JobStore
-from osteo_daemon.settings import load_settings
+from benchmarks.clinical_week import DAY_SECONDS, SLICES, Arrival, Sender, arrivals
+from benchmarks.node_processes import Roles, stand_in
+from benchmarks.results import RESULTS, write_result
 from tests.ct_series import column, write_slices
 from tests.e2e.chaos.judge import read_ledger
 from tests.e2e.chaos.storm import Archive
 from tests.e2e.chaos.studies import REPORTED, Corpus
 from tests.fakes import CALLED, CALLING, LOOPBACK, a_free_port, until
 
-STUDIES_A_DAY = 400
 SERVICE_SECONDS = 60.0
 """Simulated computing time of one study: a CPU slot's."""
 
 QUIET_SECONDS = 60.0
-SLICES = 3
-LATE_SHARE, DUPLICATE_SHARE = 0.05, 0.05
-BURSTS_A_DAY, BURST_STUDIES = 3, 12
-HOURS = (1, 1, 1, 1, 1, 2, 4, 8, 11, 12, 12, 11, 9, 11, 12, 11, 9, 7, 5, 4, 3, 3, 2, 1)
-"""Weight of each hour of a working day."""
-
-WEEKEND_SHARE = 0.4
-_DAY = 86400.0
 _STUCK_SECONDS = 120.0
 _BEHIND_SHARE = 0.02
 """A sender that falls behind by more of the whole time makes the simulated hours untrue."""
@@ -94,167 +75,6 @@ port = {{pacs_port}}
 commitment = "none"
 accept_unproven = true
 """
-
-
-@dataclass(frozen=True, order=True)
-class Arrival:
-    """Something that comes over the network; ``at`` in simulated seconds, ``what``: study, late or duplicate."""
-
-    at: float
-    study: int
-    what: str
-
-
-def arrivals(days: float, seed: int) -> list[Arrival]:
-    """The stream of one seed, in order of time."""
-    rng = random.Random(seed)
-    moments: list[float] = []
-    total = sum(HOURS)
-    for hour in range(math.ceil(days * 24)):
-        weekday = (hour // 24) % 7 < 5
-        scale = 7 / (5 + 2 * WEEKEND_SHARE) * (1.0 if weekday else WEEKEND_SHARE)
-        burst_share = BURSTS_A_DAY * BURST_STUDIES / STUDIES_A_DAY
-        expected = STUDIES_A_DAY * (1 - burst_share) * scale * HOURS[hour % 24] / total
-        moments += [(hour + rng.random()) * 3600 for _ in range(_poisson(rng, expected))]
-    for _ in range(max(1, round(days * BURSTS_A_DAY))):
-        start = rng.random() * days * _DAY
-        moments += [start + 20 * position for position in range(BURST_STUDIES)]  # an archive that routes its backlog
-    stream: list[Arrival] = []
-    for study, at in enumerate(sorted(moment for moment in moments if moment < days * _DAY)):
-        stream.append(Arrival(at, study, "study"))
-        if rng.random() < LATE_SHARE:
-            stream.append(Arrival(at + rng.uniform(300, 1800), study, "late"))
-        if rng.random() < DUPLICATE_SHARE:
-            stream.append(Arrival(at + rng.uniform(60, 7200), study, "duplicate"))
-    return sorted(stream)
-
-
-def _poisson(rng: random.Random, expected: float) -> int:
-    limit, count, product = math.exp(-expected), 0, rng.random()
-    while product > limit:
-        count, product = count + 1, product * rng.random()
-    return count
-
-
-class Sender(threading.Thread):
-    """Sends each arrival at its compressed time; an association each, sent again until it is acknowledged."""
-
-    def __init__(self, stream: Sequence[Arrival], port: int, compression: float, template: Sequence[Path]) -> None:
-        super().__init__(name="sender", daemon=True)
-        self._stream, self._port, self._compression = stream, port, compression
-        self._slices = [pydicom.dcmread(path) for path in template]
-        self.acknowledged = 0
-        self.behind_s = 0.0
-        self._late = {arrival.study for arrival in stream if arrival.what == "late"}
-        self._entity = AE(ae_title=CALLING)
-        self._entity.add_requested_context(CTImageStorage)
-
-    def run(self) -> None:
-        start = time.monotonic()
-        for arrival in self._stream:
-            due = start + arrival.at / self._compression
-            time.sleep(max(due - time.monotonic(), 0.0))
-            self.behind_s = max(self.behind_s, time.monotonic() - due)
-            positions = list(range(SLICES))
-            if arrival.study in self._late:
-                positions = positions[-1:] if arrival.what == "late" else positions[:-1]
-            while positions:
-                self._send(arrival.study, positions)
-
-    def _send(self, study: int, positions: list[int]) -> None:
-        association = self._entity.associate(LOOPBACK, self._port, ae_title=CALLED)
-        if not association.is_established:
-            time.sleep(0.1)
-            return
-        for position in list(positions):
-            dataset = self._slices[position]
-            dataset.StudyInstanceUID, dataset.SeriesInstanceUID = f"2.25.{10**20 + study}", f"2.25.{10**21 + study}"
-            uid = f"2.25.{10**22 + study * SLICES + position}"
-            dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = uid
-            try:
-                answer = association.send_c_store(dataset)
-            except RuntimeError:
-                break
-            if "Status" not in answer or answer.Status != 0x0000:
-                break
-            self.acknowledged += 1
-            positions.remove(position)
-        if association.is_established:
-            association.release()
-
-
-def stand_in(config: Path, report: Path, service_s: float) -> None:
-    """Claim, wait the service time, commit a report: the screener's side of the store without the computing."""
-    settings = load_settings(config, {})
-    store, spool = JobStore(settings.database_url), Spool(settings.spool_dir)
-    template = pydicom.dcmread(report)
-    stopping = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
-    while not stopping.is_set():
-        job = store.claim("stand-in", settings.screener.lease_seconds)
-        if job is None:
-            stopping.wait(settings.screener.poll_seconds)
-            continue
-        start = time.monotonic()
-        uid = generate_uid(entropy_srcs=[job.study_instance_uid, str(job.revision)])
-        template.StudyInstanceUID = job.study_instance_uid
-        template.SOPInstanceUID = template.file_meta.MediaStorageSOPInstanceUID = uid
-        written = io.BytesIO()
-        template.save_as(written, enforce_file_format=True)
-        stored = spool.store_report(job.study_instance_uid, uid, [written.getvalue()])
-        entry = ReportObject(
-            ReportKind.SR, str(template.SOPClassUID), uid, stored.path, stored.size_bytes, stored.sha256
-        )
-        time.sleep(max(start + service_s - time.monotonic(), 0.0))
-        # late slices may have taken the study away meanwhile: that is what LeaseLost is for, and it comes again
-        try:
-            store.commit_report(job, {"stand_in": True}, [entry], [NewDelivery("pacs", (uid,))])
-        except (LeaseLost, Transient) as error:
-            print(type(error).__name__, file=sys.stderr, flush=True)
-
-
-@dataclass
-class Roles:
-    """The processes, started again when they end."""
-
-    commands: Mapping[str, Sequence[str]]
-    log: Path
-    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-    restarts: list[tuple[float, str]] = field(default_factory=list)
-    start: float = field(default_factory=time.monotonic)
-
-    def tend(self) -> None:
-        """Start what is not running."""
-        for role, command in self.commands.items():
-            process = self.running.get(role)
-            if process is not None and process.poll() is None:
-                continue
-            if process is not None:
-                self.restarts.append((time.monotonic() - self.start, role))
-            with self.log.open("ab") as sink:
-                self.running[role] = subprocess.Popen(command, cwd=ROOT, stdout=sink, stderr=sink)
-
-    def memory_mb(self) -> dict[str, float]:
-        """Resident set of each role with its children."""
-        found: dict[str, float] = {}
-        for role, process in self.running.items():
-            try:
-                family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-                found[role] = sum(member.memory_info().rss for member in family) / 1e6
-            except psutil.NoSuchProcess:
-                continue
-        return found
-
-    def stop(self) -> None:
-        """SIGTERM, then SIGKILL."""
-        for process in self.running.values():
-            process.terminate()
-        for process in self.running.values():
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
 
 
 @dataclass(frozen=True)
@@ -298,7 +118,7 @@ def simulate(folder: Path, days: float, minutes: float, report: Path) -> tuple[d
     delivered, moved = 0, start
     try:
         while True:
-            elapsed_days = (time.monotonic() - start) * compression / _DAY
+            elapsed_days = (time.monotonic() - start) * compression / DAY_SECONDS
             if elapsed_days > next_kill and sender.is_alive():
                 next_kill += 1
                 roles.running[rng.choice(list(roles.running))].kill()

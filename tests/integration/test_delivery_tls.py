@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socketserver
 import ssl
 import subprocess
@@ -19,6 +20,7 @@ from osteo_daemon.domain.job import JobState
 from osteo_daemon.domain.study import PeerTls, RemoteAE
 from osteo_daemon.errors import PeerUnavailable
 from osteo_daemon.messaging import mllp
+from osteo_daemon.readiness import check_node
 from osteo_daemon.receiver import Receiver
 from osteo_daemon.settings import Settings
 from tests.authority import Authority, Issued
@@ -204,3 +206,35 @@ def test_orthanc_takes_commits_and_reports_over_tls(tmp_path: Path, pki: Pki) ->
             store.close()
     finally:
         listening.stop(grace_seconds=0.0)
+
+
+def test_readiness_tells_how_long_the_certificates_hold(tmp_path: Path, pki: Pki) -> None:
+    node, tls = pki.issued["node"], {"port": 2762, "key_file": pki.issued["node"].key, "ca_file": pki.authority.file}
+    source = {"ae_title": "CT", "addresses": ["192.0.2.1"], "certificates": ["cn:ct"]}
+    soon = pki.authority.issue("soon", days=(-1, 20.5))
+
+    def found(sources: list[Any], **changes: Any) -> tuple[bool, str]:
+        document = {"state_dir": tmp_path, "sources": sources, "screener": {"network_enabled": False}}
+        files = {**tls, "certificate_file": node.certificate, **changes}
+        settings = Settings.model_validate({**document, "tls": files})
+        finding = next(entry for entry in check_node(settings) if entry.name == "certificates")
+        return finding.ok, finding.detail
+
+    assert found([source]) == (True, "the first that ends is the certificate, in 364 days")
+    renew = (True, "the first that ends is the certificate, in 20 days: renew it soon")
+    assert found([source], certificate_file=soon.certificate, key_file=soon.key) == renew
+    old = pki.authority.revoke(file=tmp_path / "old.crl", days=-0.5)
+    for sources, changes, reason in (
+        ([source], {"certificate_file": pki.issued["expired"].certificate}, "cannot be used: "),
+        ([source], _files(pki.issued["expired"]), "expired on"),
+        ([source], _files(pki.issued["future"]), "valid only from"),
+        ([source], {"crl_file": old}, "crl ended on"),
+        ([{**source, "certificates": []}], {}, "nobody can come in over TLS"),
+    ):
+        ok, detail = found(sources, **changes)
+        assert not ok
+        assert re.search(reason, detail), detail
+
+
+def _files(issued: Issued) -> dict[str, Path]:
+    return {"certificate_file": issued.certificate, "key_file": issued.key}

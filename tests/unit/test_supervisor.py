@@ -43,6 +43,12 @@ time.sleep(600)
 DIES = """
 open({folder!r} + "/{name}.started", "a").write("x")
 """
+RELOADS = """
+import signal, time
+signal.signal(signal.SIGHUP, lambda *_: open({folder!r} + "/{name}.reloaded", "a").write("x"))
+open({folder!r} + "/{name}.started", "a").write("x")
+time.sleep(600)
+"""
 REFUSES = "import sys; sys.exit(2)"
 REFUSES_LATER = """
 import sys
@@ -148,3 +154,13 @@ def test_children_do_not_outlive_a_killed_supervisor(tmp_path: Path) -> None:
         process.wait(5)
         until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
         assert (tmp_path / "one.ended").exists()
+
+
+def test_sighup_reaches_the_receiver_and_ends_nobody(tmp_path: Path) -> None:
+    with supervisor(tmp_path, receiver=RELOADS, screener=GENTLE) as process:
+        until(lambda: started(tmp_path, "receiver") and started(tmp_path, "screener"), 30)
+        process.send_signal(signal.SIGHUP)
+        until(lambda: (tmp_path / "receiver.reloaded").exists(), 30)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    assert started(tmp_path, "receiver") == started(tmp_path, "screener") == 1

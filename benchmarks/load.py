@@ -13,6 +13,7 @@ Once a simulated day one process is ended by SIGKILL and started again. Memory i
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import sqlite3
 import statistics
@@ -256,11 +257,12 @@ def plot(
 
     figure, axes = plt.subplots(4, 1, figsize=(10, 11), layout="constrained")
     hours = [sample.hour for sample in samples]
-    axes[0].hist([arrival.at / 3600 for arrival in stream], bins=max(int(hours[-1]), 6), color="#b8c4d6")
+    axes[0].hist([arrival.at / 3600 for arrival in stream], bins=range(math.ceil(hours[-1]) + 1), color="#b8c4d6")
     axes[0].set_ylabel("arrivals per hour")
     waiting = axes[0].twinx()
     waiting.plot(hours, [sample.waiting for sample in samples], color="#c0392b", linewidth=0.8)
     waiting.set_ylabel("studies that wait", color="#c0392b")
+    waiting.set_ylim(bottom=0)
     axes[1].plot(hours, [sample.oldest_min for sample in samples], color="#2c3e50", linewidth=0.8)
     axes[1].set_ylabel("age of the oldest\nwaiting study, min")
     for time_s, _ in roles.restarts:
@@ -279,6 +281,9 @@ def plot(
     for axis in axes[:3]:
         axis.set_xlim(0, hours[-1])
         axis.set_xlabel("simulated hours")
+        if hours[-1] > 48:
+            axis.set_xticks(range(0, math.ceil(hours[-1]) + 1, 24))
+    figure.suptitle("dotted: a process was killed and started again")
     figure.savefig(path, dpi=110)
 
 

@@ -42,10 +42,12 @@ from osteo_daemon.domain.completeness import (
 from osteo_daemon.domain.job import JobState
 from osteo_daemon.domain.slice_order import LUMBAR_EXTENT_MM, ImageFacts, slices_of_study
 from osteo_daemon.domain.study import SopInstance
+from osteo_daemon.jobs.pledges import RequestState
 from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.settings import Settings
 from tests.ct_series import column, write_slices
 from tests.fakes import write_ct
+from tests.postgres import Cluster
 from tests.stores import new_sqlite
 
 CT, SR = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.88.33"
@@ -266,11 +268,19 @@ def test_counts_are_compared_by_series(
     assert count.beside(here, all_here) == expected
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[JobStore]:
-    jobs = new_sqlite(tmp_path)
-    yield jobs
-    jobs.close()
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[JobStore]:
+    """A store of each kind: what holds on one must hold on the other."""
+    if request.param == "sqlite":
+        store = new_sqlite(tmp_path)
+        yield store
+        store.close()
+        return
+    server: Cluster = request.getfixturevalue("postgres")
+    store = JobStore(url := server.new())
+    yield store
+    store.close()
+    server.drop(url)
 
 
 def receive(store: JobStore, uid: str, seconds: float, *, series: str = "7.1", sop_class: str = CT) -> None:
@@ -374,3 +384,31 @@ def test_a_pause_that_an_open_association_speaks_for_teaches_nothing(store: JobS
     assert swept(351) == 1  # what came late tells how long the pause was that looked like the end
     assert store.source_gaps() == {"CT1": [40.0, 70.0]}
     sweep.close()
+
+
+def test_requests_and_promises_are_rows(store: JobStore) -> None:
+    for uid in ("7.1.1", "7.1.2"):
+        receive(store, uid, 0)
+    items = [(CT, "7.1.1"), (CT, "7.1.2"), (CT, "7.1.3"), (CT, "7.1.1")]
+    assert store.request_pledge("CT1", "5", items, now=at(1))
+    assert store.request_pledge("CT1", "5", items[::-1], now=at(2))
+    assert not store.request_pledge("CT1", "5", items[:1], now=at(2))
+    assert store.request_pledge("CT2", "5", items[:1], now=at(2))  # transactions are a requester's own
+    first, second = store.due_pledges(now=at(3))
+    assert (first.requester_ae, first.state, len(first.items)) == ("CT1", RequestState.ASKED, 3)
+    found = store.asked_instances(first.items)
+    assert {uid: ae for uid, (_, ae) in found.items()} == {"7.1.1": "CT1", "7.1.2": "CT1"}
+    judged = store.pledge(first, [instance for instance, _ in found.values()], {"7.1.3": 0x0112}, now=at(4))
+    assert (judged.state, judged.failures) == (RequestState.JUDGED, {"7.1.3": 0x0112})
+    assert store.is_committed("7")
+    assert store.pledge(second, [found["7.1.1"][0]], {}, now=at(4)).failures == {}  # promised twice is promised
+    store.pledge_unreported(judged, at(60), "away", now=at(5))
+    assert [entry.requester_ae for entry in store.due_pledges(now=at(59))] == ["CT2"]
+    (judged, _) = store.due_pledges(now=at(60))
+    assert (judged.attempts, judged.detail) == (1, "away")
+    store.pledge_reported(judged, now=at(61))
+    store.pledge_reported(judged, now=at(62))
+    assert store.request_pledge("CT1", "5", items, now=at(70))
+    (_, again) = store.due_pledges(now=at(70))
+    assert (again.state, again.attempts, again.requested_at) == (RequestState.ASKED, 0, at(70))
+    assert store.purgeable_images(at(999)) == []

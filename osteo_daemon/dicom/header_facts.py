@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 from pathlib import Path
 from typing import Any
 
 import pydicom
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 
 from osteo_daemon.dicom.contexts import DEFLATED_EXPLICIT_VR_LITTLE_ENDIAN
 from osteo_daemon.domain.slice_order import ImageFacts
@@ -41,6 +42,9 @@ _UNREADABLE = (
     TypeError,
     LookupError,
     RecursionError,
+    OverflowError,  # an infinite number
+    BytesLengthException,
+    struct.error,
 )
 
 

@@ -35,6 +35,7 @@ _TEXT_VRS = (b"AE", b"AS", b"CS", b"DA", b"DS", b"DT", b"IS", b"LO", b"LT", b"PN
 _SHORT_VRS = frozenset((*_TEXT_VRS, b"AT", b"FL", b"FD", b"SL", b"SS", b"UL", b"US"))
 _UID = re.compile(r"(?=.{1,64}$)[0-9]+(\.[0-9]+)*")  # leading zeros are not valid and occur
 _MAXIMUM_DEPTH = 64
+_MAXIMUM_ELEMENTS = 4_000_000  # seconds of work; thousands of frames have a tenth of them
 _INFLATED_HEADER_BYTES = 4 * 1024 * 1024
 _MAXIMUM_PADDING_BYTES = 8
 
@@ -127,6 +128,7 @@ class _Walk:
     def __init__(self, view: memoryview, *, explicit: bool, order: str) -> None:
         self._view = view
         self._end = len(view)
+        self._elements = 0
         self._explicit = explicit
         self._tag = struct.Struct(order + "HH")
         self._u16 = struct.Struct(order + "H")
@@ -158,6 +160,9 @@ class _Walk:
 
     def _element(self, position: int, explicit: bool | None = None) -> tuple[int, bytes, int, int]:
         """Tag, VR, length and where the value starts."""
+        self._elements += 1
+        if self._elements > _MAXIMUM_ELEMENTS:
+            raise NotDicom(f"more than {_MAXIMUM_ELEMENTS} elements")
         group, element = self._tag.unpack_from(self._view, position)
         tag = group << 16 | element
         explicit = self._explicit if explicit is None else explicit

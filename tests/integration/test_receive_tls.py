@@ -119,14 +119,24 @@ def test_a_source_with_its_certificate_is_let_in(node: Node, version: ssl.TLSVer
         assert answer(node.port, bounded(node.client(name), version), name.upper()) == ACCEPTED
 
 
-def test_the_handshake_is_that_of_the_profile(node: Node) -> None:
-    with socket.create_connection((LOOPBACK, node.port), timeout=10) as plain:
-        context = bounded(node.client("ct1"), ssl.TLSVersion.TLSv1_2)
-        with context.wrap_socket(plain, server_hostname=LOOPBACK) as peer:
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_the_handshake_is_that_of_the_profile(node: Node, version: ssl.TLSVersion) -> None:
+    """No compression, and nothing of an earlier handshake counts: neither tickets nor sessions are taken up again."""
+    context, session = bounded(node.client("ct1"), version), None
+    for _ in range(3):
+        with (
+            socket.create_connection((LOOPBACK, node.port), timeout=10) as plain,
+            context.wrap_socket(plain, server_hostname=LOOPBACK, session=session) as peer,
+        ):
+            peer.sendall(associate_request("CT1"))
+            assert peer.recv(1) == b"\x02"
             assert peer.compression() is None
+            assert not peer.session_reused
             session = peer.session
-            assert session is not None
-            assert not session.has_ticket
+            assert session is None or not session.has_ticket
+
+
+def test_tls_1_3_is_preferred(node: Node) -> None:
     with (
         socket.create_connection((LOOPBACK, node.port), timeout=10) as plain,
         node.client("ct1").wrap_socket(plain, server_hostname=LOOPBACK) as peer,

@@ -121,3 +121,24 @@ def test_the_file_header_is_part_10(ct: Path) -> None:
     assert data_set == dcmread(ct)
     assert data_set.file_meta.MediaStorageSOPInstanceUID == found.sop_instance_uid
     assert data_set.file_meta.FileMetaInformationGroupLength == len(header) - 144
+
+
+def _element(group: int, number: int, value: bytes) -> bytes:
+    value += b"\0" * (len(value) % 2)
+    return group.to_bytes(2, "little") + number.to_bytes(2, "little") + len(value).to_bytes(4, "little") + value
+
+
+@pytest.mark.parametrize("uid", [b"..", b".", b"1..2", b".1", b"1.", b"", b"1" * 65, b"1.2/3", b"1.2\n", b"1 2"])
+def test_what_is_no_uid(uid: bytes) -> None:
+    ids = [(8, 0x16, b"1.2"), (8, 0x18, b"1.2"), (0x20, 0xD, b"1.02.3"), (0x20, 0xE, b"1.2")]
+    for number in range(len(ids)):
+        assert read_identifiers(b"".join(_element(*entry) for entry in ids), str(ImplicitVRLittleEndian))
+        wrong = [(*entry[:2], uid) if at == number else entry for at, entry in enumerate(ids)]
+        with pytest.raises(NotDicom, match="malformed"):
+            read_identifiers(b"".join(_element(*entry) for entry in wrong), str(ImplicitVRLittleEndian))
+
+
+def test_the_walk_is_bounded_by_number_too(ct: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("osteo_daemon.dicom.header._MAXIMUM_ELEMENTS", 10)
+    with pytest.raises(NotDicom, match="more than 10 elements"):
+        read_identifiers(*_body(ct))

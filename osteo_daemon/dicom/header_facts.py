@@ -1,7 +1,7 @@
 """What the header of a stored CT object says of its place in its series, read without its pixels.
 
-Read by the scheduler, never while an object is received. Only the head of a file is looked at: what does not show there,
-or is deflated, is unknown, and unknown proves nothing.
+Read by the scheduler, never while an object is received. Only the head of a file is looked at: what is not there, or
+is deflated, is unknown, and unknown proves nothing.
 """
 
 from __future__ import annotations

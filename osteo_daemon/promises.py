@@ -39,10 +39,15 @@ class Promises:
         settings: of the node.
         jobs: where requests and promises stand.
         clock: gives the present in UTC.
+        is_stopping: True when no further request shall be begun.
     """
 
     def __init__(
-        self, settings: Settings, jobs: JobStore, clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+        self,
+        settings: Settings,
+        jobs: JobStore,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        is_stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self._settings = settings.commitment_scp
         self._deliverer = settings.deliverer
@@ -55,6 +60,7 @@ class Promises:
         }
         self._jobs = jobs
         self._clock = clock
+        self._is_stopping = is_stopping
 
     def run(self) -> str:
         """Answer what is due; gives what was done, in words.
@@ -64,6 +70,8 @@ class Promises:
         """
         reported, away = 0, set()
         for due in self._jobs.due_pledges(now=self._clock()):
+            if self._is_stopping():
+                break
             request = self._judge(due) if due.state is RequestState.ASKED else due
             if request.requester_ae in away:
                 continue  # its next request would only wait for the same time-out

@@ -27,6 +27,7 @@ from osteo_daemon.audit.courier import courier_of
 from osteo_daemon.audit.events import process
 from osteo_daemon.audit.message import AuditMessage
 from osteo_daemon.completeness import CompletenessSweep
+from osteo_daemon.dicom.peer import hang_up_all
 from osteo_daemon.domain.completeness import Outcome
 from osteo_daemon.domain.job import JobState
 from osteo_daemon.errors import ConfigurationError, Damaged, Transient
@@ -91,6 +92,7 @@ class Scheduler:
         self._name = f"scheduler-{socket.gethostname()}-{os.getpid()}"
         self._leads = False
         self._stopping = threading.Event()
+        self._asking = threading.Lock()
         self._steps: dict[str, _Step] = {}
         self._engine: Any = BackgroundScheduler(
             timezone="UTC",
@@ -106,7 +108,7 @@ class Scheduler:
         self._add("fold_counts", self.fold_counts, _COUNTS_SECONDS, last)
         self._add("retention", self.retain, settings.retention.sweep_seconds, last)
         if settings.commitment_scp.enabled:
-            promises = Promises(settings, self._jobs)
+            promises = Promises(settings, self._jobs, is_stopping=self._stopping.is_set)
             self._add("commitment_requests", promises.run, settings.commitment_scp.poll_seconds, last)
         if settings.backup.folder is not None:
             self._add("backup", self.back_up, settings.backup.every_hours * 3600, last)
@@ -134,9 +136,11 @@ class Scheduler:
 
     def stop(self) -> None:
         """Let running steps finish, give the lease back and close."""
-        self._stopping.set()
-        self._engine.shutdown(wait=True)
+        with self._asking:
+            self._stopping.set()
         self._completeness.close()
+        hang_up_all()  # a question falls back to the quiet time, a report that was cut off comes again
+        self._engine.shutdown(wait=True)
         if self._leads:
             try:
                 self._jobs.resign(_LEADER, self._name)
@@ -305,17 +309,21 @@ class Scheduler:
             return
         values = {
             "interval_seconds": step.seconds,
-            "next_at": self._next_at(step),
             "started_at": started,
             "ended_at": now,
             "outcome": outcome,
             "detail": detail or None,
         }
+        next_at = self._next_at(step)
+        if next_at is not None:  # not known any more when the scheduler stops: what was said before stays
+            values["next_at"] = next_at
         if self._write(step, values, {"runs": step.runs, "failures": int(outcome != "done")}):
             step.runs, step.noted_at = 0, now
 
     def _next_at(self, step: _Step) -> datetime | None:
-        job = self._engine.get_job(step.name)
+        with self._asking:
+            # the engine waits for its steps under a lock that this question needs
+            job = None if self._stopping.is_set() else self._engine.get_job(step.name)
         return None if job is None else job.next_run_time
 
     def _write(self, step: _Step, values: dict[str, Any], more: dict[str, int]) -> bool:

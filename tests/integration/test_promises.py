@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +29,17 @@ from osteo_daemon.promises import Promises
 from osteo_daemon.receiver import Receiver
 from osteo_daemon.scheduler import Scheduler
 from osteo_daemon.settings import Settings, load_settings
-from tests.fakes import CALLED, CALLING, LOOPBACK, a_free_port, settings_text, storescu, until, write_ct
+from tests.fakes import (
+    CALLED,
+    CALLING,
+    LOOPBACK,
+    RoleProcess,
+    a_free_port,
+    settings_text,
+    storescu,
+    until,
+    write_ct,
+)
 from tests.orthanc import AE_TITLE, running_orthanc
 
 CT, SR = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.88.33"
@@ -290,6 +301,34 @@ def test_a_report_that_nobody_takes_is_repeated_and_at_last_given_up(tmp_path: P
         assert third.state is RequestState.GIVEN_UP
         assert node.store.forget_pledge_requests(datetime.now(UTC) + timedelta(days=30)) == 3
         assert node.store.is_committed(str(dcmread(files[0]).StudyInstanceUID))
+
+
+def test_a_scheduler_that_was_killed_reports_after_its_start(tmp_path: Path) -> None:
+    files = write_ct(tmp_path / "ct", count=2)
+    items = [item_of(path) for path in files]
+    port = a_free_port()
+    with running_node(tmp_path, port) as node:
+        config = tmp_path / "osteo.toml"
+        config.write_text(config.read_text().replace("enabled = true", "enabled = true\npoll_seconds = 0.2"))
+        assert storescu(node.port, files).returncode == 0
+        assert ask(node.port, "1.2.3.11", items) == 0
+        command = ["run", "scheduler", "--config", str(config)]
+        first = RoleProcess(command, tmp_path / "first.log").start()
+        first.wait_for("commitment_untold", 40)
+        assert first.stop(signal.SIGKILL) != 0
+        # the promise outlived it; the report is owed
+        with Requester(port) as modality:
+            request = node.store.pledge_request(CALLING, "1.2.3.11")
+            assert request is not None
+            assert request.state is RequestState.JUDGED
+            node.store.pledge_unreported(request, datetime.now(UTC), "the pause is over")
+            second = RoleProcess(command, tmp_path / "second.log").start()
+            try:
+                until(lambda: modality.reports, 60)
+            finally:
+                assert second.stop() == 0
+            assert modality.last == (1, {uid for _, uid in items}, {})
+    assert not any(uid in (tmp_path / "first.log").read_text() for uid in ("Virtual", "V1^"))
 
 
 def test_what_changes_between_look_and_promise_is_not_promised(tmp_path: Path) -> None:

@@ -16,13 +16,22 @@ import numpy.typing as npt
 import pydicom
 from pydicom.dataset import Dataset
 from pydicom.errors import BytesLengthException, InvalidDicomError
-from pydicom.uid import CTImageStorage, DeflatedExplicitVRLittleEndian
+from pydicom.uid import CTImageStorage, DeflatedExplicitVRLittleEndian, SegmentationStorage
 
 from osteo_daemon.errors import Damaged, NotDicom
-from osteo_daemon.imaging.enhanced import frame_headers, is_multi_frame_ct
+from osteo_daemon.imaging.enhanced import MULTI_FRAME_CT, frame_headers, is_multi_frame_ct
 
 MAXIMUM_INFLATED_BYTES = 512 << 20
 """A deflated data set that is longer is refused unread: a thousandth of it may have been sent."""
+
+LARGE_FILE_BYTES = 64 << 20
+"""No single CT image is larger (4096 x 4096 take half of it); of other objects only what names them is read then."""
+
+_NAMING = [
+    *("SpecificCharacterSet", "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Modality"),
+    *("StudyDate", "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName", "PatientName", "PatientID"),
+    *("IssuerOfPatientID", "PatientBirthDate", "PatientSex", "PatientAge"),
+]
 
 PARSE_ERRORS = (
     OSError,
@@ -128,7 +137,7 @@ def read_header(path: Path) -> Dataset:
     """
     try:
         _check_inflated(path)
-        header = pydicom.dcmread(path, stop_before_pixels=True)
+        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_wanted(path))
         header.decode()  # elements are parsed lazily: a broken one must show here, not in the middle of a report
     except InvalidDicomError as error:
         raise NotDicom(f"{path.name} has no DICOM preamble") from error
@@ -146,6 +155,16 @@ def read_header(path: Path) -> Dataset:
     if (header.SOPClassUID == CTImageStorage or is_multi_frame_ct(header)) and "Rows" not in header:
         raise NotDicom(f"{path.name} is cut off before its pixels")
     return header
+
+
+def _wanted(path: Path) -> list[str] | None:
+    """The elements to read: all; of a large object that is no multi-frame CT and no segmentation those that name it."""
+    if path.stat().st_size <= LARGE_FILE_BYTES:
+        return None
+    sop_class = pydicom.filereader.read_file_meta_info(path).get("MediaStorageSOPClassUID")
+    if sop_class == CTImageStorage:
+        raise NotDicom(f"{path.name} is larger than a CT image can be")
+    return None if sop_class in (*MULTI_FRAME_CT, SegmentationStorage) else _NAMING
 
 
 def _check_inflated(path: Path) -> None:

@@ -20,6 +20,7 @@ from pydicom.uid import (
     ExplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGLSLossless,
+    RawDataStorage,
     RLELossless,
 )
 from pynetdicom.dsutils import encode
@@ -32,7 +33,7 @@ from osteo_daemon.imaging.codecs import DECODERS
 from osteo_daemon.imaging.decoder import MEMORY_BYTES, decode
 from osteo_daemon.imaging.decoding import read_volume
 from osteo_daemon.imaging.series import split_stacks
-from osteo_daemon.imaging.slices import Stack, ct_slices, read_header, read_headers
+from osteo_daemon.imaging.slices import LARGE_FILE_BYTES, Stack, ct_slices, read_header, read_headers
 from tests.ct_series import column, write_slices
 from tests.enhanced_ct import write_enhanced
 
@@ -212,3 +213,26 @@ def test_an_error_says_nothing_that_was_sent(tmp_path: Path) -> None:
             read_volume(_stack(files))
         assert "Smith" not in str(raised.value)
     assert all("Smith" not in entry.reason for entry in unreadable)
+
+
+def test_of_a_large_object_only_what_names_it_is_read(tmp_path: Path) -> None:
+    (path,) = write_slices(tmp_path, np.zeros((1, 8, 8), dtype=np.int64), column(1, 3.0))
+    dataset = dcmread(path)
+    with path.open("ab") as sink:  # a last element that takes no room on the disk
+        sink.write(struct.pack("<HH2sHI", 0x7FE1, 0x1010, b"OB", 0, LARGE_FILE_BYTES))
+        sink.truncate(sink.tell() + LARGE_FILE_BYTES)
+    with pytest.raises(NotDicom, match="larger"):
+        read_header(path)
+    raw = tmp_path / "raw.dcm"
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = RawDataStorage
+    del dataset.PixelData
+    dataset.add_new(0x00291010, "OB", b"")
+    dataset.save_as(raw)
+    with raw.open("ab") as sink:
+        sink.write(struct.pack("<HH2sHI", 0x0031, 0x1010, b"OB", 0, LARGE_FILE_BYTES))
+        sink.truncate(sink.tell() + LARGE_FILE_BYTES)
+    before = psutil.Process().memory_info().rss
+    header = read_header(raw)
+    assert psutil.Process().memory_info().rss - before < LARGE_FILE_BYTES / 2
+    assert (header.StudyInstanceUID, header.SOPClassUID) == (dataset.StudyInstanceUID, RawDataStorage)
+    assert "Rows" not in header

@@ -30,6 +30,8 @@ from osteo_daemon.imaging.texture_matrices import (
 
 _TINY: Final = 1e-12
 _MAXIMUM_COARSENESS: Final = 1e6
+_CHUNK_VOXELS: Final = 2**18
+"""On a CPU a batch is worked through in pieces that its caches hold: half as much time again for one piece."""
 
 
 def discretise(hu: Tensor, mask: Tensor, low_hu: float, bin_width_hu: float, levels: int) -> Tensor:
@@ -48,6 +50,10 @@ def texture_features(grey: Tensor, levels: int) -> dict[str, Tensor]:
     Raises:
         ValueError: the grey levels do not lie in 0 to ``levels``, or a sample has fewer than two voxels in its mask.
     """
+    size = max(1, _CHUNK_VOXELS // max(1, grey.shape[1:].numel()))
+    if len(grey) > size and not grey.is_cuda:
+        found = [texture_features(grey[start : start + size], levels) for start in range(0, len(grey), size)]
+        return {name: torch.cat([one[name] for one in found]) for name in found[0]}
     voxels = (grey > 0).flatten(1).sum(1)
     near = Neighbourhoods.of(grey, levels)
     zones, sizes = glszm(near)

@@ -103,6 +103,15 @@ def test_features_are_rotation_and_mirror_invariant() -> None:
         assert float(turned[name]) == pytest.approx(float(value), rel=1e-9, abs=1e-9), name
 
 
+def test_a_batch_in_pieces_is_the_batch_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = torch.stack([grey(seed, (9, 8, 7)) for seed in range(5)])
+    whole = texture_features(batch, 8)
+    monkeypatch.setattr("osteo_daemon.imaging.texture._CHUNK_VOXELS", 2 * 9 * 8 * 7)
+    pieces = texture_features(batch, 8)
+    for name, value in whole.items():
+        torch.testing.assert_close(pieces[name], value, rtol=1e-12, atol=1e-12)
+
+
 def test_zones_match_connected_components_of_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
     import numpy as np
     from scipy import ndimage

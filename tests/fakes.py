@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import shutil
 import socket
 import ssl
@@ -43,10 +44,15 @@ def until(condition: Callable[[], Any], seconds: float = 10.0, every: float = 0.
 
 
 def a_free_port() -> int:
-    """A TCP port that is free on loopback."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that is free on loopback, below those that clients get: so it is still free a moment later."""
+    while True:
+        port = random.randrange(15000, 32000)
+        with socket.socket() as probe:
+            try:
+                probe.bind((LOOPBACK, port))
+            except OSError:
+                continue
+            return port
 
 
 def dcmtk(name: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 from osteo_daemon.dicom.received import received_file
+from osteo_daemon.dicom.refusals import Refusals
 from osteo_daemon.dicom.status import StoreStatus, status_of
 from osteo_daemon.dicom.tls import ListenerTls
 from osteo_daemon.dicomweb.server import HttpServer
@@ -51,12 +52,14 @@ class DicomwebReceiver:
             Discards(settings.accompanying),
             Room(settings.spool_dir, limits.minimum_free_bytes, limits.low_watermark_bytes),
         )
+        self._refusals = Refusals()
         if self._settings.token_file is not None:
             read_token(self._settings.token_file)  # a node without a usable token refuses to start
         service = StoreService(
             self.store,
             self._intake.association_closed,
             self._authorised,
+            lambda address, reason: self._refuse("web_request_refused", address, reason),
             ServiceLimits(
                 maximum_part_bytes=self._settings.maximum_part_bytes,
                 maximum_request_bytes=self._settings.maximum_request_bytes,
@@ -72,6 +75,7 @@ class DicomwebReceiver:
             maximum_requests=self._settings.maximum_requests,
             context=_context(settings),
             certificates=frozenset(self._settings.certificates),
+            refused=lambda address, reason: self._refuse("connection_refused", address, reason),
         )
 
     @property
@@ -84,6 +88,7 @@ class DicomwebReceiver:
         try:
             self._server.run()
         finally:
+            self._refusals.close()
             self._jobs.close()
 
     def stop(self) -> None:
@@ -117,6 +122,10 @@ class DicomwebReceiver:
             reason=reason,
         )
         return StoredPart(sop_class, sop_instance, int(status), no_room)
+
+    def _refuse(self, event: str, address: str, reason: str) -> None:
+        self._refusals.tell(event, address=address, reason=reason)
+        self._refusals.settle()
 
     def _authorised(self, field: str) -> bool:
         """Whether a request shows the token; without a token file the certificate has shown enough."""

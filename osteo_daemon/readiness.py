@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,13 +17,15 @@ from osteo_daemon.certificates import read_certificates, whole_days_left
 from osteo_daemon.delivery.transport import TRANSPORTS, remote_ae
 from osteo_daemon.dicom.tls import expiries, tls_files
 from osteo_daemon.dicom.verification import echo
+from osteo_daemon.dicomweb_receiver import read_token
 from osteo_daemon.errors import ConfigurationError, OsteoError
 from osteo_daemon.inference.bundle import find_bundle
 from osteo_daemon.inference.screening import choose_device
 from osteo_daemon.inference.totalsegmentator import TotalSegmentator
 from osteo_daemon.jobs.store import JobStore
+from osteo_daemon.pull.archive import open_archive
 from osteo_daemon.reporting import picture_language
-from osteo_daemon.settings import DestinationSettings, Settings
+from osteo_daemon.settings import ArchiveSettings, DestinationSettings, Settings
 from osteo_daemon.tls import server_context
 
 
@@ -60,7 +63,24 @@ def check_node(settings: Settings) -> list[Finding]:
         checks.append(("destinations", _no_destination))
     for destination in settings.destinations:
         checks.append((f"destination {destination.name}", lambda d=destination: _echo(settings, d)))  # type: ignore[misc]
+    for archive in settings.archives:
+        checks.append((f"archive {archive.name}", lambda a=archive: _archive(settings, a)))  # type: ignore[misc]
+    if settings.dicomweb.port and settings.dicomweb.token_file is not None:
+        checks.append(("dicomweb token", lambda: _token(settings)))
     return [_run(name, probe) for name, probe in checks]
+
+
+def _archive(settings: Settings, archive: ArchiveSettings) -> str:
+    start = time.perf_counter()
+    with open_archive(settings, archive, threading.Event()).catalogue() as catalogue:
+        catalogue.series("1.2.3")  # a question that costs it nothing
+    return f"{archive.retrieve}: answered a query in {(time.perf_counter() - start) * 1000:.0f} ms"
+
+
+def _token(settings: Settings) -> str:
+    assert settings.dicomweb.token_file is not None  # noqa: S101 - asked only then
+    read_token(settings.dicomweb.token_file)
+    return "usable"
 
 
 def _run(name: str, probe: Callable[[], str]) -> Finding:

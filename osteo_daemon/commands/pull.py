@@ -231,9 +231,17 @@ def _run(
         configure_logging(settings.log, "pull")
         trail.open_trail(settings, "pull")
         intake = DurableIntake(spool, store, discards=Discards(settings.accompanying), room=room)
-        archive = open_archive(settings, entry, intake, stopping)
+        archive = open_archive(settings, entry, stopping)
         puller = Puller(
-            pace, store, room, archive, entry.maximum_matches, taken_classes(settings.accompanying), stopping, tell
+            pace,
+            store,
+            room,
+            archive,
+            intake,
+            entry.maximum_matches,
+            taken_classes(settings.accompanying),
+            stopping,
+            tell,
         )
         try:
             state = puller.run(pull_id, identities)
@@ -261,14 +269,12 @@ def _count(
     as_json: bool,
 ) -> None:
     from osteo_daemon.audit import trail
-    from osteo_daemon.intake import DurableIntake
-    from osteo_daemon.jobs.spool import Spool
     from osteo_daemon.pull.archive import open_archive
     from osteo_daemon.pull.search import search
 
     trail.open_trail(settings, "pull")
     stopping = threading.Event()
-    archive = open_archive(settings, entry, DurableIntake(Spool(settings.spool_dir), store), stopping)
+    archive = open_archive(settings, entry, stopping)
     found: Counter[str] = Counter()
     with archive.catalogue() as catalogue:
         for study in search(

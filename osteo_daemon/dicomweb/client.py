@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 import requests
 from dicomweb_client.web import DICOMwebClient
 
+from osteo_daemon.audit import events, trail
+from osteo_daemon.audit.events import Peer
 from osteo_daemon.dicomweb.multipart import MultipartReader, Part, boundary_of
 from osteo_daemon.domain.archive import FoundSeries, FoundStudies, FoundStudy, Span, Target
 from osteo_daemon.errors import MalformedMessage, OsteoError, PeerBusy, PeerUnavailable, Refused
@@ -25,6 +27,7 @@ from osteo_daemon.settings import ArchiveSettings, DestinationSettings
 
 DICOM: Final = "application/dicom"
 _DICOM_JSON: Final = "application/dicom+json"
+_STUDY_ROOT_FIND: Final = "1.2.840.10008.5.1.4.1.2.2.1"
 _CHUNK_BYTES: Final = 1 << 18
 _LONGEST_ANSWER_BYTES: Final = 64 << 20
 _PAGE: Final = 1000
@@ -95,6 +98,7 @@ class DicomwebClient:
         if server.certificate_file is not None:
             self._session.cert = (str(server.certificate_file), str(server.key_file or server.certificate_file))
         self._session.max_redirects = 0  # a redirect could take the token elsewhere
+        self._session.hooks["response"] = [self._tell]
         self._qido: Any = DICOMwebClient(self._url, session=self._session, timeout=self._timeout)
         # whether and when to try again is decided by who asks
         self._qido.set_http_retry_params(retry=False)
@@ -275,6 +279,14 @@ class DicomwebClient:
             except (json.JSONDecodeError, requests.JSONDecodeError) as error:
                 raise PeerBusy(f"{self.host} answered with no readable JSON") from error
         return [entry for entry in found if isinstance(entry, dict)]
+
+    def _tell(self, answer: requests.Response, **_arguments: Any) -> None:
+        """A query is an event for the audit trail; it names no patient."""
+        request = answer.request
+        if trail.is_open() and request.method == "GET" and _DICOM_JSON in request.headers.get("Accept", ""):
+            asked = Peer(self.host, self.host)
+            uri = (request.url or "").encode()
+            trail.record(events.queried(_STUDY_ROOT_FIND, uri, "", trail.node(), asked))
 
     def _headers(self, accept: str) -> dict[str, str]:
         headers = {"Accept": accept, "Accept-Encoding": "identity"}

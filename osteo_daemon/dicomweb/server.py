@@ -14,7 +14,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from osteo_daemon.certificates import certificate_from_der
 from osteo_daemon.errors import ConfigurationError
-from osteo_daemon.log import get_logger
 
 _HEADER_BYTES: Final = 16384
 _KEEP_ALIVE_SECONDS: Final = 5
@@ -34,6 +33,7 @@ class HttpServer:
         maximum_requests: at once; connections are bounded by a multiple.
         context: for TLS.
         certificates: clients must show one of these; empty: any that the context accepts.
+        refused: told the address and the reason when a connection is closed before its first request.
 
     Raises:
         ConfigurationError: the address cannot be listened on.
@@ -49,6 +49,7 @@ class HttpServer:
         maximum_requests: int,
         context: ssl.SSLContext | None = None,
         certificates: frozenset[str] = frozenset(),
+        refused: Callable[[str, str], None],
     ) -> None:
         try:
             family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -61,6 +62,9 @@ class HttpServer:
         class Bounded(_BoundedProtocol):
             header_seconds = idle_seconds
             known = certificates
+
+            def tell(self, reason: str) -> None:
+                refused(self.client[0] if self.client else "", reason)
 
         configuration = uvicorn.Config(
             application,
@@ -107,18 +111,18 @@ class _BoundedProtocol(H11Protocol):
     header_seconds: float
     known: frozenset[str]
 
+    def tell(self, reason: str) -> None:
+        """Why this connection is closed."""
+        raise NotImplementedError
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if self.known and not self._is_known(transport):
-            get_logger().warning("connection_refused", address=self._host, reason="a certificate that is not listed")
+            self.tell("a certificate that is not listed")
             transport.abort()
             return
         # the library waits for ever for the first byte and for the end of a header
         self.loop.call_later(self.header_seconds, self._close_silent)
-
-    @property
-    def _host(self) -> str:
-        return self.client[0] if self.client else ""
 
     def _is_known(self, transport: asyncio.Transport) -> bool:
         connection = transport.get_extra_info("ssl_object")
@@ -128,5 +132,5 @@ class _BoundedProtocol(H11Protocol):
     def _close_silent(self) -> None:
         request: object = self.cycle
         if request is None and not self.transport.is_closing():
-            get_logger().warning("connection_refused", address=self._host, reason="no request in time")
+            self.tell("no request in time")
             self.transport.abort()

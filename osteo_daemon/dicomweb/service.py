@@ -60,6 +60,7 @@ class StoreService:
         store: called in a thread for each part.
         ended: called in a thread with a request's id when nothing more comes of it.
         authorised: given the value of the Authorization field (empty when there is none).
+        stranger: told the address and the reason when somebody unknown is refused.
         limits: of each request.
     """
 
@@ -68,11 +69,13 @@ class StoreService:
         store: Store,
         ended: Callable[[str], None],
         authorised: Callable[[str], bool],
+        stranger: Callable[[str, str], None],
         limits: ServiceLimits,
     ) -> None:
         self._store = store
         self._ended = ended
         self._authorised = authorised
+        self._stranger = stranger
         self._limits = limits
         self._running = 0
 
@@ -96,19 +99,7 @@ class StoreService:
             finally:
                 self._running -= 1
         except _Ended as end:
-            get_logger().warning(
-                "web_request_refused",
-                address=_address(request),
-                status=str(end.status),
-                reason=end.reason,
-                instances=sum(part.failure is None for part in parts),
-            )
-            headers = {"Connection": "close"}
-            if end.status == 503:
-                headers["Retry-After"] = _RETRY_AFTER_SECONDS
-            if end.status == 401:
-                headers["WWW-Authenticate"] = "Bearer"
-            return Response(f"{end.reason}\n", status_code=end.status, headers=headers, media_type="text/plain")
+            return self._refuse(request, end, sum(part.failure is None for part in parts))
         status = http_status(parts)
         get_logger().info(
             "web_request_ended",
@@ -120,6 +111,23 @@ class StoreService:
         )
         headers = {"Retry-After": _RETRY_AFTER_SECONDS} if status >= 500 else {}
         return Response(store_response(parts, media_type), status_code=status, headers=headers, media_type=media_type)
+
+    def _refuse(self, request: Request, end: _Ended, stored: int) -> Response:
+        headers = {"Connection": "close"}
+        if end.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+            self._stranger(_address(request), end.reason)
+        else:
+            get_logger().warning(
+                "web_request_refused",
+                address=_address(request),
+                status=str(end.status),
+                reason=end.reason,
+                instances=stored,
+            )
+        if end.status == 503:
+            headers["Retry-After"] = _RETRY_AFTER_SECONDS
+        return Response(f"{end.reason}\n", status_code=end.status, headers=headers, media_type="text/plain")
 
     def _admit(self, request: Request) -> str:
         """Refuse before a byte of the body is read, or give the media type of the answer."""

@@ -53,16 +53,14 @@ class Archive(Protocol):
     def catalogue(self) -> AbstractContextManager[ArchiveCatalogue]:
         """Questions over one connection."""
 
-    def fetch(self, targets: Sequence[Target], progress: Progress) -> Retrieved:
-        """Have the targets stored here."""
+    def fetch(self, targets: Sequence[Target], intake: DurableIntake, progress: Progress) -> Retrieved:
+        """Have the targets stored here, by ``intake`` where they do not come to the receiver."""
 
 
 class DicomArchive:
     """C-FIND with C-MOVE to our own receiver, or with C-GET."""
 
-    def __init__(
-        self, settings: Settings, archive: ArchiveSettings, intake: DurableIntake, stopping: threading.Event
-    ) -> None:
+    def __init__(self, settings: Settings, archive: ArchiveSettings, stopping: threading.Event) -> None:
         titles = {source.ae_title for source in settings.sources}
         if archive.retrieve == "c-move" and archive.ae_title not in titles:
             raise ConfigurationError(
@@ -74,7 +72,6 @@ class DicomArchive:
         self._calling = settings.receiver.ae_title
         self._gets = archive.retrieve == "c-get"
         self._pull = settings.pull
-        self._intake = intake
         self._retrieval = Retrieval(
             self._peer,
             self._calling,
@@ -95,30 +92,27 @@ class DicomArchive:
         ) as link:
             yield Catalogue(link, self._peer.ae_title)
 
-    def fetch(self, targets: Sequence[Target], progress: Progress) -> Retrieved:
+    def fetch(self, targets: Sequence[Target], intake: DurableIntake, progress: Progress) -> Retrieved:
         """As `Archive.fetch`."""
         if not self._gets:
             return self._retrieval.move(targets, progress)
         association_id = uuid.uuid4().hex
         try:
-            return self._retrieval.get(targets, self._intake.accept, association_id, progress)
+            return self._retrieval.get(targets, intake.accept, association_id, progress)
         finally:
-            self._intake.association_closed(association_id)
+            intake.association_closed(association_id)
 
 
 class WebArchive:
     """QIDO-RS and WADO-RS."""
 
-    def __init__(
-        self, settings: Settings, archive: ArchiveSettings, intake: DurableIntake, stopping: threading.Event
-    ) -> None:
+    def __init__(self, settings: Settings, archive: ArchiveSettings, stopping: threading.Event) -> None:
         self._source = archive.ae_title or archive.name[:16].upper()
         self._client = DicomwebClient(
             archive,
             connect_timeout_seconds=settings.pull.connect_timeout_seconds,
             answer_timeout_seconds=settings.pull.answer_timeout_seconds,
         )
-        self._intake = intake
         self._stopping = stopping
         self._longest_part = settings.dicomweb.maximum_part_bytes
 
@@ -127,7 +121,7 @@ class WebArchive:
         """As `Archive.catalogue`."""
         yield self._client
 
-    def fetch(self, targets: Sequence[Target], progress: Progress) -> Retrieved:
+    def fetch(self, targets: Sequence[Target], intake: DurableIntake, progress: Progress) -> Retrieved:
         """As `Archive.fetch`."""
         association_id = uuid.uuid4().hex
         refused: dict[str, str] = {}
@@ -146,12 +140,12 @@ class WebArchive:
                             fetched=True,
                         )
                         uid = received.identifiers.sop_instance_uid
-                        self._intake.accept(received)
+                        intake.accept(received)
                     except Damaged as error:
                         refused[uid] = str(error)
                     progress(count)
         finally:
-            self._intake.association_closed(association_id)
+            intake.association_closed(association_id)
         return Retrieved(refused=refused)
 
 
@@ -161,13 +155,11 @@ def taken_classes(settings: AccompanyingSettings) -> frozenset[str]:
     return frozenset((*SCREENED_CLASSES, *(uid for uids in kept for uid in uids)))
 
 
-def open_archive(
-    settings: Settings, archive: ArchiveSettings, intake: DurableIntake, stopping: threading.Event
-) -> Archive:
+def open_archive(settings: Settings, archive: ArchiveSettings, stopping: threading.Event) -> Archive:
     """The archive of an entry of [[archives]].
 
     Raises:
         ConfigurationError: it could not send to us.
     """
     kind = WebArchive if archive.retrieve == "dicomweb" else DicomArchive
-    return kind(settings, archive, intake, stopping)
+    return kind(settings, archive, stopping)

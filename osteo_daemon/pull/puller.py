@@ -17,6 +17,7 @@ from osteo_daemon.delivery.back_off import back_off_seconds
 from osteo_daemon.domain.archive import Target
 from osteo_daemon.domain.job import JobState
 from osteo_daemon.errors import ConfigurationError, IllegalTransition, LeaseLost, PeerBusy, Refused, Transient
+from osteo_daemon.intake import DurableIntake
 from osteo_daemon.jobs.pull_rows import PulledState, PullState
 from osteo_daemon.jobs.pulls import OPEN_PULLS
 from osteo_daemon.jobs.room import Room
@@ -61,6 +62,7 @@ class Puller:
         store: of the node.
         room: on the disk: nothing is fetched that would have to be refused.
         archive: to fetch from.
+        intake: takes what does not come to the receiver.
         maximum_matches: a question with so many answers is split.
         taken_classes: SOP classes that this node keeps.
         stopping: set by a signal: the study in hand is cancelled, nothing is lost.
@@ -73,6 +75,7 @@ class Puller:
         store: JobStore,
         room: Room,
         archive: Archive,
+        intake: DurableIntake,
         maximum_matches: int,
         taken_classes: frozenset[str],
         stopping: threading.Event,
@@ -82,6 +85,7 @@ class Puller:
         self._store = store
         self._room = room
         self._archive = archive
+        self._intake = intake
         self._maximum_matches = maximum_matches
         self._taken_classes = taken_classes
         self._stopping = stopping
@@ -278,7 +282,7 @@ class Puller:
         self._rate.begun(time.monotonic())
         targets = [Target(study_instance_uid, entry.series_instance_uid, entry.asked_for) for entry in plan]
         retrieved = self._archive.fetch(
-            targets, lambda instances: self._tell(Report(self._counts, instances=instances))
+            targets, self._intake, lambda instances: self._tell(Report(self._counts, instances=instances))
         )
         return judge(plan, retrieved, here, self._store.study_here(study_instance_uid))
 

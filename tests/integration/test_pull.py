@@ -119,15 +119,24 @@ class Node:
     def run(self, way: str, pull_id: int, identities: Identities | None = None) -> PullState:
         """Run a pull that is there."""
         (entry,) = (entry for entry in self.settings.archives if entry.name == way.replace(" ", "-"))
-        archive = open_archive(self.settings, entry, DurableIntake(self.spool, self.store), self.stopping)
+        archive = open_archive(self.settings, entry, self.stopping)
 
         def tell(report: Report) -> None:
             self.reports.append(report)
             self.tell(report)
 
         taken = taken_classes(self.settings.accompanying)
+        intake = DurableIntake(self.spool, self.store)
         return Puller(
-            self.settings.pull, self.store, self.room, archive, entry.maximum_matches, taken, self.stopping, tell
+            self.settings.pull,
+            self.store,
+            self.room,
+            archive,
+            intake,
+            entry.maximum_matches,
+            taken,
+            self.stopping,
+            tell,
         ).run(pull_id, identities)
 
     def counts(self, pull_id: int) -> dict[str, int]:

@@ -109,10 +109,11 @@ def accepted_contexts(settings: Settings) -> str:
     for group, uids in ACCOMPANYING.items():
         policy = getattr(settings.accompanying, group.value)
         rows += [[class_name(uid), code(uid), f"{group.value}: {policy}", "storage"] for uid in uids]
-    offered = [verification_context(), *services(settings).contexts(), commitment_context()]
+    offered = [(context, "") for context in (verification_context(), *services(settings).contexts())]
+    offered.append((commitment_context(), "where a destination reports by it, or a source may ask for it"))
     rows += [
-        [class_name(str(context.abstract_syntax)), code(context.abstract_syntax), "", _syntaxes(context)]
-        for context in offered
+        [class_name(str(context.abstract_syntax)), code(context.abstract_syntax), when, _syntaxes(context)]
+        for context, when in offered
     ]
     return table(("abstract syntax", "UID", "what becomes of it", "transfer syntaxes"), rows)
 

@@ -119,7 +119,7 @@ class RoleProcess:
             )
         return self
 
-    def wait_for(self, text: str, seconds: float = 20.0) -> None:
+    def wait_for(self, text: str, seconds: float = 60.0) -> None:
         """Wait until the log holds ``text``."""
         assert self.process is not None
 

@@ -19,11 +19,12 @@ from pynetdicom import AE, _config, evt
 from osteo_daemon.certificates import certificate_of
 from osteo_daemon.dicom.admission import CONGESTION, LIMIT_EXCEEDED, Admission, Caller, Rejection
 from osteo_daemon.dicom.arrivals import Arrivals, where
+from osteo_daemon.dicom.bounded_socket import ListenerLimits
 from osteo_daemon.dicom.buffers import BufferBudget
 from osteo_daemon.dicom.commitment import CommitmentReport, answer_report, commitment_context
 from osteo_daemon.dicom.contexts import supported_contexts, verification_context
 from osteo_daemon.dicom.data_transfer import is_busy
-from osteo_daemon.dicom.listener import HardenedServer, ListenerLimits
+from osteo_daemon.dicom.listener import HardenedServer
 from osteo_daemon.dicom.normalized import NormalizedServices
 from osteo_daemon.dicom.quota import Quota
 from osteo_daemon.dicom.received import Incoming, ReceivedObject, printable

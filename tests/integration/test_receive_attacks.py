@@ -40,7 +40,7 @@ network_timeout_seconds = 4
 maximum_object_bytes = {32 * MEBI}
 maximum_buffered_bytes = {64 * MEBI}
 """
-MEMORY_BYTES = 400 * MEBI
+MEMORY_BYTES = 200 * MEBI
 """What the attacks together may cost: buffers, and two threads for each connection."""
 
 

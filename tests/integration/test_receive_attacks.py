@@ -34,6 +34,7 @@ from tests.peers import associate_request, closed_within, connect, echo_seconds,
 
 MEBI = 1 << 20
 LIMITS = f"""[receiver]
+maximum_associations = 200
 acse_timeout_seconds = 2
 dimse_timeout_seconds = 2
 network_timeout_seconds = 4
@@ -84,6 +85,7 @@ def siege(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Siege]:
 ae_title = "ATTACKER"
 {addresses}
 certificates = ["cn:nobody"]
+maximum_associations = 150
 [[sources]]
 ae_title = "HOG"
 {addresses}

@@ -90,7 +90,7 @@ class Scheduler:
         self._completeness = CompletenessSweep(settings, self._jobs)
         self._spool = Spool(settings.spool_dir)
         self._name = f"scheduler-{socket.gethostname()}-{os.getpid()}"
-        self._leads = False
+        self._leads_until = 0.0
         self._stopping = threading.Event()
         self._asking = threading.Lock()
         self._steps: dict[str, _Step] = {}
@@ -116,7 +116,7 @@ class Scheduler:
     @property
     def leads(self) -> bool:
         """True when this process runs the steps."""
-        return self._leads
+        return time.monotonic() < self._leads_until
 
     def start(self) -> None:
         """Run the steps in threads of their own."""
@@ -141,7 +141,7 @@ class Scheduler:
         self._completeness.close()
         hang_up_all()  # a question falls back to the quiet time, a report that was cut off comes again
         self._engine.shutdown(wait=True)
-        if self._leads:
+        if self.leads:
             try:
                 self._jobs.resign(_LEADER, self._name)
             except Transient as error:
@@ -150,14 +150,16 @@ class Scheduler:
 
     def lead(self) -> None:
         """Take or keep the lease of the leader."""
-        led, self._leads = self._leads, False
+        led, asked_at = self.leads, time.monotonic()
         try:
-            self._leads = self._jobs.lead(_LEADER, self._name, _LEADER_LEASE_SECONDS, is_gone=_is_gone)
+            leads = self._jobs.lead(_LEADER, self._name, _LEADER_LEASE_SECONDS, is_gone=_is_gone)
+            # while the question is open the lease in hand holds: steps that are due at the same moment must not be lost
+            self._leads_until = asked_at + _LEADER_LEASE_SECONDS if leads else 0.0
         except Transient as error:
             get_logger().warning("lease_not_renewed", error=type(error).__name__, detail=error.detail)
-        if self._leads != led:
-            get_logger().info("leads" if self._leads else "follows", worker=self._name)
-            if self._leads:
+        if self.leads != led:
+            get_logger().info("leads" if self.leads else "follows", worker=self._name)
+            if self.leads:
                 self._announce()
 
     def complete_quiet_studies(self) -> str:
@@ -289,7 +291,7 @@ class Scheduler:
         )
 
     def _run(self, step: _Step) -> None:
-        if not self._leads:
+        if not self.leads:
             return
         started = datetime.now(UTC)
         outcome = "done"
@@ -346,7 +348,7 @@ class Scheduler:
 
     def _count(self, name: str, counter: str, outcome: str) -> None:
         step = self._steps.get(name)
-        if step is None or not self._leads:
+        if step is None or not self.leads:
             return
         self._write(step, {"interval_seconds": step.seconds, "outcome": outcome}, {counter: 1})
 

@@ -46,7 +46,7 @@ def until(condition: Callable[[], Any], seconds: float = 10.0, every: float = 0.
 def a_free_port() -> int:
     """A TCP port that is free on loopback, below those that clients get: so it is still free a moment later."""
     while True:
-        port = random.randrange(15000, 32000)
+        port = random.SystemRandom().randrange(15000, 32000)
         with socket.socket() as probe:
             try:
                 probe.bind((LOOPBACK, port))

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,9 @@ def _gently(command: Callable[..., None]) -> Callable[..., None]:
 @click.argument("archive")
 @click.option("--from", "since", type=_DATE, help="First study date.")
 @click.option("--to", "until", type=_DATE, help="Last study date; today by default.")
+@click.option(
+    "--days", type=click.IntRange(1), help="Study dates of the last so many days, today among them; for timers."
+)
 @click.option("--modality", "modalities", multiple=True, default=("CT",), show_default=True, help="Of the series.")
 @click.option(
     "--body-part", "body_parts", multiple=True, help="Body Part Examined; series without one are fetched too."
@@ -70,6 +73,7 @@ def start(
     archive: str,
     since: datetime | None,
     until: datetime | None,
+    days: int | None,
     modalities: tuple[str, ...],
     body_parts: tuple[str, ...],
     description: str,
@@ -91,8 +95,12 @@ def start(
     settings, store = open_store(config)
     entry = _archive(settings, archive)
     identities = _identities(patients, accessions)
+    if days is not None:
+        if since is not None or until is not None:
+            raise click.UsageError("--days, or --from and --to")
+        since = datetime.combine(_today() - timedelta(days=days - 1), datetime.min.time())
     if since is None and until is None and identities is None:
-        raise click.UsageError("say which: --from and --to, --patients or --accessions")
+        raise click.UsageError("say which: --from and --to, --days, --patients or --accessions")
     wanted = Wanted(
         tuple(value.upper() for value in modalities),
         tuple(value.upper() for value in body_parts),
@@ -351,10 +359,14 @@ def _span(since: datetime | None, until: datetime | None) -> Span | None:
     if since is None and until is None:
         return None
     first = FIRST_DAY if since is None else since.date()
-    last = date.today() if until is None else until.date()  # noqa: DTZ011 - study dates are those of this place
+    last = _today() if until is None else until.date()
     if last < first:
         raise click.UsageError("--to lies before --from")
     return Span(first, last)
+
+
+def _today() -> date:
+    return datetime.now().astimezone().date()  # study dates are those of this place
 
 
 def _pace(settings: PullSettings, between: str | None, per_hour: int | None) -> PullSettings:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class SlowArchive:
         sent: how often each SOP Instance UID was sent and acknowledged.
         asked: identifiers of C-GET requests: level, and how many SOP Instance UIDs they named.
         cancelled: C-GET requests that ended by C-CANCEL.
+        dates: keys of the questions.
         gate: called before each object is sent.
     """
 
@@ -46,6 +48,7 @@ class SlowArchive:
     sent: Counter[str] = field(default_factory=Counter)
     asked: list[tuple[str, int]] = field(default_factory=list)
     cancelled: int = 0
+    dates: list[str] = field(default_factory=list)
     gate: Callable[[], None] = lambda: None
     port: int = 0
     _server: Any = None
@@ -73,6 +76,7 @@ class SlowArchive:
 
     def _find(self, event: Any) -> Iterator[tuple[int, Dataset]]:
         keys = event.identifier
+        self.dates.append(str(keys.get("StudyDate", "")))
         for uid, images in self.studies.items():
             if keys.QueryRetrieveLevel != "STUDY" and uid != keys.StudyInstanceUID:
                 continue
@@ -236,9 +240,13 @@ def test_a_dry_run_counts_and_a_wrong_word_is_explained(archive: SlowArchive, co
     assert counted.exit_code == 0, counted.output
     assert json.loads(counted.stdout) == {"studies": 3, "known_here": 0, "instances": 0, "instances_unknown": 3}
     assert not archive.sent
+    assert osteo("start", "slow", "--days", "3", "--dry-run").exit_code == 0
+    today = datetime.now().astimezone().date()
+    assert archive.dates[-1] == f"{today - timedelta(days=2):%Y%m%d}-{today:%Y%m%d}"
     assert osteo("list").stdout == "no pulls\n"
     for arguments, text in (
         (("start", "slow"), "say which"),
+        (("start", "slow", "--days", "3", "--from", "2020-01-01"), "--days, or"),
         (("start", "slow", "--from", "2020-01-02", "--to", "2020-01-01"), "--to lies before --from"),
         (("start", "slow", "--from", "2020-01-01", "--between", "soon"), "20:00-06:00"),
     ):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import select
 import time
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.exc import DatabaseError, DBAPIError, InterfaceError
+from sqlalchemy.exc import DatabaseError, DBAPIError, DisconnectionError, InterfaceError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from osteo_daemon.errors import ConfigurationError
@@ -50,7 +51,7 @@ def postgresql_engine(url: str, busy_timeout_seconds: float) -> Engine:
     """PostgreSQL whose commits return when they are on disk, and where no lock is awaited for ever."""
     # parameters hold UIDs and paths: they stay out of the texts of errors
     try:
-        engine = create_engine(url, pool_size=8, max_overflow=64, pool_pre_ping=True, hide_parameters=True)
+        engine = create_engine(url, pool_size=8, max_overflow=64, hide_parameters=True)
     except ModuleNotFoundError as error:
         raise ConfigurationError("[store] url needs pg8000: pip install osteo-daemon[postgresql]") from error
 
@@ -69,6 +70,14 @@ def postgresql_engine(url: str, busy_timeout_seconds: float) -> Engine:
         connection.commit()
         if syncs != "on":
             raise ConfigurationError("the PostgreSQL server runs with fsync = off: set it on, or use SQLite")
+
+    @event.listens_for(engine, "checkout")
+    def _is_open(connection: Any, _record: ConnectionPoolEntry, _proxy: Any) -> None:
+        # nothing was asked: what can be read is the server's farewell. A ping would cost as much as two statements
+        waiting = select.poll()
+        waiting.register(connection._usock, select.POLLIN)
+        if waiting.poll(0):
+            raise DisconnectionError("the server has ended the connection")
 
     return engine
 

@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from osteo_daemon.errors import ConfigurationError
@@ -20,6 +21,7 @@ _PARTIAL = ".partial"
 _RECOUNTED_EVERY = 128
 """Other processes write here too: what lies here is counted anew after so many messages of our own."""
 
+_ABANDONED_SECONDS = 3600.0
 _FULL_SECONDS = 1.0
 """How often a full folder is counted."""
 
@@ -45,6 +47,11 @@ class AuditSpool:
             folder.chmod(0o700)
         except OSError as error:
             raise ConfigurationError(f"the audit folder {folder} cannot be used ({error.strerror})") from error
+        # of processes that were killed while they wrote: nobody was told that these are kept
+        for partial in self.folder.glob(f"*{_PARTIAL}"):
+            with suppress(FileNotFoundError):
+                if time.time() - partial.stat().st_mtime > _ABANDONED_SECONDS:
+                    partial.unlink()
         self._bytes = self.size_bytes()
         self._counted_at = time.monotonic()
         newest = max((path.name for path in self.folder.glob(f"*{_SUFFIX}")), default="0-")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import socket
 import stat
+import time
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
@@ -160,7 +162,11 @@ def test_the_spool_is_private_and_a_new_process_goes_on_in_order(tmp_path: Path)
     # as if the clock had been set back since: a name far ahead of the present
     ahead = f"{10**19:020d}-1.syslog"
     (spool.folder / ahead).write_bytes(b"second")
+    for name, age_s in (("1-1.partial", 7200), ("2-1.partial", 60)):
+        (spool.folder / name).write_bytes(b"half")
+        os.utime(spool.folder / name, (time.time() - age_s,) * 2)
     again = AuditSpool(tmp_path / "audit", ROOM)
+    assert [path.name for path in spool.folder.glob("*.partial")] == ["2-1.partial"]
     again.put(b"third")
     assert [path.read_bytes() for path in again.waiting(10)] == [b"first", b"second", b"third"]
     assert stat.S_IMODE(spool.folder.stat().st_mode) == 0o700

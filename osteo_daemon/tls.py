@@ -2,8 +2,8 @@
 
 TLS 1.3, or 1.2 with ephemeral elliptic curves and authenticated encryption; never anything older. Finite-field DHE is
 left out: RFC 9325 4.1 advises against it, and PS3.15 B.13 forbids it where the key length can't be set. No compression
-(RFC 9325 3.3), no renegotiation (3.5). No session tickets: every handshake verifies the certificate against the lists
-as they are now.
+(RFC 9325 3.3), no renegotiation (3.5). No session tickets: a session of TLS 1.2 can be taken up only from the memory of
+the context that made it, which goes with new files; whoever asks for a certificate looks at its dates himself.
 """
 
 from __future__ import annotations

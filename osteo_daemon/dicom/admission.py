@@ -9,6 +9,7 @@ import ipaddress
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Final
 
 from osteo_daemon.certificates import Certificate
@@ -68,6 +69,9 @@ class _Known:
             return "" if self.plain else "calling AE title must come over TLS"
         if not self.certificates:
             return "no certificate is listed for the calling AE title"
+        # a session that is taken up again was verified when it was made
+        if error := caller.certificate.validity_error(datetime.now(UTC)):
+            return f"certificate {error}"
         return (
             ""
             if caller.certificate.is_one_of(self.certificates)

@@ -218,6 +218,7 @@ def test_admission_table(authority: Authority) -> None:
     named = read_certificates(authority.issue("ct", names=("CT.example.org", "192.0.2.7")).certificate)[0]
     other = read_certificates(authority.issue("other").certificate)[0]
     safe = read_certificates(authority.issue("safe").certificate)[0]
+    expired = read_certificates(authority.issue("old", days=(-9, -1), names=("ct.example.org",)).certificate)[0]
     listed = {"certificates": ["dns:ct.example.org"]}
     cases = [
         # settings of the source, called, calling, address, certificate, stored
@@ -228,6 +229,7 @@ def test_admission_table(authority: Authority) -> None:
         ({}, "OSTEO", "CT", "192.0.2.7", named, None),
         (listed, "OSTEO", "CT", "192.0.2.7", named, True),
         (listed, "OSTEO", "CT", "192.0.2.7", other, None),
+        (listed, "OSTEO", "CT", "192.0.2.7", expired, None),
         (listed, "OSTEO", "CT", "192.0.3.7", named, None),
         (listed, "OSTEO", "CT", "192.0.2.7", None, True),
         ({**listed, "tls_required": True}, "OSTEO", "CT", "192.0.2.7", None, None),

@@ -139,10 +139,16 @@ class Supervisor:
             child.process = None
 
 
+def roles_of(settings: Settings) -> list[str]:
+    """The roles that these settings want, in the order of their start."""
+    return [role for role in ROLES if role != "dicomweb" or settings.dicomweb.port]
+
+
 def serve(settings: Settings, config_path: Path | None) -> int:
     """Run every role on this machine until SIGTERM or SIGINT; returns the exit status."""
     configure_logging(settings.log, "supervisor")
     arguments = [] if config_path is None else ["--config", str(config_path.resolve())]
-    roles = [role for role in ROLES if role != "dicomweb" or settings.dicomweb.port]
-    commands = {role: [sys.executable, "-m", "osteo_daemon.cli", "run", role, *arguments] for role in roles}
+    commands = {
+        role: [sys.executable, "-m", "osteo_daemon.cli", "run", role, *arguments] for role in roles_of(settings)
+    }
     return Supervisor(commands).run()

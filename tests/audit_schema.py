@@ -97,6 +97,7 @@ _KINDS = {
     ("110180", "DCM", "2", "3"): STUDY,
     ("2", "RFC-3881", "1", "1"): PATIENT,
     ("110181", "DCM", "2", "3"): QUERY,
+    ("12", "RFC-3881", "2", "3"): QUERY,  # in the form of another protocol
     ("12", "RFC-3881", "2", "13"): LOG,
     ("110182", "DCM", "2", None): SUBJECT,
     ("12", "RFC-3881", "2", None): SUBJECT,
@@ -234,7 +235,7 @@ def _kind(entry: Element) -> str:
         assert description is None or description.find("SOPClass") is not None  # A.5.2: required with any other
     if kind == QUERY:
         assert entry.find("ParticipantObjectQuery") is not None
-        assert details == ["TransferSyntax"]
+        assert details == (["TransferSyntax"] if code.attrib["csd-code"] == "110181" else [])
     if kind == SUBJECT:
         assert details == ["Alert Description"]
     return kind

@@ -140,14 +140,12 @@ def queried(
         transfer_syntax_uid: of ``identifier``; empty: it is no DICOM data set.
         asking, answering: the two entities.
     """
-    subject = AuditObject(
-        sop_class_uid,
-        ObjectId.SOP_CLASS_UID,
-        ObjectType.SYSTEM,
-        ObjectRole.REPORT,
-        query=identifier,
-        details={"TransferSyntax": transfer_syntax_uid} if transfer_syntax_uid else {},
-    )
+    system, report = ObjectType.SYSTEM, ObjectRole.REPORT
+    if transfer_syntax_uid:
+        details = {"TransferSyntax": transfer_syntax_uid}
+        subject = AuditObject(sop_class_uid, ObjectId.SOP_CLASS_UID, system, report, query=identifier, details=details)
+    else:
+        subject = AuditObject(identifier.decode("ascii", "replace"), ObjectId.URI, system, report, query=identifier)
     return AuditMessage(
         EventId.QUERY, Action.EXECUTE, Outcome.SUCCESS, _both(asking, answering, by_sender=True), (subject,)
     )

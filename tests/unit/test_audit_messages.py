@@ -42,6 +42,7 @@ MESSAGES: dict[str, AuditMessage] = {
     "expired": events.study_deleted(STUDIES[0], PATIENT, events.process("osteo-scheduler")),
     "exported": events.data_exported(STUDIES, [PATIENT, PATIENT], PERSON, "mllp://10.0.0.3:2575"),
     "query": events.queried("1.2.840.10008.5.1.4.1.2.2.1", b"\x08\x00\x52\x00", "1.2.840.10008.1.2", NODE, PACS),
+    "web query": events.queried("1.2.840.10008.5.1.4.1.2.2.1", b"https://a/studies?StudyDate=20260101", "", NODE, PACS),
     "alert": events.security_alert(EventType.NODE_AUTHENTICATION, "unknown AE title", performing=SCANNER),
     "alert, nobody": events.security_alert(EventType.AUDIT_RECORDING_STARTED, "12 lost"),
     "login": events.user_authenticated("anna", "10.0.0.9"),

@@ -82,12 +82,12 @@ def export_run(folder: Path, target: Path, version: str, licence: str, repeats: 
 
 def _metadata(config: MoEConfig, version: str, cohort: dict[str, Any]) -> dict[str, Any]:
     d, h, w = config.voi_shape
-    one = {"type": "probabilities", "dtype": "float32", "num_channels": 1, "is_patch_data": False, "spatial_shape": []}
+    vector = {"format": "vector", "dtype": "float32", "is_patch_data": False, "spatial_shape": []}
     return {
         "changelog": {version: f"trained on the virtual cohort {cohort['sha256'][:12]}"},
         "task": "diagnosis class, areal BMD and level of one vertebra from CT",
         "description": "multitask mixture-of-experts network trained on virtual patients only; investigational",
-        "authorship": "The osteo_daemon maintainers",
+        "authors": "The osteo_daemon maintainers",
         "copyright": "The osteo_daemon maintainers",
         "intended_use": "research; not for diagnosis; never the basis of a category or conclusion",
         "data_source": "virtual patients of osteo_daemon.phantom; no patient's image and no clinical label",
@@ -107,13 +107,23 @@ def _metadata(config: MoEConfig, version: str, cohort: dict[str, Any]) -> dict[s
             },
             "outputs": {
                 "class": {
-                    **one,
+                    **vector,
+                    "type": "probabilities",
+                    "num_channels": len(CLASSES),
                     "value_range": [0, 1],
                     "channel_def": {str(i): name for i, name in enumerate(CLASSES)},
                 },
-                "bmd": {**one, "value_range": [0, 3], "channel_def": {"0": "BMD in g/cm2"}},
+                "bmd": {
+                    **vector,
+                    "type": "regression",
+                    "num_channels": 1,
+                    "value_range": [0, 3],
+                    "channel_def": {"0": "BMD in g/cm2"},
+                },
                 "level": {
-                    **one,
+                    **vector,
+                    "type": "probabilities",
+                    "num_channels": len(config.levels),
                     "value_range": [0, 1],
                     "channel_def": {str(i): name for i, name in enumerate(config.levels)},
                 },

@@ -369,4 +369,5 @@ def _library_versions() -> dict[str, Any]:
         "pytorch_version": version("torch"),
         "numpy_version": version("numpy"),
         "required_packages_version": {"safetensors": version("safetensors")},
+        "optional_packages_version": {},
     }

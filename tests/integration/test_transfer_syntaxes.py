@@ -21,7 +21,7 @@ from tests.compressed_ct import SYNTAXES, Syntax, torso
 from tests.ct_series import column, write_slices
 from tests.fakes import CALLED, CALLING, LOOPBACK, local_receiver, storescu
 
-COUNT, SIZE = 4, 96
+COUNT, SIZE = 3, 96
 
 
 @pytest.fixture(scope="module")

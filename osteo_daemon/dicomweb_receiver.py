@@ -8,12 +8,13 @@ import ssl
 from pathlib import Path
 from types import FrameType
 
+from osteo_daemon.dicom.quota import Quota
 from osteo_daemon.dicom.received import received_file
 from osteo_daemon.dicom.refusals import Refusals
 from osteo_daemon.dicom.status import StoreStatus, status_of
 from osteo_daemon.dicom.tls import ListenerTls
 from osteo_daemon.dicomweb.server import HttpServer
-from osteo_daemon.dicomweb.service import ServiceLimits, StoreService
+from osteo_daemon.dicomweb.service import ServiceLimits, StoreRequest, StoreService
 from osteo_daemon.dicomweb.store_response import StoredPart
 from osteo_daemon.discards import Discards
 from osteo_daemon.domain.job import Priority
@@ -53,6 +54,7 @@ class DicomwebReceiver:
             Room(settings.spool_dir, limits.minimum_free_bytes, limits.low_watermark_bytes),
         )
         self._refusals = Refusals()
+        self._quota = Quota(settings.quotas, settings.sources, self._settings.maximum_requests)
         if self._settings.token_file is not None:
             read_token(self._settings.token_file)  # a node without a usable token refuses to start
         service = StoreService(
@@ -95,16 +97,23 @@ class DicomwebReceiver:
         """Finish what is under way and end; from any thread."""
         self._server.stop()
 
-    def store(self, body: bytearray, request_id: str, study: str) -> StoredPart:
+    def store(self, body: bytearray, request: StoreRequest) -> StoredPart:
         """Make one Part 10 file durable, or say why not."""
         sop_class = sop_instance = ""
         no_room = False
         try:
-            received = received_file(body, source_ae=self._settings.source, address="", association_id=request_id)
+            received = received_file(
+                body, source_ae=self._settings.source, address=request.address, association_id=request.identifier
+            )
             sop_class, sop_instance = received.identifiers.sop_class_uid, received.identifiers.sop_instance_uid
-            if study and received.identifiers.study_instance_uid != study:
+            if request.study_instance_uid not in ("", received.identifiers.study_instance_uid):
                 raise DataSetMismatch("the object is of another study than the URL")
-            self._intake.accept(received)
+            self._quota.charge(self._settings.source, request.address, len(body))
+            try:
+                self._intake.accept(received)
+            except BaseException:
+                self._quota.refund(self._settings.source, request.address, len(body))
+                raise
             return StoredPart(sop_class, sop_instance)
         except OsteoError as error:
             status, reason, no_room = status_of(error), str(error), isinstance(error, SpoolFull)

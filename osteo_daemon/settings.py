@@ -48,6 +48,11 @@ def _certificate_identity(value: str) -> str:
     raise ValueError("sha256:DIGEST, dns:NAME, ip:ADDRESS, uri:URI, cn:NAME or subject:NAME (RFC 4514)")
 
 
+def _is_overheard(url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1")
+
+
 AETitle = Annotated[str, AfterValidator(_ae_title)]
 CertificateIdentity = Annotated[str, AfterValidator(_certificate_identity)]
 Network = Annotated[str, AfterValidator(_network)]
@@ -229,6 +234,8 @@ class DestinationSettings(PeerTlsSettings):
             "hl7": ("host", "port"),
             "fhir": ("url",),
         }[self.kind]
+        if self.kind == "dicomweb" and self.token_file is not None and _is_overheard(self.url):
+            raise ValueError(f"destination {self.name}: a token goes over https only")
         missing = [key for key in needed if not getattr(self, key)]
         if missing:
             raise ValueError(f"destination {self.name} of kind {self.kind} needs {', '.join(missing)}")
@@ -276,6 +283,8 @@ class ArchiveSettings(PeerTlsSettings):
         missing = [key for key in needed if not getattr(self, key)]
         if missing:
             raise ValueError(f"archive {self.name} with retrieve = {self.retrieve} needs {', '.join(missing)}")
+        if self.token_file is not None and _is_overheard(self.url):
+            raise ValueError(f"archive {self.name}: a token goes over https only")
         return self
 
 

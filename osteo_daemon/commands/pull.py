@@ -63,7 +63,7 @@ def _gently(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option("--description", default="", help="Pattern of the study description: '*ABD*'; case does not matter.")
 @click.option("--whole-study", is_flag=True, help="Every series, not only those of the modalities and body parts.")
-@click.option("--limit", type=click.IntRange(1), help="So many studies at most.")
+@click.option("--limit", type=click.IntRange(1), help="So many studies at most of which nothing is here yet.")
 @click.option("--again", is_flag=True, help="Also studies that were screened and whose images were removed since.")
 @click.option("--dry-run", is_flag=True, help="Ask and count only.")
 @_gently
@@ -298,7 +298,7 @@ def _count(
             found["instances_unknown"] += study.instances is None
             here = store.study_here(study.study_instance_uid)
             found["known_here"] += bool(here.stored) or here.removed
-            if found["studies"] == criteria.limit:
+            if criteria.limit and found["studies"] - found["known_here"] == criteria.limit:
                 break
     keys = ("studies", "known_here", "instances", "instances_unknown")
     document = {key: found[key] for key in keys}

@@ -30,8 +30,24 @@ _LEAST_BYTES_PER_SECOND: Final = 16384
 _RETRY_AFTER_SECONDS: Final = "30"
 _UID: Final = re.compile(r"[0-9.]{1,64}")
 
-Store = Callable[[bytearray, str, str], StoredPart]
-"""Makes a Part 10 file durable; given its bytes, the request's id, and the study that the URL names (or empty)."""
+
+@dataclass(frozen=True, slots=True)
+class StoreRequest:
+    """One request, as long as it lasts.
+
+    Attributes:
+        identifier: what its objects have in common.
+        address: of the sender.
+        study_instance_uid: that the URL names; empty when it names none.
+    """
+
+    identifier: str
+    address: str
+    study_instance_uid: str
+
+
+Store = Callable[[bytearray, StoreRequest], StoredPart]
+"""Makes the bytes of a Part 10 file durable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +167,7 @@ class StoreService:
         raise _Ended(406, f"the answer is {DICOM_JSON} or {DICOM_XML}")
 
     async def _receive(self, request: Request, parts: list[StoredPart]) -> None:
-        identifier = uuid.uuid4().hex
-        study = request.path_params.get("study", "")
+        whole = StoreRequest(uuid.uuid4().hex, _address(request), request.path_params.get("study", ""))
         try:
             reader = MultipartReader(boundary_of(request.headers["content-type"]), self._limits.maximum_part_bytes)
             pace = _Pace(self._limits)
@@ -162,7 +177,7 @@ class StoreService:
                         parts.append(StoredPart("", "", _CANNOT_UNDERSTAND))
                         continue
                     began = time.monotonic()
-                    parts.append(await asyncio.to_thread(self._store, part.body, identifier, study))
+                    parts.append(await asyncio.to_thread(self._store, part.body, whole))
                     pace.ours(time.monotonic() - began)
             reader.close()
         except MalformedMessage as error:
@@ -170,7 +185,7 @@ class StoreService:
             raise _Ended(400, error.detail) from error
         finally:
             if parts:
-                await asyncio.to_thread(self._ended, identifier)
+                await asyncio.to_thread(self._ended, whole.identifier)
         if not parts:
             raise _Ended(400, "the request holds no part")
 

@@ -16,7 +16,7 @@ from osteo_daemon.dicom.retrieve import Retrieval
 from osteo_daemon.dicomweb.client import DicomwebClient
 from osteo_daemon.domain.archive import FoundSeries, FoundStudies, Retrieved, Span, Target
 from osteo_daemon.domain.study import RemoteAE
-from osteo_daemon.errors import ConfigurationError, Damaged
+from osteo_daemon.errors import ConfigurationError, Damaged, Transient
 from osteo_daemon.intake import DurableIntake
 from osteo_daemon.settings import AccompanyingSettings, ArchiveSettings, Settings
 from osteo_daemon.tls import peer_tls
@@ -143,6 +143,8 @@ class WebArchive:
                         intake.accept(received)
                     except Damaged as error:
                         refused[uid] = str(error)
+                    except OSError as error:
+                        raise Transient(f"the spool failed: {error.strerror}") from error
                     progress(count)
         finally:
             intake.association_closed(association_id)

@@ -17,7 +17,7 @@ class Criteria:
     Attributes:
         span: study dates; None for any, with a list only.
         listed: how many patients or orders were listed; 0 without a list.
-        limit: fetch at most so many studies; 0 for all.
+        limit: fetch at most so many studies of which nothing is here; 0 for all.
         again: fetch studies too whose images were here and are removed.
     """
 

@@ -130,6 +130,7 @@ class Puller:
     def _search(self, pull_id: int, identities: Identities | None) -> None:
         criteria = Criteria.of(self._store.pull(pull_id).criteria)
         found: list[str] = []
+        new = 0
         with self._archive.catalogue() as catalogue:
             for study in search(
                 catalogue,
@@ -140,7 +141,10 @@ class Puller:
                 stopping=self._stopping,
             ):
                 found.append(study.study_instance_uid)
-                if len(found) == criteria.limit:
+                # asked for so many again and again, so many more come each time
+                here = self._store.study_here(study.study_instance_uid) if criteria.limit else None
+                new += here is not None and not (here.stored or here.removed)
+                if criteria.limit and new == criteria.limit:
                     break
                 if len(found) % _FOUND_PER_COMMIT == 0:
                     self._found(pull_id, found)

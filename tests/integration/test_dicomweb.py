@@ -348,6 +348,23 @@ def test_settings_that_would_let_anybody_in(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match="dicomweb"):
             Settings.model_validate({"dicomweb": wrong})
+    overheard = {"name": "a", "url": "http://pacs.example.org/rs", "token_file": "t"}
+    for section in (
+        {"archives": [{**overheard, "retrieve": "dicomweb"}]},
+        {"destinations": [{**overheard, "kind": "dicomweb"}]},
+    ):
+        with pytest.raises(ValueError, match="https only"):
+            Settings.model_validate(section)
+
+
+def test_a_sender_has_a_quota(tmp_path: Path, study: Study) -> None:
+    settings = settings_of(tmp_path)
+    quotas = settings.quotas.model_copy(update={"bytes_per_hour_per_address": 2 * len(study.files[0].read_bytes())})
+    with open_port(settings.model_copy(update={"quotas": quotas})) as port:
+        answer = port.post(related(*(path.read_bytes() for path in study.files)))
+        assert answer.status_code == 202
+        assert answer.json()["00081198"]["Value"][0]["00081197"]["Value"] == [0xA700]
+        assert len(port.stored(study.uid)) == 2
 
 
 # --- out: STOW-RS as destination ---

@@ -59,6 +59,10 @@ ae_title = "{CALLING}"
 addresses = ["{LOOPBACK}"]
 [completeness]
 quiet_seconds = {{quiet}}
+quiet_minimum_seconds = {{quiet}}  # equal: nothing is learnt, for a learnt time would not be compressed
+quiet_maximum_seconds = {{quiet}}
+early_quiet_seconds = {{quiet}}
+missing_wait_seconds = {{quiet}}
 sweep_seconds = 0.2
 [screener]
 lease_seconds = 5

@@ -35,6 +35,7 @@ LOOPBACK = "127.0.0.1"
 TITLE = "OSTEO"
 SIZE = 512
 PDU_BYTES = 131072
+ATTEMPTS = 5
 
 
 def dcmtk(name: str) -> str | None:
@@ -43,8 +44,9 @@ def dcmtk(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join([*folders, "/usr/bin", "/usr/sbin"]))
 
 
-def write_slices(folder: Path, count: int) -> None:
-    """A study of ``count`` slices, 512 x 512, 16 bit, noise."""
+def write_slices(folder: Path, count: int, side: int = SIZE) -> list[Path]:
+    """A study of ``count`` slices of 16 bit, noise; their paths."""
+    folder.mkdir()
     generator = np.random.default_rng(1)
     study, series = generate_uid(), generate_uid()
     for number in range(count):
@@ -52,13 +54,14 @@ def write_slices(folder: Path, count: int) -> None:
         header.SOPClassUID, header.SOPInstanceUID = CTImageStorage, generate_uid()
         header.StudyInstanceUID, header.SeriesInstanceUID = study, series
         header.Modality, header.PatientID, header.InstanceNumber = "CT", "BENCH", number + 1
-        header.Rows = header.Columns = SIZE
+        header.Rows = header.Columns = side
         header.SamplesPerPixel, header.PhotometricInterpretation = 1, "MONOCHROME2"
         header.BitsAllocated, header.BitsStored, header.HighBit, header.PixelRepresentation = 16, 12, 11, 0
-        header.PixelData = generator.integers(0, 4096, (SIZE, SIZE), dtype=np.uint16).tobytes()
+        header.PixelData = generator.integers(0, 4096, (side, side), dtype=np.uint16).tobytes()
         header.file_meta = FileMetaDataset()
         header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         header.save_as(folder / f"{number:04d}.dcm", enforce_file_format=True)
+    return sorted(folder.iterdir())
 
 
 def node(folder: Path, port: int) -> list[str]:
@@ -97,23 +100,34 @@ PEERS = {"osteo_daemon": node, "orthanc": orthanc, "storescp": storescp}
 @contextmanager
 def running(name: str, folder: Path, environment: dict[str, str]) -> Iterator[tuple[int, psutil.Process]]:
     """A fresh peer on a free port."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        port = probe.getsockname()[1]
-    process = subprocess.Popen(
-        PEERS[name](folder, port), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        echo = [str(dcmtk("echoscu")), "-aet", "STORESCU", "-aec", TITLE, LOOPBACK, str(port)]
-        deadline = time.monotonic() + 60
-        while subprocess.run(echo, capture_output=True, check=False).returncode:
-            if time.monotonic() > deadline or process.poll() is not None:
-                raise RuntimeError(f"{name} does not answer")
-            time.sleep(0.2)
-        yield port, psutil.Process(process.pid)
-    finally:
-        process.terminate()
-        process.wait(60)
+    for attempt in range(ATTEMPTS):
+        place = folder / str(attempt)
+        place.mkdir()
+        with socket.socket() as probe:
+            probe.bind((LOOPBACK, 0))
+            port = probe.getsockname()[1]
+        process = subprocess.Popen(
+            PEERS[name](place, port), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            if answers(port, process):
+                yield port, psutil.Process(process.pid)
+                return
+        finally:
+            process.terminate()
+            process.wait(60)
+    raise RuntimeError(f"{name} does not answer")
+
+
+def answers(port: int, process: subprocess.Popen[bytes]) -> bool:
+    """True when the peer answers C-ECHO; False when it has ended (another took its port) or says nothing."""
+    echo = [str(dcmtk("echoscu")), "-aet", "STORESCU", "-aec", TITLE, LOOPBACK, str(port)]
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if not subprocess.run(echo, capture_output=True, check=False).returncode:
+            return True
+        time.sleep(0.2)
+    return False
 
 
 def send(port: int, files: list[str]) -> None:
@@ -139,11 +153,15 @@ def command_of(sender: str, port: int) -> list[str]:
     return [str(dcmtk("storescu")), "-pdu", str(PDU_BYTES), "-aec", TITLE, LOOPBACK, str(port)]
 
 
-def measure(name: str, files: list[Path], sender: str, senders: int, no_delay: bool) -> dict[str, float]:
-    """One run: all files to a fresh peer; MB are 10^6 bytes of file. Python's start does not count."""
+def measure(
+    name: str, warm: list[Path], files: list[Path], sender: str, senders: int, no_delay: bool
+) -> dict[str, float]:
+    """One run: small files to a fresh peer, then, measured, all files. MB are 10^6 bytes; Python's start is left out."""
     environment = {**os.environ, **({"TCP_NODELAY": "1"} if no_delay else {})}
     size_mb = sum(path.stat().st_size for path in files) / 1e6
     with tempfile.TemporaryDirectory() as folder, running(name, Path(folder), environment) as (port, process):
+        quick = {**os.environ, "TCP_NODELAY": "1"}
+        subprocess.run([*command_of("storescu", port), *map(str, warm)], env=quick, check=True, capture_output=True)
         begun = time.monotonic()
         children = [
             subprocess.Popen(
@@ -170,13 +188,15 @@ def measure(name: str, files: list[Path], sender: str, senders: int, no_delay: b
         return {"mb_per_s": size_mb / seconds, "peer_rss_mb": process.memory_info().rss / 1e6}
 
 
-def compare(files: list[Path], sender: str, senders: int, no_delay: bool, rounds: int) -> dict[str, float]:
+def compare(
+    warm: list[Path], files: list[Path], sender: str, senders: int, no_delay: bool, rounds: int
+) -> dict[str, float]:
     """Medians over rounds of every peer's speed, and of this node's ratio to each within a round."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in PEERS}
     names = list(PEERS)
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            found[name].append(measure(name, files, sender, senders, no_delay))
+            found[name].append(measure(name, warm, files, sender, senders, no_delay))
     speeds = {name: [run["mb_per_s"] for run in runs] for name, runs in found.items()}
     ours = speeds["osteo_daemon"]
     return {
@@ -194,6 +214,7 @@ def main() -> None:
     """Measure and write ``docs/results/receive.json``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="24 slices, one round")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--note", default="", help="what else ran on the machine")
     parser.add_argument("--send", nargs="+", metavar="ARGUMENT", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -202,19 +223,20 @@ def main() -> None:
         return
     if missing := [name for name in ("storescu", "echoscu", "storescp", "Orthanc") if dcmtk(name) is None]:
         sys.exit(f"not installed: {', '.join(missing)}")
-    count, rounds = (24, 1) if arguments.quick else (300, 5)
+    count, rounds = (24, 1) if arguments.quick else (300, arguments.rounds)
     runs: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        write_slices(Path(folder), count)
-        files = sorted(Path(folder).iterdir())
+        files = write_slices(Path(folder) / "slices", count)
+        warm = write_slices(Path(folder) / "warm", count, side=64)
         for no_delay in (True, False):
             for sender in ("storescu", "pynetdicom"):
                 for senders in (1, 4):
                     label = f"{senders} x {sender}, {'TCP_NODELAY at both ends' if no_delay else 'as they come'}"
-                    runs[label] = compare(files, sender, senders, no_delay, rounds)
+                    runs[label] = compare(warm, files, sender, senders, no_delay, rounds)
                     print(f"{label:46}", runs[label], flush=True)
-    figures = {"slices": count, "rounds": rounds, "note": arguments.note, "runs": runs}
-    path = write_result("receive", figures, quick=arguments.quick)
+                    # after each: a run that is cut short has measured what it has
+                    figures = {"slices": count, "rounds": rounds, "note": arguments.note, "runs": runs}
+                    path = write_result("receive", figures, quick=arguments.quick)
     print(f"wrote {path}")
 
 

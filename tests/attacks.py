@@ -245,7 +245,8 @@ def quick_associations_that_abort(target: Target) -> None:
 # association requests that go too far
 
 
-def _requests() -> dict[str, bytes]:
+def requests(calling: str) -> dict[str, bytes]:
+    """Association requests beyond measure, by name."""
     role = item(0x54, struct.pack(">H", 17) + b"1.2.840.10008.1.1" + b"\1\1")
     extended = item(0x56, struct.pack(">H", 17) + b"1.2.840.10008.1.1" + b"\xff" * 60000)
     identity = item(0x58, b"\x02\x01" + struct.pack(">H", 60000) + b"x" * 60000 + struct.pack(">H", 0))
@@ -256,34 +257,34 @@ def _requests() -> dict[str, bytes]:
     longest = "1." + "2" * 60000
     return {
         "128 contexts with 200 syntaxes each": associate_request(
-            CALLING, contexts=b"".join(context(number | 1, syntaxes=200) for number in range(0, 256, 2))
+            calling, contexts=b"".join(context(number | 1, syntaxes=200) for number in range(0, 256, 2))
         ),
-        "the same contexts over and over": associate_request(CALLING, contexts=contexts * 60),
-        "contexts of even numbers": associate_request(CALLING, contexts=b"".join(map(context, range(0, 256, 2)))),
-        "contexts of one name of 60,000 characters": associate_request(CALLING, contexts=context(1, longest) * 15),
-        "no context": associate_request(CALLING, contexts=b""),
-        "user information nested in itself": associate_request(CALLING, user=nested),
-        "a thousand roles": associate_request(CALLING, user=USER_INFORMATION + role * 1500),
-        "fifteen extended negotiations": associate_request(CALLING, user=(USER_INFORMATION + extended)[:65000]),
-        "an identity of 60,000 bytes": associate_request(CALLING, user=USER_INFORMATION + identity),
-        "an application context of 60,000": associate_request(CALLING, application=b"1" * 60000),
+        "the same contexts over and over": associate_request(calling, contexts=contexts * 60),
+        "contexts of even numbers": associate_request(calling, contexts=b"".join(map(context, range(0, 256, 2)))),
+        "contexts of one name of 60,000 characters": associate_request(calling, contexts=context(1, longest) * 15),
+        "no context": associate_request(calling, contexts=b""),
+        "user information nested in itself": associate_request(calling, user=nested),
+        "a thousand roles": associate_request(calling, user=USER_INFORMATION + role * 1500),
+        "fifteen extended negotiations": associate_request(calling, user=(USER_INFORMATION + extended)[:65000]),
+        "an identity of 60,000 bytes": associate_request(calling, user=USER_INFORMATION + identity),
+        "an application context of 60,000": associate_request(calling, application=b"1" * 60000),
         "items that are longer than the PDU": pdu(
-            1, associate_request(CALLING)[6:80] + item(0x50, USER_INFORMATION, 65535)
+            1, associate_request(calling)[6:80] + item(0x50, USER_INFORMATION, 65535)
         ),
         "items that are shorter than they say": associate_request(
-            CALLING, user=item(0x51, b"\0\0", 4) + item(0x52, b"", 9)
+            calling, user=item(0x51, b"\0\0", 4) + item(0x52, b"", 9)
         ),
-        "a maximum length of nothing": associate_request(CALLING, user=item(0x51, b"") + item(0x52, b"1.2.3")),
+        "a maximum length of nothing": associate_request(calling, user=item(0x51, b"") + item(0x52, b"1.2.3")),
         "a request of one byte": pdu(1, b"\0"),
         "a request of nothing": pdu(1, b""),
         "no titles": pdu(1, b"\0\1" + b"\0" * 66),
-        "2 MiB of contexts": associate_request(CALLING, contexts=contexts * 500),
+        "2 MiB of contexts": associate_request(calling, contexts=contexts * 500),
     }
 
 
 @attack
 def association_requests_beyond_measure(target: Target) -> None:
-    for name, request in _requests().items():
+    for name, request in requests(CALLING).items():
         begun = time.monotonic()
         peer = target.connect()
         send_what_is_taken(peer, request)

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,10 +18,11 @@ import psutil
 import pytest
 
 from osteo_daemon.dicom.admission import allowed
-from tests.attacks import ATTACKS
+from tests.attacks import ATTACKS, requests
 from tests.authority import Authority, Issued
 from tests.conftest import ROOT
 from tests.fakes import (
+    CALLING,
     RoleProcess,
     a_free_port,
     local_receiver,
@@ -30,7 +32,15 @@ from tests.fakes import (
     until,
     write_ct,
 )
-from tests.peers import associate_request, closed_within, connect, echo_seconds, established
+from tests.peers import (
+    associate_request,
+    closed_within,
+    connect,
+    echo_seconds,
+    established,
+    read_pdu,
+    send_what_is_taken,
+)
 
 MEBI = 1 << 20
 LIMITS = f"""[receiver]
@@ -227,6 +237,22 @@ def test_a_sender_over_its_bytes_loses_nothing_that_was_acknowledged(tmp_path: P
             peer.sendall(associate_request())
             answer = peer.recv(10)
             assert (answer[0], answer[7]) == (3, 2)
+
+
+def test_requests_that_cannot_be_read_hold_no_thread(tmp_path: Path) -> None:
+    """With the time-outs of a hospital: half a minute for a request."""
+    with local_receiver(tmp_path) as port:
+        echo_seconds(port)
+        time.sleep(0.5)  # its threads end
+        before = threading.active_count()
+        for request in requests(CALLING).values():
+            peer = connect(port)
+            send_what_is_taken(peer, request)
+            peer.settimeout(20)
+            with contextlib.suppress(ConnectionError):
+                read_pdu(peer)
+            peer.close()
+        assert until(lambda: threading.active_count() <= before, 15)
 
 
 def test_connections_end_with_the_receiver(tmp_path: Path) -> None:

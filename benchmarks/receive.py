@@ -156,7 +156,7 @@ def command_of(sender: str, port: int) -> list[str]:
 def measure(
     name: str, warm: list[Path], files: list[Path], sender: str, senders: int, no_delay: bool
 ) -> dict[str, float]:
-    """One run: small files to a fresh peer, then, measured, all files. MB are 10^6 bytes; Python's start is left out."""
+    """One run: small files to a fresh peer, then, measured, all files, in 10^6 bytes; Python's start is left out."""
     environment = {**os.environ, **({"TCP_NODELAY": "1"} if no_delay else {})}
     size_mb = sum(path.stat().st_size for path in files) / 1e6
     with tempfile.TemporaryDirectory() as folder, running(name, Path(folder), environment) as (port, process):

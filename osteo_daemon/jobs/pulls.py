@@ -57,13 +57,21 @@ class Pulls(Database):
             return [_pull(row) for row in rows]
 
     def pull_found(self, pull_id: int, study_instance_uids: Iterable[str], *, now: datetime | None = None) -> int:
-        """Note studies that the archive has; those noted before stay as they are. Returns how many are new."""
+        """Note some hundred studies that the archive has; those noted before stay as they are.
+
+        Returns:
+            How many are new.
+        """
         now = now or utc_now()
         wanted = list(dict.fromkeys(study_instance_uids))
         with self._writing() as connection:
+            of_pull = PulledStudyRow.pull_id == pull_id
+            there = connection.execute(select(func.count()).select_from(PulledStudyRow).where(of_pull)).scalar_one()
             known = set(
                 connection.execute(
-                    select(PulledStudyRow.study_instance_uid).where(PulledStudyRow.pull_id == pull_id)
+                    select(PulledStudyRow.study_instance_uid).where(
+                        of_pull, PulledStudyRow.study_instance_uid.in_(wanted)
+                    )
                 ).scalars()
             )
             new = [uid for uid in wanted if uid not in known]
@@ -78,7 +86,7 @@ class Pulls(Database):
                         "instances": 0,
                         "changed_at": now,
                     }
-                    for position, uid in enumerate(new, start=len(known))
+                    for position, uid in enumerate(new, start=there)
                 ]
                 connection.execute(insert(PulledStudyRow), rows)
         return len(new)
@@ -239,7 +247,10 @@ class Pulls(Database):
                 )
             ).first()
             return StudyHere(
-                {row.sop_instance_uid: row.series_instance_uid for row in stored}, frozenset(own), frozenset(quarantined), removed is not None
+                {row.sop_instance_uid: row.series_instance_uid for row in stored},
+                frozenset(own),
+                frozenset(quarantined),
+                removed is not None,
             )
 
 

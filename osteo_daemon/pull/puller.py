@@ -33,7 +33,7 @@ from osteo_daemon.settings import PullSettings
 
 _LEASE_SECONDS = 15.0
 _POLL_SECONDS = 2.0
-_FOUND_PER_COMMIT = 100
+_FOUND_PER_COMMIT = 500
 _REFUSALS_IN_A_ROW = 3
 """So many studies in a row that an archive refuses are not the studies' fault."""
 
@@ -129,8 +129,8 @@ class Puller:
 
     def _search(self, pull_id: int, identities: Identities | None) -> None:
         criteria = Criteria.of(self._store.pull(pull_id).criteria)
-        found: list[str] = []
-        new = 0
+        waiting: list[str] = []
+        count = new = 0
         with self._archive.catalogue() as catalogue:
             for study in search(
                 catalogue,
@@ -140,22 +140,30 @@ class Puller:
                 identities=identities,
                 stopping=self._stopping,
             ):
-                found.append(study.study_instance_uid)
+                waiting.append(study.study_instance_uid)
+                count += 1
                 # asked for so many again and again, so many more come each time
                 here = self._store.study_here(study.study_instance_uid) if criteria.limit else None
                 new += here is not None and not (here.stored or here.removed)
                 if criteria.limit and new == criteria.limit:
                     break
-                if len(found) % _FOUND_PER_COMMIT == 0:
-                    self._found(pull_id, found)
-        self._found(pull_id, found)
+                if len(waiting) == _FOUND_PER_COMMIT:
+                    self._found(pull_id, waiting)
+        self._found(pull_id, waiting)
         if not self._stopping.is_set():
-            self._store.change_pull(pull_id, PullState.FETCHING)
-            get_logger().info("pull_searched", count=len(found))
+            self._go_on(pull_id, PullState.FETCHING)
+            get_logger().info("pull_searched", count=count)
 
-    def _found(self, pull_id: int, found: list[str]) -> None:
-        self._store.pull_found(pull_id, found)
+    def _found(self, pull_id: int, waiting: list[str]) -> None:
+        self._store.pull_found(pull_id, waiting)
+        waiting.clear()
         self._show(pull_id)
+
+    def _go_on(self, pull_id: int, state: PullState) -> None:
+        try:
+            self._store.change_pull(pull_id, state)
+        except IllegalTransition:
+            self._stopping.set()  # cancelled by hand a moment ago
 
     def _fetch_all(self, pull_id: int) -> None:
         criteria = Criteria.of(self._store.pull(pull_id).criteria)
@@ -165,7 +173,7 @@ class Puller:
             if study is None:
                 soonest = self._store.next_wanted_at(pull_id)
                 if soonest is None:
-                    self._store.change_pull(pull_id, PullState.DONE)
+                    self._go_on(pull_id, PullState.DONE)
                     return
                 self._pause((soonest - datetime.now(UTC)).total_seconds(), "studies that did not come wait")
                 continue

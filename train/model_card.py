@@ -82,11 +82,17 @@ baselines are not.
 
 ## Training
 
-    python -m train.recipe --version {version}
+    {command}
 
 {epochs} epochs, batches of {batch}, learning rate {rate:g}, seed {seed}; epoch {best} is shipped. {minutes:.1f} minutes
 on {device} with {threads} thread(s), the machine shared with other work{pretraining}.
 """
+
+_SEVERAL_COMMANDS: Final = """\
+python -m train.cohort
+    python -m train.ablation --only full --seeds 0
+    python -m train.export --run runs/ablation/full/seed0"""
+"""The full model of the ablation is a bundle as good as another."""
 
 _PART: Final = """
 ## {title}
@@ -195,6 +201,7 @@ def model_card(
         f"{site['thickness_mm'][0]:g}-{site['thickness_mm'][1]:g} mm, phases {', '.join(sorted(set(site['phases'])))}"
         for site in cohort["sites"]
     )
+    all_labelled = (settings["densitometry"] or {}).get("labelled_share") == 1.0
     text = _HEAD.format(
         title=title,
         shape=" x ".join(map(str, config.voi_shape)),
@@ -214,12 +221,10 @@ def model_card(
         digest=cohort["sha256"],
         error=100 * truth.PATIENT_ERROR,
         machines=", ".join(f"{100 * value:+.1f} % ({maker})" for maker, value in truth.MACHINE_ERROR.items()),
-        readings="Every training patient has a reading."
-        if (settings["densitometry"] or {}).get("labelled_share") == 1.0
-        else "Most training patients have no reading.",
+        readings="Every training patient has a reading." if all_labelled else "Most training patients have no reading.",
         density=100 * settings["augmentation"]["density"],
         coarse=100 * settings["augmentation"]["coarse"],
-        version=title.rpartition(" ")[2],
+        command=f"python -m train.recipe --version {title.rpartition(' ')[2]}" if all_labelled else _SEVERAL_COMMANDS,
         pretraining="; the encoder was pretrained on the same scans (`train.pretrain`)"
         if settings["encoder_sha256"]
         else "",

@@ -53,7 +53,7 @@ class PretrainConfig:
         seed: of everything random.
     """
 
-    mechanism: str = "a"
+    mechanism: str = "b"
     epochs: int = 10
     batch_size: int = 32
     learning_rate: float = 1e-3

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 from pynetdicom import AE, build_context, evt
+from pynetdicom.dimse_primitives import N_CREATE
 
 from osteo_daemon.completeness import CompletenessSweep
 from osteo_daemon.dicom.instance_availability import INSTANCE_AVAILABILITY_CLASS_UID
@@ -211,6 +213,34 @@ def test_steps_are_answered_as_the_standard_says(node: Node, tmp_path: Path) -> 
     with scu(node.port, MPPS, calling="STRANGER") as link:
         assert link.is_rejected
     assert "Secret" not in (tmp_path / "state" / "jobs.sqlite").read_bytes().decode("latin-1")
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        b"\x40\x00\x70\x02\xff\xff\xff\xff\xfe\xff\x00\xe0\xff\xff\xff\xff" * 20_000,  # nested without end
+        b"\x40\x00\x70\x02\xf0\xff\xff\xff" + b"x" * 64,  # four gigabytes are announced
+        bytes(range(256)) * 8,
+        b"\x40\x00\x52\x02\x02\x00",  # ends inside an element
+        b"\x00" * (33 << 20),
+    ],
+    ids=["nested", "long", "garbage", "cut", "huge"],
+)
+def test_attributes_that_cannot_be_read_are_declined_and_cost_nothing(node: Node, attributes: bytes) -> None:
+    request = N_CREATE()
+    request.MessageID, request.AffectedSOPClassUID, request.AffectedSOPInstanceUID = 1, MPPS, generate_uid()
+    request.AttributeList = BytesIO(attributes)
+    entity = AE(ae_title=CALLING)
+    entity.add_requested_context(MPPS, "1.2.840.10008.1.2")
+    answers: list[Dataset] = []
+    handlers = [(evt.EVT_DIMSE_RECV, lambda event: answers.append(event.message.command_set))]
+    link = entity.associate(LOOPBACK, node.port, ae_title=CALLED, evt_handlers=handlers)
+    link.dimse.send_msg(request, link.accepted_contexts[0].context_id)
+    until(lambda: answers, 30)
+    assert answers[0].Status in (0x0106, 0x0110, 0x0120, 0x0213)
+    link.abort()
+    with scu(node.port, MPPS) as other:
+        assert other.send_n_create(begun("1.2.3"), MPPS, generate_uid())[0].Status == 0
 
 
 def test_an_availability_notification_is_a_list_too(node: Node, tmp_path: Path) -> None:

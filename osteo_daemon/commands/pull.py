@@ -7,8 +7,7 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import date, datetime, timedelta
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from osteo_daemon.commands.options import config_option, json_option, open_store, print_json
+from osteo_daemon.commands.pull_view import counts_text, progress_bar, pull_row, study_row
 from osteo_daemon.errors import ConfigurationError, Damaged, IllegalTransition, Transient
 from osteo_daemon.settings import ArchiveSettings, PullSettings, Settings
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from osteo_daemon.domain.archive import Span
     from osteo_daemon.jobs.pull_rows import Pull
     from osteo_daemon.jobs.store import JobStore
-    from osteo_daemon.pull.puller import Report
     from osteo_daemon.pull.search import Identities
 
 _DATE = click.DateTime(["%Y-%m-%d", "%Y%m%d"])
@@ -171,14 +170,14 @@ def cancel(pull_id: int, config: Path | None) -> None:
 def list_pulls(limit: int, config: Path | None, as_json: bool) -> None:
     """List pulls, the newest first."""
     _settings, store = open_store(config)
-    rows = [_row(store, entry) for entry in store.pulls(limit)]
+    rows = [pull_row(store, entry) for entry in store.pulls(limit)]
     if as_json:
         print_json(rows)
         return
     if not rows:
         click.echo("no pulls")
     for row in rows:
-        click.echo(f"{row['pull_id']:>5} {row['state']:<9} {row['archive']:<12} {_counts(row['studies'])}")
+        click.echo(f"{row['pull_id']:>5} {row['state']:<9} {row['archive']:<12} {counts_text(row['studies'])}")
 
 
 @pull.command()
@@ -190,7 +189,7 @@ def status(pull_id: int, config: Path | None, as_json: bool) -> None:
     from osteo_daemon.jobs.pull_rows import PulledState
 
     _settings, store = open_store(config)
-    row = _row(store, _pull(store, pull_id))
+    row = pull_row(store, _pull(store, pull_id))
     failed = store.pulled_studies(pull_id, PulledState.FAILED)
     waiting = [
         entry
@@ -198,11 +197,11 @@ def status(pull_id: int, config: Path | None, as_json: bool) -> None:
         if entry.attempts or entry.detail is not None
     ]
     if as_json:
-        row["failed"] = [_study(asdict(entry)) for entry in failed]
-        row["waiting"] = [_study(asdict(entry)) for entry in waiting]
+        row["failed"] = [study_row(asdict(entry)) for entry in failed]
+        row["waiting"] = [study_row(asdict(entry)) for entry in waiting]
         print_json(row)
         return
-    click.echo(f"pull {pull_id} from {row['archive']}: {row['state']}, {_counts(row['studies'])}")
+    click.echo(f"pull {pull_id} from {row['archive']}: {row['state']}, {counts_text(row['studies'])}")
     for entry in (*failed[:_FAILED_SHOWN], *waiting[:_FAILED_SHOWN]):
         click.echo(f"{entry.state.value:<7} {entry.attempts:>3} attempts  {entry.study_instance_uid}  {entry.detail}")
     if len(failed) > _FAILED_SHOWN:
@@ -235,7 +234,7 @@ def _run(
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stopping.set())
-    with _progress(as_json) as tell:
+    with progress_bar(as_json) as tell:
         configure_logging(settings.log, "pull")
         trail.open_trail(settings, "pull")
         intake = DurableIntake(spool, store, discards=Discards(settings.accompanying), room=room)
@@ -257,11 +256,11 @@ def _run(
             raise Damaged(error.detail) from error
         except Transient as error:
             raise type(error)(f"{error.detail}; go on with osteo pull resume {pull_id}") from error
-    row = _row(store, store.pull(pull_id))
+    row = pull_row(store, store.pull(pull_id))
     if as_json:
         print_json(row)
     else:
-        click.echo(f"pull {pull_id}: {row['state']}, {_counts(row['studies'])}")
+        click.echo(f"pull {pull_id}: {row['state']}, {counts_text(row['studies'])}")
         if state in (PullState.SEARCHING, PullState.FETCHING):
             click.echo(f"go on with osteo pull resume {pull_id}", err=True)
     done = state is PullState.DONE and not row["studies"][PulledState.FAILED.value]
@@ -309,30 +308,6 @@ def _count(
         f"{document['studies']} studies, of {document['known_here']} something is here; {document['instances']} "
         f"instances in all, {document['instances_unknown']} studies of unknown size. Nothing was fetched."
     )
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[Report], None]]:
-    """A bar on a terminal; nothing where nobody looks."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda _report: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from osteo_daemon.jobs.pull_rows import PulledState
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("searching", total=None)
-
-        def tell(report: Report) -> None:
-            total = sum(report.counts.values())
-            text = report.waits or (f"{report.instances} objects of one study" if report.instances else "")
-            wanted = report.counts.get(PulledState.WANTED, 0)
-            progress.update(task, total=total or None, completed=total - wanted, description=text)
-
-        yield tell
 
 
 def _archive(settings: Settings, name: str) -> ArchiveSettings:
@@ -394,25 +369,3 @@ def _pull(store: JobStore, pull_id: int) -> Pull:
         return store.pull(pull_id)
     except KeyError:
         raise Damaged(f"no pull {pull_id}; see osteo pull list") from None
-
-
-def _row(store: JobStore, entry: Pull) -> dict[str, Any]:
-    counts = store.pull_counts(entry.pull_id)
-    return {
-        "pull_id": entry.pull_id,
-        "archive": entry.archive,
-        "state": entry.state.value,
-        "criteria": entry.criteria,
-        "studies": {state.value: count for state, count in counts.items()},
-        "created_at": entry.created_at.isoformat(),
-        "changed_at": entry.changed_at.isoformat(),
-    }
-
-
-def _study(document: dict[str, Any]) -> dict[str, Any]:
-    not_before = document["not_before"]
-    return {**document, "not_before": None if not_before is None else not_before.isoformat()}
-
-
-def _counts(studies: dict[str, int]) -> str:
-    return ", ".join(f"{count} {state.lower()}" for state, count in studies.items() if count) or "no studies"

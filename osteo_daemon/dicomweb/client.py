@@ -20,8 +20,21 @@ from dicomweb_client.web import DICOMwebClient
 
 from osteo_daemon.audit import events, trail
 from osteo_daemon.audit.events import Peer
+from osteo_daemon.dicomweb.dicom_json import (
+    BODY_PART,
+    MODALITY,
+    SERIES,
+    SERIES_INSTANCES,
+    SOP_CLASS,
+    SOP_INSTANCE,
+    STUDY,
+    count_of,
+    failure_of,
+    study_of,
+    value_of,
+)
 from osteo_daemon.dicomweb.multipart import MultipartReader, Part, boundary_of
-from osteo_daemon.domain.archive import FoundSeries, FoundStudies, FoundStudy, Span, Target
+from osteo_daemon.domain.archive import FoundSeries, FoundStudies, Span, Target
 from osteo_daemon.errors import MalformedMessage, OsteoError, PeerBusy, PeerUnavailable, Refused
 from osteo_daemon.settings import ArchiveSettings, DestinationSettings
 
@@ -34,26 +47,6 @@ _PAGE: Final = 1000
 _FOR_NOW: Final = frozenset({408, 425, 429})
 _CREDENTIALS: Final = frozenset({401, 403})
 _NOT_FOUND: Final = frozenset({204, 404})
-
-# tags as the DICOM JSON model names them (PS3.18 F.2)
-_STUDY_DATE: Final = "00080020"
-_ACCESSION_NUMBER: Final = "00080050"
-_MODALITY: Final = "00080060"
-_MODALITIES_IN_STUDY: Final = "00080061"
-_STUDY_DESCRIPTION: Final = "00081030"
-_PATIENT_ID: Final = "00100020"
-_BODY_PART: Final = "00180015"
-_STUDY: Final = "0020000D"
-_SERIES: Final = "0020000E"
-_SOP_CLASS: Final = "00080016"
-_SOP_INSTANCE: Final = "00080018"
-_STUDY_INSTANCES: Final = "00201208"
-_SERIES_INSTANCES: Final = "00201209"
-_FAILED_SEQUENCE: Final = "00081198"
-_REFERENCED_SEQUENCE: Final = "00081199"
-_OTHER_FAILURES: Final = "0008119A"
-_FAILURE_REASON: Final = "00081197"
-_REFERENCED_INSTANCE: Final = "00081155"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +130,7 @@ class DicomwebClient:
         error: OsteoError | None = None
         if len(found) >= maximum:
             error = PeerBusy(f"{self.host} has {maximum} matches or more")
-        return FoundStudies(tuple(_study(entry) for entry in found if _value(entry, _STUDY)), error)
+        return FoundStudies(tuple(study_of(entry) for entry in found if value_of(entry, STUDY)), error)
 
     def series(self, study_instance_uid: str) -> tuple[FoundSeries, ...]:
         """Every series of a study.
@@ -150,13 +143,13 @@ class DicomwebClient:
         found = self._pages("search_for_series", study_instance_uid=study_instance_uid, fields=fields)
         return tuple(
             FoundSeries(
-                _value(entry, _SERIES),
-                modality=_value(entry, _MODALITY),
-                body_part=_value(entry, _BODY_PART),
-                instances=_count(entry, _SERIES_INSTANCES),
+                value_of(entry, SERIES),
+                modality=value_of(entry, MODALITY),
+                body_part=value_of(entry, BODY_PART),
+                instances=count_of(entry, SERIES_INSTANCES),
             )
             for entry in found
-            if _value(entry, _SERIES)
+            if value_of(entry, SERIES)
         )
 
     def images(self, study_instance_uid: str, series_instance_uid: str) -> Mapping[str, str] | None:
@@ -172,7 +165,7 @@ class DicomwebClient:
             series_instance_uid=series_instance_uid,
             fields=["SOPClassUID"],
         )
-        return {_value(entry, _SOP_INSTANCE): _value(entry, _SOP_CLASS) for entry in found}
+        return {value_of(entry, SOP_INSTANCE): value_of(entry, SOP_CLASS) for entry in found}
 
     def has_instance(self, study_instance_uid: str, series_instance_uid: str, sop_instance_uid: str) -> bool:
         """Whether the server lists an instance.
@@ -187,7 +180,7 @@ class DicomwebClient:
             series_instance_uid=series_instance_uid,
             search_filters={"SOPInstanceUID": sop_instance_uid},
         )
-        return any(_value(entry, _SOP_INSTANCE) == sop_instance_uid for entry in found)
+        return any(value_of(entry, SOP_INSTANCE) == sop_instance_uid for entry in found)
 
     def retrieve(self, target: Target, maximum_part_bytes: int, stopping: threading.Event) -> Iterator[bytearray]:
         """Part 10 files of a series, or of some of its objects, one after the other as they come.
@@ -231,7 +224,9 @@ class DicomwebClient:
         ):
             body = b"".join(_bounded(answer, _LONGEST_ANSWER_BYTES))
             if answer.status_code in (200, 202, 409):
-                return StoreAnswer(answer.status_code, _failure(answer.status_code, body, sop_instance_uid, self.host))
+                return StoreAnswer(
+                    answer.status_code, failure_of(answer.status_code, body, sop_instance_uid, self.host)
+                )
             raise self._error(answer.status_code)
 
     def _parts(self, url: str, maximum_part_bytes: int, stopping: threading.Event) -> Iterator[Part]:
@@ -262,7 +257,7 @@ class DicomwebClient:
             page = self._search(search, limit=_PAGE, offset=len(found), **arguments)
             before = len(found)
             for entry in page:
-                found.setdefault(_value(entry, _SOP_INSTANCE) or _value(entry, _SERIES), entry)
+                found.setdefault(value_of(entry, SOP_INSTANCE) or value_of(entry, SERIES), entry)
             if len(page) < _PAGE or len(found) == before:
                 return list(found.values())
 
@@ -341,49 +336,3 @@ def _bounded(answer: requests.Response, limit: int) -> Iterator[bytes]:
         if count > limit:
             raise PeerBusy("an answer of unreasonable length")
         yield chunk
-
-
-def _failure(status: int, body: bytes, sop_instance_uid: str, host: str) -> int | None:
-    """The Failure Reason of the object in a store response; None when it says that it is stored."""
-    try:
-        document = json.loads(body) if body.strip() else {}
-    except ValueError:
-        # a server that answers in XML only: then its status alone speaks
-        document = {}
-    if isinstance(document, list):
-        document = document[0] if document else {}
-    if not isinstance(document, dict):
-        document = {}
-    for sequence in (_FAILED_SEQUENCE, _OTHER_FAILURES):
-        for item in document.get(sequence, {}).get("Value", ()):
-            if _value(item, _REFERENCED_INSTANCE) in ("", sop_instance_uid):
-                return _count(item, _FAILURE_REASON) or 0x0110
-    referenced = document.get(_REFERENCED_SEQUENCE, {}).get("Value", ())
-    if any(_value(item, _REFERENCED_INSTANCE) == sop_instance_uid for item in referenced):
-        return None
-    if status == 409:
-        raise Refused(f"{host}: HTTP 409")
-    return None
-
-
-def _study(entry: Mapping[str, Any]) -> FoundStudy:
-    modalities = entry.get(_MODALITIES_IN_STUDY, {}).get("Value") or ()
-    return FoundStudy(
-        _value(entry, _STUDY),
-        study_date=_value(entry, _STUDY_DATE),
-        modalities=tuple(str(value) for value in modalities if value),
-        description=_value(entry, _STUDY_DESCRIPTION),
-        instances=_count(entry, _STUDY_INSTANCES),
-        patient_id=_value(entry, _PATIENT_ID),
-        accession_number=_value(entry, _ACCESSION_NUMBER),
-    )
-
-
-def _value(entry: Mapping[str, Any], tag: str) -> str:
-    values = entry.get(tag, {}).get("Value") or [""]
-    return str(values[0] if values[0] is not None else "").strip()
-
-
-def _count(entry: Mapping[str, Any], tag: str) -> int | None:
-    text = _value(entry, tag)
-    return int(text) if text.isdecimal() else None

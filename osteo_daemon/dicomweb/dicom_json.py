@@ -1,0 +1,79 @@
+"""What servers answer in the DICOM JSON model (PS3.18 F.2): matches of queries, and what became of stored objects."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+from osteo_daemon.domain.archive import FoundStudy
+from osteo_daemon.errors import Refused
+
+# tags as the DICOM JSON model names them (PS3.18 F.2)
+_STUDY_DATE: Final = "00080020"
+_ACCESSION_NUMBER: Final = "00080050"
+MODALITY: Final = "00080060"
+_MODALITIES_IN_STUDY: Final = "00080061"
+_STUDY_DESCRIPTION: Final = "00081030"
+_PATIENT_ID: Final = "00100020"
+BODY_PART: Final = "00180015"
+STUDY: Final = "0020000D"
+SERIES: Final = "0020000E"
+SOP_CLASS: Final = "00080016"
+SOP_INSTANCE: Final = "00080018"
+_STUDY_INSTANCES: Final = "00201208"
+SERIES_INSTANCES: Final = "00201209"
+_FAILED_SEQUENCE: Final = "00081198"
+_REFERENCED_SEQUENCE: Final = "00081199"
+_OTHER_FAILURES: Final = "0008119A"
+_FAILURE_REASON: Final = "00081197"
+_REFERENCED_INSTANCE: Final = "00081155"
+
+
+def failure_of(status: int, body: bytes, sop_instance_uid: str, host: str) -> int | None:
+    """The Failure Reason of the object in a store response; None when it says that it is stored."""
+    try:
+        document = json.loads(body) if body.strip() else {}
+    except ValueError:
+        # a server that answers in XML only: then its status alone speaks
+        document = {}
+    if isinstance(document, list):
+        document = document[0] if document else {}
+    if not isinstance(document, dict):
+        document = {}
+    for sequence in (_FAILED_SEQUENCE, _OTHER_FAILURES):
+        for item in document.get(sequence, {}).get("Value", ()):
+            if value_of(item, _REFERENCED_INSTANCE) in ("", sop_instance_uid):
+                return count_of(item, _FAILURE_REASON) or 0x0110
+    referenced = document.get(_REFERENCED_SEQUENCE, {}).get("Value", ())
+    if any(value_of(item, _REFERENCED_INSTANCE) == sop_instance_uid for item in referenced):
+        return None
+    if status == 409:
+        raise Refused(f"{host}: HTTP 409")
+    return None
+
+
+def study_of(entry: Mapping[str, Any]) -> FoundStudy:
+    """A study as a match of a query tells of it."""
+    modalities = entry.get(_MODALITIES_IN_STUDY, {}).get("Value") or ()
+    return FoundStudy(
+        value_of(entry, STUDY),
+        study_date=value_of(entry, _STUDY_DATE),
+        modalities=tuple(str(value) for value in modalities if value),
+        description=value_of(entry, _STUDY_DESCRIPTION),
+        instances=count_of(entry, _STUDY_INSTANCES),
+        patient_id=value_of(entry, _PATIENT_ID),
+        accession_number=value_of(entry, _ACCESSION_NUMBER),
+    )
+
+
+def value_of(entry: Mapping[str, Any], tag: str) -> str:
+    """The first value of an attribute; empty when it has none."""
+    values = entry.get(tag, {}).get("Value") or [""]
+    return str(values[0] if values[0] is not None else "").strip()
+
+
+def count_of(entry: Mapping[str, Any], tag: str) -> int | None:
+    """A number; None when there is none."""
+    text = value_of(entry, tag)
+    return int(text) if text.isdecimal() else None

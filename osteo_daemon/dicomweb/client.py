@@ -31,6 +31,7 @@ from osteo_daemon.dicomweb.dicom_json import (
     count_of,
     failure_of,
     study_of,
+    uid_of,
     value_of,
 )
 from osteo_daemon.dicomweb.multipart import MultipartReader, Part, boundary_of
@@ -130,7 +131,7 @@ class DicomwebClient:
         error: OsteoError | None = None
         if len(found) >= maximum:
             error = PeerBusy(f"{self.host} has {maximum} matches or more")
-        return FoundStudies(tuple(study_of(entry) for entry in found if value_of(entry, STUDY)), error)
+        return FoundStudies(tuple(study_of(entry) for entry in found if uid_of(entry, STUDY)), error)
 
     def series(self, study_instance_uid: str) -> tuple[FoundSeries, ...]:
         """Every series of a study.
@@ -143,13 +144,13 @@ class DicomwebClient:
         found = self._pages("search_for_series", study_instance_uid=study_instance_uid, fields=fields)
         return tuple(
             FoundSeries(
-                value_of(entry, SERIES),
+                uid_of(entry, SERIES),
                 modality=value_of(entry, MODALITY),
                 body_part=value_of(entry, BODY_PART),
                 instances=count_of(entry, SERIES_INSTANCES),
             )
             for entry in found
-            if value_of(entry, SERIES)
+            if uid_of(entry, SERIES)
         )
 
     def images(self, study_instance_uid: str, series_instance_uid: str) -> Mapping[str, str] | None:
@@ -165,7 +166,7 @@ class DicomwebClient:
             series_instance_uid=series_instance_uid,
             fields=["SOPClassUID"],
         )
-        return {value_of(entry, SOP_INSTANCE): value_of(entry, SOP_CLASS) for entry in found}
+        return {uid: value_of(entry, SOP_CLASS) for entry in found if (uid := uid_of(entry, SOP_INSTANCE))}
 
     def has_instance(self, study_instance_uid: str, series_instance_uid: str, sop_instance_uid: str) -> bool:
         """Whether the server lists an instance.

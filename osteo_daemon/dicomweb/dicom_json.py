@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -27,6 +28,8 @@ _FAILED_SEQUENCE: Final = "00081198"
 _REFERENCED_SEQUENCE: Final = "00081199"
 _OTHER_FAILURES: Final = "0008119A"
 _FAILURE_REASON: Final = "00081197"
+_UID: Final = re.compile(r"[0-9.]{1,64}")
+_LONGEST_NUMBER: Final = 10
 _REFERENCED_INSTANCE: Final = "00081155"
 
 
@@ -42,10 +45,10 @@ def failure_of(status: int, body: bytes, sop_instance_uid: str, host: str) -> in
     if not isinstance(document, dict):
         document = {}
     for sequence in (_FAILED_SEQUENCE, _OTHER_FAILURES):
-        for item in document.get(sequence, {}).get("Value", ()):
-            if value_of(item, _REFERENCED_INSTANCE) in ("", sop_instance_uid):
+        for item in _values(document, sequence):
+            if isinstance(item, dict) and value_of(item, _REFERENCED_INSTANCE) in ("", sop_instance_uid):
                 return count_of(item, _FAILURE_REASON) or 0x0110
-    referenced = document.get(_REFERENCED_SEQUENCE, {}).get("Value", ())
+    referenced = [item for item in _values(document, _REFERENCED_SEQUENCE) if isinstance(item, dict)]
     if any(value_of(item, _REFERENCED_INSTANCE) == sop_instance_uid for item in referenced):
         return None
     if status == 409:
@@ -55,11 +58,10 @@ def failure_of(status: int, body: bytes, sop_instance_uid: str, host: str) -> in
 
 def study_of(entry: Mapping[str, Any]) -> FoundStudy:
     """A study as a match of a query tells of it."""
-    modalities = entry.get(_MODALITIES_IN_STUDY, {}).get("Value") or ()
     return FoundStudy(
-        value_of(entry, STUDY),
+        uid_of(entry, STUDY),
         study_date=value_of(entry, _STUDY_DATE),
-        modalities=tuple(str(value) for value in modalities if value),
+        modalities=tuple(str(value) for value in _values(entry, _MODALITIES_IN_STUDY) if value),
         description=value_of(entry, _STUDY_DESCRIPTION),
         instances=count_of(entry, _STUDY_INSTANCES),
         patient_id=value_of(entry, _PATIENT_ID),
@@ -69,11 +71,24 @@ def study_of(entry: Mapping[str, Any]) -> FoundStudy:
 
 def value_of(entry: Mapping[str, Any], tag: str) -> str:
     """The first value of an attribute; empty when it has none."""
-    values = entry.get(tag, {}).get("Value") or [""]
-    return str(values[0] if values[0] is not None else "").strip()
+    values = _values(entry, tag)
+    return str(values[0]).strip() if values and isinstance(values[0], str | int | float) else ""
+
+
+def uid_of(entry: Mapping[str, Any], tag: str) -> str:
+    """A UID; empty when it is none: it goes into URLs."""
+    text = value_of(entry, tag)
+    return text if _UID.fullmatch(text) else ""
 
 
 def count_of(entry: Mapping[str, Any], tag: str) -> int | None:
     """A number; None when there is none."""
     text = value_of(entry, tag)
-    return int(text) if text.isdecimal() else None
+    return int(text) if text.isdecimal() and len(text) <= _LONGEST_NUMBER else None
+
+
+def _values(entry: Mapping[str, Any], tag: str) -> list[Any]:
+    # what a server sends may be anything
+    element = entry.get(tag)
+    values = element.get("Value") if isinstance(element, dict) else None
+    return values if isinstance(values, list) else []

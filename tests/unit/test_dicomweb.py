@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import random
+import re
 from xml.etree import ElementTree
 
 import pytest
@@ -16,9 +18,10 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, MRImageStorage
 
 from osteo_daemon.dicom.received import received_file
+from osteo_daemon.dicomweb.dicom_json import failure_of, study_of
 from osteo_daemon.dicomweb.multipart import MultipartReader, Part, boundary_of, media_type_of
 from osteo_daemon.dicomweb.store_response import DICOM_JSON, DICOM_XML, StoredPart, http_status, store_response
-from osteo_daemon.errors import DataSetMismatch, MalformedMessage, NotDicom, OsteoError, UnsupportedSopClass
+from osteo_daemon.errors import DataSetMismatch, MalformedMessage, NotDicom, OsteoError, Refused, UnsupportedSopClass
 
 BOUNDARY = "b-1"
 BODIES = st.lists(
@@ -203,6 +206,27 @@ UNREADABLE = StoredPart("", "", 0xC000)
 )
 def test_status_of_a_request(parts: list[StoredPart], status: int) -> None:
     assert http_status(parts) == status
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["Value", "vr", "0020000D"]), inner),
+    max_leaves=8,
+)
+TAGS = st.sampled_from(["0020000D", "00081198", "00081199", "0008119A", "00081155", "00081197", "00080061", "00201208"])
+
+
+@given(st.dictionaries(TAGS, ANYTHING), st.sampled_from([200, 202, 409]))
+def test_whatever_a_server_answers_is_no_crash(document: dict[str, object], status: int) -> None:
+    assert re.fullmatch(r"[0-9.]{0,64}", study_of(document).study_instance_uid)
+    for body in (json.dumps(document), json.dumps([document])):
+        with contextlib.suppress(Refused):
+            failure_of(status, body.encode(), "1.2.3.4", "host")
+
+
+def test_no_path_comes_out_of_an_answer() -> None:
+    for uid in ("1.2/../../x", "..%2f", "1.2?x=", "", "1" * 65):
+        assert study_of({"0020000D": {"vr": "UI", "Value": [uid]}}).study_instance_uid == ""
 
 
 def test_store_response_in_both_forms() -> None:

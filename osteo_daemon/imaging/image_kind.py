@@ -39,6 +39,7 @@ _ENHANCED = re.compile(
     r"\bCONTRAST\b|\bC\+|\bI\+|\bCE\b|\bCECT\b|\bVENOUS\b|\bVENOS|\bVENÖS|\bVEN\b|\bPORTAL|\bPV\b|\bPVP\b|\bART\b|\bARTERI"
     r"|\bDELAY|\bLATE\b|\bNEPHRO|\bEXCRET|\bUROGRAM|\bANGIO|\bCTA\b|\bKM\b|\bPOST[- ]?CON|\bENHANCED\b|\bMIT KM\b"
 )
+_LONGEST_QUOTE = 80
 _NO_AGENT = frozenset({"", "NONE", "NO", "N", "0", "NO CONTRAST", "WITHOUT", "W/O", "NOT APPLIED", "UNKNOWN"})
 
 
@@ -50,22 +51,27 @@ def texts(header: Dataset, keyword: str) -> list[str]:
     return [value] if isinstance(value, str) else [str(item) for item in value]
 
 
+def quoted(text: str) -> str:
+    """What a header says, fit for a reason that people read: no control characters, no novel."""
+    return "".join(character if character.isprintable() else "?" for character in text[:_LONGEST_QUOTE])
+
+
 def why_derived(header: Dataset) -> str | None:
     """Why an image isn't an original CT image in HU, or None when nothing says so."""
     image_type = [value.upper().strip() for value in texts(header, "ImageType")]
     words = {word for value in image_type for word in _WORD.findall(value.replace("_", " "))}
-    named = "\\".join(image_type) or "none"
+    named = quoted("\\".join(image_type)) or "none"
     if image_type[:1] == ["DERIVED"] or words & _DERIVED_WORDS or any(map(_MONO_ENERGY.search, image_type)):
         return f"only derived or localizer images (image type {named})"
     scale = str(header.get("RescaleType") or "").strip().upper()
     if scale not in _HU_TYPES:
-        return f"the values are not Hounsfield units (rescale type {scale})"
+        return f"the values are not Hounsfield units (rescale type {quoted(scale)})"
     # frames of multi-frame CT say it in attributes of their own (PS3.3 C.8.16.2.1.2 and .3)
     volumetric, technique = (
         str(header.get(keyword) or "") for keyword in ("VolumetricProperties", "VolumeBasedCalculationTechnique")
     )
     if volumetric in ("SAMPLED", "DISTORTED") or technique not in ("", "NONE"):
-        return f"frames calculated from a volume ({' '.join(filter(None, (volumetric, technique)))})"
+        return f"frames calculated from a volume ({quoted(' '.join(filter(None, (volumetric, technique))))})"
     description = _description(header)
     if _MONO_ENERGY.search(description) or _DESCRIBED.search(description):
         return "described as virtual, spectral or projected images"

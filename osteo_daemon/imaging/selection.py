@@ -19,7 +19,7 @@ from osteo_daemon.domain.eligibility import ExclusionCode
 from osteo_daemon.domain.findings import QualityFlag, Severity
 from osteo_daemon.errors import NotEligible
 from osteo_daemon.imaging.enhanced import MULTI_FRAME_CT
-from osteo_daemon.imaging.image_kind import named_enhanced, texts, why_derived
+from osteo_daemon.imaging.image_kind import named_enhanced, quoted, texts, why_derived
 from osteo_daemon.imaging.kernel import KernelClass, classify_kernel
 from osteo_daemon.imaging.series import MINIMUM_RUN, split_stacks
 from osteo_daemon.imaging.slices import Slice, Stack
@@ -211,7 +211,9 @@ def _judge(uid: str, slices: Sequence[Slice]) -> Candidate | Rejection:
     kernel_names = texts(stack.header, "ConvolutionKernel")
     kernel = classify_kernel(kernel_names)
     if kernel is KernelClass.SHARP:
-        reason = f"edge-enhancing reconstruction kernel {' '.join(kernel_names)}; a soft-tissue kernel is needed"
+        reason = (
+            f"edge-enhancing reconstruction kernel {quoted(' '.join(kernel_names))}; a soft-tissue kernel is needed"
+        )
         return Rejection(uid, ExclusionCode.UNSUITABLE_KERNEL, reason)
     if not all(_has_scale(item.header) for item in stack.slices):
         reason = "no Rescale Slope and Intercept: the values have no HU scale"

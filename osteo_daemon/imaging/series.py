@@ -97,7 +97,7 @@ def _without_copies(ordered: Sequence[Slice], normal: npt.NDArray[np.float64]) -
 def _sweeps(group: Sequence[Slice], normal: npt.NDArray[np.float64]) -> list[list[Slice]]:
     """Slices in the order of their instance numbers, cut wherever they turn back; one list when nothing tells."""
     numbers = [(item.header.get("InstanceNumber"), item.frame_number or 0) for item in group]
-    if any(number is None for number, _ in numbers) or len(set(numbers)) < len(numbers):
+    if not all(isinstance(number, int) for number, _ in numbers) or len(set(numbers)) < len(numbers):
         return [list(group)]
     ordered = sorted(group, key=lambda item: (int(item.header.InstanceNumber), item.frame_number or 0))
     sweeps: list[list[Slice]] = [ordered[:1]]

@@ -152,8 +152,11 @@ def read_header(path: Path) -> Dataset:
             if not meta.get(fallback):
                 raise NotDicom(f"{path.name} has no {keyword}")
             setattr(header, keyword, meta.get(fallback))
-    if (header.SOPClassUID == CTImageStorage or is_multi_frame_ct(header)) and "Rows" not in header:
-        raise NotDicom(f"{path.name} is cut off before its pixels")
+    if header.SOPClassUID == CTImageStorage or is_multi_frame_ct(header):
+        if "Rows" not in header:
+            raise NotDicom(f"{path.name} is cut off before its pixels")
+        if not all(isinstance(header.get(keyword), int) for keyword in ("Rows", "Columns")):
+            raise NotDicom(f"{path.name} says no number of rows and columns")
     return header
 
 

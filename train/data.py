@@ -306,7 +306,7 @@ def _plain(data: VoiSet, i: int, coarse: bool, change: DensityChange | None) -> 
     hu, core = (data.coarse, data.coarse_core) if coarse else (data.hu, data.core)
     if hu is None or (change is not None and core is None):
         raise ValueError("this data set has no coarse series or no shares of trabecular bone")
-    voi = hu[i].astype(np.float32)
+    voi: npt.NDArray[np.float32] = hu[i].astype(np.float32)
     if change is None or core is None:
         return voi
     share = core[i].astype(np.float32) / CORE_SCALE

@@ -248,6 +248,15 @@ class HardenedServer(ThreadedAssociationServer):  # type: ignore[misc]
 
 
 def _say(connection: socket.socket, last_words: bytes) -> None:
+    """Send a PDU after which it is the peer who closes (PS3.8 9.2.3, Sta13), and give it a little time for that.
+
+    A peer that sees the end of the connection together with the PDU may take it for an abort.
+    """
+    deadline = time.monotonic() + _LAST_WORDS_SECONDS
     with contextlib.suppress(OSError):
         connection.settimeout(_LAST_WORDS_SECONDS)
         connection.sendall(last_words)
+        while (remaining := deadline - time.monotonic()) > 0:
+            connection.settimeout(remaining)
+            if not connection.recv(4096):
+                return

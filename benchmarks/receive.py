@@ -137,7 +137,10 @@ def send(port: int, files: list[str]) -> None:
     sys.stdin.readline()
     entity = AE(ae_title="STORESCU")
     entity.add_requested_context(CTImageStorage, ExplicitVRLittleEndian)
-    association = entity.associate(LOOPBACK, port, ae_title=TITLE, max_pdu=PDU_BYTES)
+    for _attempt in range(ATTEMPTS):
+        association = entity.associate(LOOPBACK, port, ae_title=TITLE, max_pdu=PDU_BYTES)
+        if association.is_established:
+            break
     if os.environ.get("TCP_NODELAY") == "1":
         association.dul.socket.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     statuses = [association.send_c_store(path).get("Status") for path in files]

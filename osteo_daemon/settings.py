@@ -467,7 +467,8 @@ class Settings(_Section):
             raise ValueError("two sources share one ae_title; list all addresses under one [[sources]] entry")
         if strangers := sorted(set(self.keep.sources) - set(titles)):
             raise ValueError(f"keep.sources names {strangers[0]}, which is no ae_title under [[sources]]")
-        for entry in (*self.destinations, *self.archives):
+        peers: tuple[DestinationSettings | ArchiveSettings, ...] = (*self.destinations, *self.archives)
+        for entry in peers:
             if entry.tls and not (entry.ca_file or self.tls.ca_file):
                 raise ValueError(f"{entry.name} with tls = true needs a ca_file, its own or that of [tls]")
         return self

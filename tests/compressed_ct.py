@@ -1,4 +1,4 @@
-"""One CT in every transfer syntax for which an encoder is at hand: DCMTK's, OpenJPH's and those of pydicom's plugins."""
+"""One CT in every transfer syntax with an encoder at hand: DCMTK's, OpenJPH's and those of pydicom's plugins."""
 
 from __future__ import annotations
 

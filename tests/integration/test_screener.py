@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pydicom
+from pydicom.uid import JPEGLSLossless
 
 from osteo_daemon.domain.job import JobState
 from osteo_daemon.inference.bundle import find_bundle, write_bundle
@@ -87,9 +89,18 @@ def test_a_hanging_worker_keeps_its_lease_until_the_wall_clock_and_no_longer(tmp
 def test_a_study_that_exhausts_the_memory_fails_with_the_reason(tmp_path: Path) -> None:
     limit = [require_command("prlimit"), f"--as={6 * 1024**3}"]
     with running_screener(tmp_path, prefix=limit) as bench:
-        # sixty slices that say to be 8192 x 8192: 16 GB as a volume
+        # sixty slices that are 8192 x 8192 once they are decoded: 16 GB as a volume
         plane = np.zeros((60, 16, 16), dtype=np.int16)
         huge = write_slices(tmp_path / "huge", plane, column(60, 2.0), spacing_mm=(0.1, 0.1), Rows=8192, Columns=8192)
+        image = pydicom.dcmread(huge[0])
+        image.compress(JPEGLSLossless, np.zeros((8192, 8192), dtype=np.uint16), generate_instance_uid=False)
+        for path in huge:
+            slice_ = pydicom.dcmread(path)
+            slice_.PixelData = image.PixelData
+            slice_["PixelData"].VR = "OB"
+            slice_["PixelData"].is_undefined_length = True
+            slice_.file_meta.TransferSyntaxUID = JPEGLSLossless
+            slice_.save_as(path)
         study = bench.receive(huge)
         found = bench.reaches(study, JobState.FAILED)
         assert (found.code, found.attempts) == ("MemoryError", 3)

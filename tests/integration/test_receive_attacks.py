@@ -51,8 +51,6 @@ network_timeout_seconds = 4
 maximum_object_bytes = {32 * MEBI}
 maximum_buffered_bytes = {64 * MEBI}
 """
-WORST_ECHO_SECONDS = 3.0
-"""The goal is one second. With all attacks at once on two quiet cores the slowest echo took 1.3 to 1.5 s."""
 MEMORY_BYTES = 200 * MEBI
 """What the attacks together may cost: buffers, and two threads for each connection."""
 
@@ -158,17 +156,11 @@ def test_each_attack_comes_to_the_end_that_it_should(siege: Siege, name: str) ->
     assert siege.outcomes[name] == ""
 
 
-def test_legitimate_echoes_are_answered_throughout(siege: Siege) -> None:
-    """Nineteen of twenty within a second, all of them within `WORST_ECHO_SECONDS`.
-
-    More only where others keep the machine busy: by the load before, by echoes of a receiver in peace.
-    """
+def test_legitimate_echoes_are_answered_within_a_second_throughout(siege: Siege) -> None:
+    """A second; more only where others keep the machine busy: by the load before, by echoes of a receiver in peace."""
     assert len(siege.echoes) >= 10
-    busy = max(siege.load_before, 4 * max(siege.elsewhere))
-    echoes = sorted(siege.echoes)
-    worst = (echoes[-5:], sorted(siege.elsewhere)[-5:])
-    assert echoes[int(0.95 * len(echoes)) - 1] <= max(1.0, busy), worst
-    assert echoes[-1] <= max(WORST_ECHO_SECONDS, busy), worst
+    bound = max(1.0, siege.load_before, 4 * max(siege.elsewhere))
+    assert max(siege.echoes) <= bound, (sorted(siege.echoes)[-5:], sorted(siege.elsewhere)[-5:])
 
 
 def test_memory_is_bounded(siege: Siege) -> None:

@@ -176,7 +176,7 @@ def test_the_shipped_bundle_says_what_it_is(shipped: VertebraNetwork) -> None:
     assert sum(w.numel() for w in shipped.bundle.load_weights().values()) < 1_100_000
     card = (shipped.bundle.path / "docs" / "README.md").read_text()
     assert "No clinical validation was done" in card
-    assert "linear, trabecular HU" in card
+    assert "linear in core HU" in card
 
 
 def test_the_shipped_network_follows_density(shipped: VertebraNetwork) -> None:

@@ -27,8 +27,7 @@ def test_denser_scan_gets_more_bmd_at_every_level(network: VertebraNetwork, acri
     light = values(network.predict(*torso(real_data / "totalsegmentator_example")))
     assert set(dense) == set(light) == {"L1", "L2", "L3", "L4"}
     for level in dense:
-        assert dense[level] > light[level], level
-    assert statistics.mean(dense.values()) > statistics.mean(light.values()) + 0.03
+        assert dense[level] > light[level] + 0.03, level
     assert all(0.5 < bmd < 1.5 for bmd in (*dense.values(), *light.values()))
 
 

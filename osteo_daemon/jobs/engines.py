@@ -52,8 +52,13 @@ def postgresql_engine(url: str, busy_timeout_seconds: float) -> Engine:
     # parameters hold UIDs and paths: they stay out of the texts of errors
     try:
         engine = create_engine(url, pool_size=8, max_overflow=64, hide_parameters=True)
+        from osteo_daemon.jobs.prepared import PreparingConnection
     except ModuleNotFoundError as error:
         raise ConfigurationError("[store] url needs pg8000: pip install osteo-daemon[postgresql]") from error
+
+    @event.listens_for(engine, "do_connect")
+    def _connect(_dialect: Any, _record: ConnectionPoolEntry, args: Any, kwargs: Any) -> Any:
+        return PreparingConnection(*args, **kwargs)
 
     @event.listens_for(engine, "connect")
     def _settings(connection: Any, _record: ConnectionPoolEntry) -> None:

@@ -32,14 +32,14 @@ from train.truth import MAKERS
 
 
 def fit_statistics(network: MultitaskMoE, data: VoiSet) -> None:
-    """Standardise the HU side channel on the training rows."""
-    if network.hu_statistics is None:
-        return
-    raw = [
-        network.hu_statistics.raw(batch.hu)
-        for batch in batches(data, data.indices("train"), network.config, list(MAKERS), 64)
-    ]
-    network.hu_statistics.fit(torch.cat(raw))
+    """Standardise the side channels on the training rows."""
+    channels = [found for found in (network.hu_statistics, network.grain_statistics) if found is not None]
+    raw: list[list[torch.Tensor]] = [[] for _ in channels]
+    for batch in batches(data, data.indices("train"), network.config, list(MAKERS), 64) if channels else ():
+        for values, channel in zip(raw, channels, strict=True):
+            values.append(channel.raw(batch.hu))
+    for values, channel in zip(raw, channels, strict=True):
+        channel.fit(torch.cat(values))
 
 
 def validator(data: VoiSet, devices: list[str], weights: LossWeights, device: torch.device) -> Any:

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from osteo_daemon.errors import BundleError
 
 CLASSES = ("normal", "osteopenia", "osteoporosis")
 """Diagnosis classes in ordinal order (WHO: T > -1, -2.5 < T <= -1, T <= -2.5)."""
+
+
+_LATER: Final = {"grain_channel": False}
+"""What a bundle that is older than a key means."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,8 @@ class MoEConfig:
         bmd_scale_g_cm2: see above.
         device_count: devices that may supervise the gate in training; the first experts stand for them.
         dropout: on the fused features, in training only.
+        grain_channel: feed statistics of noise and sharpness (`osteo_daemon.network.encoder.GrainStatistics`) to the
+            gates and beside the HU statistics: they tell scanners apart, which pooled image features were found not to.
     """
 
     voi_shape: tuple[int, int, int] = (40, 48, 56)
@@ -72,6 +78,7 @@ class MoEConfig:
     bmd_scale_g_cm2: float = 0.2
     device_count: int = 3
     dropout: float = 0.1
+    grain_channel: bool = False
 
     def __post_init__(self) -> None:
         checks = {
@@ -92,6 +99,7 @@ class MoEConfig:
             "bmd_scale_g_cm2": self.bmd_scale_g_cm2 > 0,
             "device_count": 0 <= self.device_count <= self.expert_count,
             "dropout": 0 <= self.dropout < 1,
+            "grain_channel": self.hu_channel or not self.grain_channel,
         }
         for key, good in checks.items():
             if not good:
@@ -103,11 +111,12 @@ class MoEConfig:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> MoEConfig:
-        """Read configs/network.json of a bundle: every key must stand there, none may be unknown.
+        """Read configs/network.json of a bundle: every key must stand there but those of `_LATER`, none may be unknown.
 
         Raises:
             BundleError: keys differ or a value is out of range.
         """
+        values = {**_LATER, **values}
         names = {field.name for field in fields(cls)}
         different = sorted(names ^ set(values))
         if different:

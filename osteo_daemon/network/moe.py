@@ -7,7 +7,7 @@ experts pick among the samples of a batch, is not offered: a patient's result mu
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,19 @@ class Gate(NamedTuple):
     weights: Tensor
 
 
+_GRAIN_WIDTH: Final = 32
+
+
 class Router(nn.Module):
     """A linear gate over image features; dense softmax, or the k largest renormalised (Shazeer 2017, without noise).
+
+    With ``grain`` statistics of noise and sharpness a small perceptron over them adds to the logits.
 
     With ``top_k`` 1 the renormalised weight is always 1: then the tasks send no gradient to the gate, and only its
     supervision and the load balance teach it. Use 2 or more.
     """
 
-    def __init__(self, width: int, expert_count: int, top_k: int | None, temperature: float) -> None:
+    def __init__(self, width: int, expert_count: int, top_k: int | None, temperature: float, grain: int = 0) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.linear = nn.Linear(width, expert_count)
@@ -36,10 +41,18 @@ class Router(nn.Module):
         # small first logits: all experts start equal
         nn.init.normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
+        self.by_grain = (
+            nn.Sequential(nn.Linear(grain, _GRAIN_WIDTH), nn.GELU(), nn.Linear(_GRAIN_WIDTH, expert_count))
+            if grain
+            else None
+        )
 
-    def forward(self, image_features: Tensor) -> Gate:
-        """(B, F) image features to the gate of each sample."""
-        logits = self.linear(self.norm(image_features)) / self.temperature
+    def forward(self, image_features: Tensor, grain: Tensor | None = None) -> Gate:
+        """(B, F) image features and (B, G) standardised grain statistics to the gate of each sample."""
+        logits = self.linear(self.norm(image_features))
+        if self.by_grain is not None and grain is not None:
+            logits = logits + cast(Tensor, self.by_grain(grain))
+        logits = logits / self.temperature
         kept = logits
         if self.top_k is not None and self.top_k < logits.shape[1]:
             index = logits.topk(self.top_k, dim=1).indices

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from osteo_daemon.network.config import CLASSES, MoEConfig
-from osteo_daemon.network.encoder import HU_STATISTICS, HuStatistics, VertebraEncoder
+from osteo_daemon.network.encoder import HU_STATISTICS, GrainStatistics, HuStatistics, VertebraEncoder
 from osteo_daemon.network.heads import BmdHead, OrdinalHead, SoftmaxHead
 from osteo_daemon.network.moe import Experts, Gate, Router
 
@@ -54,13 +54,16 @@ class MultitaskMoE(nn.Module):
         self.hu_statistics = HuStatistics(config) if config.hu_channel else None
         side = len(HU_STATISTICS) if config.hu_channel else 0
         self.encoded_width = self.encoder.width + side
-        self.hu_projection = nn.Sequential(nn.Linear(side, config.hu_width), nn.GELU()) if side else None
+        self.grain_statistics = GrainStatistics() if config.grain_channel else None
+        grain = GrainStatistics.width if config.grain_channel else 0
+        self.hu_projection = nn.Sequential(nn.Linear(side + grain, config.hu_width), nn.GELU()) if side else None
         fused = self.encoder.width + (config.hu_width if side else 0)
         width = config.feature_width
         self.fuse = nn.Sequential(nn.LayerNorm(fused), nn.Linear(fused, width), nn.GELU(), nn.Dropout(config.dropout))
         gates = 3 if config.gate_per_task else 1
         self.routers = nn.ModuleList(
-            Router(self.encoder.width, config.expert_count, config.top_k, config.gate_temperature) for _ in range(gates)
+            Router(self.encoder.width, config.expert_count, config.top_k, config.gate_temperature, grain)
+            for _ in range(gates)
         )
         self.experts = Experts(width, config.expert_width, config.expert_count)
         self.level_embedding = nn.Embedding(len(config.levels) + 1, config.level_width)
@@ -83,12 +86,13 @@ class MultitaskMoE(nn.Module):
             raise ValueError(f"need (B, {', '.join(map(str, self.config.voi_shape))}) HU, got {tuple(hu.shape)}")
         image = self.encoder(hu)
         statistics = None if self.hu_statistics is None else self.hu_statistics(hu.float())
+        grain = [] if self.grain_statistics is None else [self.grain_statistics(hu.float())]
         parts = [image]
         if self.hu_projection is not None and statistics is not None:
-            parts.append(self.hu_projection(statistics))
+            parts.append(self.hu_projection(torch.cat([statistics, *grain], dim=1)))
         features = self.fuse(torch.cat(parts, dim=1))
 
-        gates = [cast(Gate, router(image)) for router in self.routers]
+        gates = [cast(Gate, router(image, *grain)) for router in self.routers]
         mixed = [self.experts(features, gate.weights) for gate in gates]
         for_class, for_bmd, for_level = mixed * 3 if len(mixed) == 1 else mixed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from osteo_daemon.errors import BundleError
 from osteo_daemon.network.config import CLASSES, MoEConfig
-from osteo_daemon.network.encoder import HU_STATISTICS, HuStatistics
+from osteo_daemon.network.encoder import HU_STATISTICS, GrainStatistics, HuStatistics
 from osteo_daemon.network.heads import OrdinalHead, class_probabilities
 from osteo_daemon.network.moe import Experts, Router, gate_entropy
 from osteo_daemon.network.multitask import UNKNOWN_LEVEL, MultitaskMoE
@@ -137,6 +138,52 @@ def test_statistics_of_the_training_set_travel_with_the_weights() -> None:
     other.load_state_dict(made.state_dict())
     level = torch.zeros(2, dtype=torch.long)
     torch.testing.assert_close(made.eval()(vois(2), level).bmd, other.eval()(vois(2), level).bmd)
+
+
+def test_grain_statistics_tell_noise_and_sharpness_apart() -> None:
+    grain = GrainStatistics()
+    noise = torch.randn(4, 24, 24, 32, generator=torch.Generator().manual_seed(3))
+    quiet, loud = grain.raw(2.0 * noise), grain.raw(4.0 * noise)
+    # no difference of 2 HU noise reaches the limit of 50 HU: twice the noise is log 2 more, along every axis
+    unclipped = [2, 5, 8, 11, 14, 17]
+    torch.testing.assert_close((loud - quiet)[:, unclipped].mean(0), torch.full((6,), 0.6931), atol=1e-3, rtol=0)
+    # noise without memory differs from the mean of its neighbours by sqrt(3/2) SD, whatever their distance
+    expected = math.log(2.0 * math.sqrt(1.5) * math.sqrt(2 / math.pi))
+    torch.testing.assert_close(quiet[:, unclipped].mean(0), torch.full((6,), expected), atol=0.03, rtol=0)
+    # smoothed along one axis alone by (1, 2, 1) / 4, which leaves differences of SD 0.306 at one voxel, 0.661 at two
+    smooth = 0.25 * noise.roll(1, 1) + 0.5 * noise + 0.25 * noise.roll(-1, 1)
+    along = grain.raw(8.0 * smooth).mean(0)
+    assert float(along[1 * 3 + 2] - along[2]) == pytest.approx(math.log(0.661 / 0.306), abs=0.03)
+    assert abs(along[3 * 3 + 2] - along[2 * 3 + 2]) < 0.05
+    # what lies outside the window, air and metal, adds none
+    assert torch.equal(grain.raw(noise - 2000.0), grain.raw(torch.full_like(noise, -200.0)))
+
+
+def test_gates_see_the_grain_and_old_networks_have_none() -> None:
+    config = replace(SMALL, grain_channel=True)
+    made = MultitaskMoE(config).eval()
+    for router in made.routers:
+        torch.nn.init.normal_(router.by_grain[-1].weight)
+    still = torch.zeros(1, dtype=torch.long)
+    flat = torch.full((1, *SMALL.voi_shape), 40.0)
+    rough = flat + 30.0 * torch.randn(flat.shape, generator=torch.Generator().manual_seed(1))
+    image = [torch.zeros(1, made.encoder.width)]
+    gates = [made.routers[0](image[0], made.grain_statistics(hu)).weights for hu in (flat, rough)]
+    assert not torch.allclose(*gates, atol=0.01)
+    assert "routers.0.by_grain.0.weight" in made.state_dict()
+    assert not any("grain" in name for name in MultitaskMoE(SMALL).state_dict())
+    assert made(flat, still).gate_weights.shape == (1, 1, SMALL.expert_count)
+    with pytest.raises(ValueError, match="grain_channel"):
+        replace(SMALL, hu_channel=False, grain_channel=True)
+
+
+def test_a_bundle_older_than_the_grain_still_opens() -> None:
+    values = SMALL.to_json()
+    del values["grain_channel"]
+    assert MoEConfig.from_json(values) == SMALL
+    del values["dropout"]
+    with pytest.raises(BundleError, match="dropout"):
+        MoEConfig.from_json(values)
 
 
 def test_ordinal_probabilities_are_ordered_for_any_weights() -> None:

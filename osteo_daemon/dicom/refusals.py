@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -30,6 +31,14 @@ class _Kind:
     told: int = 0
 
 
+class _Left:
+    """To tell what was left for later."""
+
+
+_Work = tuple[str, Peer] | _Left | None
+"""An audit message's text and cause; None: no more will come."""
+
+
 class Refusals:
     """The log of one listener's refusals.
 
@@ -42,24 +51,25 @@ class Refusals:
         self._lock = threading.Lock()
         self._kinds: dict[tuple[str, str, str], _Kind] = {}
         # an audit message is on disk before its writer goes on: never the thread that accepts connections
-        self._alerts: queue.SimpleQueue[tuple[str, Peer] | None] = queue.SimpleQueue()
+        self._alerts: queue.SimpleQueue[_Work] = queue.SimpleQueue()
         self._writer: threading.Thread | None = None
+        self._left: Counter[tuple[str, str, str]] = Counter()
+
+    def tell_later(self, event: str, *, address: str, reason: str) -> None:
+        """As `tell`, by another thread: this one waits neither for the log's reader nor for the interpreter."""
+        key = (event, address, reason)
+        with self._lock:
+            if key not in self._left and len(self._left) >= _KINDS:
+                key = (event, _ELSEWHERE, reason)
+            is_first = not self._left
+            self._left[key] += 1
+        if is_first:
+            self._give(_Left())
 
     def tell(self, event: str, *, address: str, reason: str, **attributes: str) -> None:
         """A line for one refusal, or one more in the sum that `settle` writes."""
-        key = (event, address, reason)
-        with self._lock:
-            if key not in self._kinds and len(self._kinds) >= _KINDS:
-                # from so many addresses at once: they share one sum
-                key = (event, _ELSEWHERE, reason)
-            kind = self._kinds.setdefault(key, _Kind(self._clock()))
-            kind.count += 1
-            # what there is no room to tell singly stands in the sum
-            told = kind.told < TOLD_ONE_BY_ONE and self._alerts.qsize() < _WAITING_ALERTS
-            kind.told += told
-        if told:
-            get_logger().warning(event, address=address, reason=reason, **attributes)
-            self._alert(f"{event}: {reason}", Peer(attributes.get("ae_title", ""), address))
+        if self._count((event, address, reason), 1):
+            self._line(event, address, reason, attributes)
 
     def settle(self, *, at_once: bool = False) -> None:
         """Write the sums of the minutes that are over; ``at_once``: of all."""
@@ -83,6 +93,7 @@ class Refusals:
 
     def close(self) -> None:
         """Write all that is left; nothing is told afterwards."""
+        self._tell_left()
         self.settle(at_once=True)
         with self._lock:
             writer, self._writer = self._writer, None
@@ -90,17 +101,46 @@ class Refusals:
             self._alerts.put(None)
             writer.join()
 
+    def _count(self, key: tuple[str, str, str], count: int) -> int:
+        """How many of so many new ones get a line of their own."""
+        with self._lock:
+            if key not in self._kinds and len(self._kinds) >= _KINDS:
+                # from so many addresses at once: they share one sum
+                key = (key[0], _ELSEWHERE, key[2])
+            kind = self._kinds.setdefault(key, _Kind(self._clock()))
+            kind.count += count
+            # what there is no room to tell singly stands in the sum
+            told = min(count, TOLD_ONE_BY_ONE - kind.told) if self._alerts.qsize() < _WAITING_ALERTS else 0
+            kind.told += told
+        return told
+
+    def _line(self, event: str, address: str, reason: str, attributes: dict[str, str]) -> None:
+        get_logger().warning(event, address=address, reason=reason, **attributes)
+        self._alert(f"{event}: {reason}", Peer(attributes.get("ae_title", ""), address))
+
     def _alert(self, text: str, peer: Peer) -> None:
-        if not trail.is_open():
-            return
+        if trail.is_open():
+            self._give((text, peer))
+
+    def _give(self, work: _Work) -> None:
         with self._lock:
             if self._writer is None:
                 self._writer = threading.Thread(target=self._write, name="refusals", daemon=True)
                 self._writer.start()
-        self._alerts.put((text, peer))
+        self._alerts.put(work)
+
+    def _tell_left(self) -> None:
+        with self._lock:
+            left, self._left = self._left, Counter()
+        for key, count in left.items():
+            for _ in range(self._count(key, count)):
+                self._line(*key, {})
 
     def _write(self) -> None:
         kind = EventType.NODE_AUTHENTICATION
-        while (alert := self._alerts.get()) is not None:
-            text, peer = alert
+        while (work := self._alerts.get()) is not None:
+            if isinstance(work, _Left):
+                self._tell_left()
+                continue
+            text, peer = work
             trail.record(events.security_alert(kind, text, performing=peer, outcome=Outcome.MINOR_FAILURE))

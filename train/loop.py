@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from osteo_daemon.network.config import MoEConfig
 from osteo_daemon.network.multitask import MultitaskMoE
+from train.board import Board
 from train.data import Augmentation, Batch, VoiSet, batches, epoch_rows
 from train.distributed import ALONE, Ranks
 from train.losses import LossWeights, TaskVariances, total_loss
@@ -143,6 +144,7 @@ def train(
     bar = tqdm(
         total=steps, initial=state["step"], unit="step", desc="train", mininterval=2.0, disable=not ranks.primary
     )
+    board = Board(folder, history) if ranks.primary else None
     while state["epoch"] < config.epochs and state["since_best"] < config.patience:
         started = time.monotonic()
         network.train()
@@ -203,9 +205,13 @@ def train(
             last,
         )
         (folder / "history.json").write_text(json.dumps(history, indent=1))
+        if board is not None:
+            board.add(int(state["epoch"]), history[-1])
         tqdm.write(" ".join(f"{k}={v:.4g}" for k, v in history[-1].items()))
         ranks.wait()
     bar.close()
+    if board is not None:
+        board.close()
     return {"history": history, **state}
 
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from osteo_daemon.network.config import MoEConfig
 from osteo_daemon.network.encoder import VertebraEncoder
+from train.board import Board
 from train.data import Augmentation, VoiSet, open_set
 from train.mechanisms import SelfSupervised, contrast_loss, mask_blocks, reconstruction_loss, to_window
 from train.optim import adamw, learning_rate_at
@@ -227,6 +228,7 @@ def pretrain(
         model.load_state_dict(saved["model"])
         optimiser.load_state_dict(saved["optimiser"])
         start, history = int(saved["epoch"]), list(saved["history"])
+    board = Board(folder, history)
     for epoch in range(start, config.epochs):
         model.train()
         seen: list[dict[str, float]] = []
@@ -254,6 +256,8 @@ def pretrain(
             temporary,
         )
         temporary.replace(last)
+        board.add(epoch + 1, history[-1])
+    board.close()
     torch.save({"encoder": model.encoder.state_dict()}, folder / "encoder.pt")
     summary: dict[str, Any] = {
         "mechanism": config.mechanism,

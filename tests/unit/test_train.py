@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from osteo_daemon.inference.bundle import read_bundle
 from osteo_daemon.inference.vertebra_network import VertebraNetwork
@@ -257,6 +258,18 @@ def test_resumed_training_equals_unbroken(easy: Path, tmp_path: Path) -> None:
     )
     for name, value in first.items():
         torch.testing.assert_close(value, second[name], rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+    # the curves, too: every epoch once, no gap and no epoch twice where the run was stopped
+    assert _curve(tmp_path / "unbroken")[0] == list(range(1, LOOP.epochs + 1))
+    assert _curve(tmp_path / "broken")[0] == list(range(1, LOOP.epochs + 1))
+    history = json.loads((tmp_path / "broken" / "history.json").read_text())
+    assert _curve(tmp_path / "broken")[1] == pytest.approx([entry["loss"] for entry in history])
+
+
+def _curve(folder: Path) -> tuple[list[int], list[float]]:
+    """Epochs and values of the validation loss as TensorBoard reads them."""
+    found = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert {"bmd/train", "bmd/val", "device/train", "loss"} <= set(found.Tags()["scalars"])
+    return [entry.step for entry in found.Scalars("loss")], [entry.value for entry in found.Scalars("loss")]
 
 
 def test_a_run_is_never_continued_with_other_settings(finished: Path, easy: Path) -> None:

@@ -41,6 +41,20 @@ class MoEOutput(NamedTuple):
     encoded: Tensor
 
 
+class Encoded(NamedTuple):
+    """What is left of B vertebrae's voxels once the encoder and the side channels have seen them.
+
+    Attributes:
+        image: (B, 2C) pooled features of the encoder.
+        statistics: (B, S) standardised HU statistics, None without that channel.
+        grain: (B, G) standardised statistics of noise and sharpness, None without that channel.
+    """
+
+    image: Tensor
+    statistics: Tensor | None
+    grain: Tensor | None
+
+
 class MultitaskMoE(nn.Module):
     """Shared 3D encoder, HU side channel, gated residual experts and three heads.
 
@@ -84,9 +98,20 @@ class MultitaskMoE(nn.Module):
         """
         if hu.ndim != 4 or tuple(hu.shape[1:]) != self.config.voi_shape:
             raise ValueError(f"need (B, {', '.join(map(str, self.config.voi_shape))}) HU, got {tuple(hu.shape)}")
-        image = self.encoder(hu)
-        statistics = None if self.hu_statistics is None else self.hu_statistics(hu.float())
-        grain = [] if self.grain_statistics is None else [self.grain_statistics(hu.float())]
+        return self.decide(self.encode(hu), level)
+
+    def encode(self, hu: Tensor) -> Encoded:
+        """(B, D, H, W) HU to what `decide` needs of them; a refit with a frozen encoder does this once."""
+        return Encoded(
+            self.encoder(hu),
+            None if self.hu_statistics is None else self.hu_statistics(hu.float()),
+            None if self.grain_statistics is None else self.grain_statistics(hu.float()),
+        )
+
+    def decide(self, encoded: Encoded, level: Tensor) -> MoEOutput:
+        """Gates, experts and heads, from the encoder's output and (B,) level indices as in `forward`."""
+        image, statistics = encoded.image, encoded.statistics
+        grain = [] if encoded.grain is None else [encoded.grain]
         parts = [image]
         if self.hu_projection is not None and statistics is not None:
             parts.append(self.hu_projection(torch.cat([statistics, *grain], dim=1)))

@@ -13,6 +13,7 @@ import click
 from osteo_daemon.commands.audit import audit
 from osteo_daemon.commands.conformance import conformance
 from osteo_daemon.commands.deliveries import deliveries
+from osteo_daemon.commands.drift import drift
 from osteo_daemon.commands.options import config_option, not_blank
 from osteo_daemon.commands.pull import pull
 from osteo_daemon.commands.studies import studies
@@ -132,6 +133,7 @@ def _let_idle_threads_sleep() -> None:
 
 cli.add_command(conformance)
 cli.add_command(deliveries)
+cli.add_command(drift)
 cli.add_command(pull)
 for command in (studies, fsck, backup, restore, schedule, audit):
     cli.add_command(command)

@@ -22,6 +22,7 @@ from typing import Any
 from apscheduler.events import EVENT_JOB_ERROR, EVENT_JOB_MAX_INSTANCES, EVENT_JOB_MISSED
 from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.schedulers.background import BackgroundScheduler
+from apscheduler.triggers.cron import CronTrigger
 
 from osteo_daemon.audit.courier import courier_of
 from osteo_daemon.audit.events import process
@@ -112,6 +113,8 @@ class Scheduler:
             self._add("commitment_requests", promises.run, settings.commitment_scp.poll_seconds, last)
         if settings.backup.folder is not None:
             self._add("backup", self.back_up, settings.backup.every_hours * 3600, last)
+        if settings.drift.enabled:
+            self._add_cron("drift_report", self.watch_drift, settings.drift.cron, last)
 
     @property
     def leads(self) -> bool:
@@ -245,6 +248,12 @@ class Scheduler:
         get_logger().info("backup_made", bytes=made.store_bytes + made.size_bytes, count=made.files)
         return f"{made.store_bytes} bytes of store, {made.files} files; {removed} old ones removed"
 
+    def watch_drift(self) -> str:
+        """Compare the present with the reference, write a report, tell of new alarms."""
+        from osteo_daemon.drift_watch import look  # scipy: a second and 50 MB that no other step needs
+
+        return look(self._settings, self._jobs, self._clock(), self._steps["drift_report"].seconds).detail
+
     def _announce(self) -> None:
         """Make every step visible before its first run."""
         for step in self._steps.values():
@@ -289,6 +298,24 @@ class Scheduler:
         self._engine.add_job(
             self._run, "interval", args=[step], seconds=seconds, id=name, name=name, next_run_time=first
         )
+
+    def _add_cron(self, name: str, act: Callable[[], str], crontab: str, last: dict[str, datetime | None]) -> None:
+        """A step at set times, in UTC; one that was due while no scheduler ran is made up for."""
+        try:
+            trigger = CronTrigger.from_crontab(crontab, timezone="UTC")
+        except ValueError as error:
+            raise ConfigurationError(f"the cron of {name}, {crontab!r}: {error}") from error
+        now = datetime.now(UTC)
+        coming = trigger.get_next_fire_time(None, now)
+        if coming is None:
+            raise ConfigurationError(f"the cron of {name}, {crontab!r}, never comes")
+        after = trigger.get_next_fire_time(coming, coming + timedelta(seconds=1)) or coming + timedelta(days=365)
+        step = self._steps[name] = _Step(name, act, (after - coming).total_seconds())
+        ran = last.get(name)
+        due = None if ran is None or ran > now else trigger.get_next_fire_time(None, ran)
+        if due is not None and due < now:
+            coming = min(coming, now + timedelta(seconds=_MAKE_UP_SECONDS))
+        self._engine.add_job(self._run, trigger, args=[step], id=name, name=name, next_run_time=coming)
 
     def _run(self, step: _Step) -> None:
         if not self.leads:

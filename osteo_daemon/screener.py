@@ -23,6 +23,7 @@ from typing import Any
 from osteo_daemon.audit.events import process
 from osteo_daemon.control import Mode, StatusFile, read_wish
 from osteo_daemon.domain.job import Job
+from osteo_daemon.domain.observation import Scanner
 from osteo_daemon.domain.trend import EarlierValue, TrendPoint
 from osteo_daemon.errors import LeaseLost, Transient, WorkerDied
 from osteo_daemon.handling import tell_read
@@ -302,9 +303,13 @@ class Screener:
             try:
                 if answer["type"] == "excluded":
                     told = (_objects(answer), _deliveries(answer))
-                    self._store.exclude(job, answer["code"], answer["reason"], answer["result"], *told)
+                    self._store.exclude(
+                        job, answer["code"], answer["reason"], answer["result"], *told, scanner=_scanner(answer)
+                    )
                     return str(answer["code"])
-                self._store.commit_report(job, answer["result"], _objects(answer), _deliveries(answer))
+                self._store.commit_report(
+                    job, answer["result"], _objects(answer), _deliveries(answer), scanner=_scanner(answer)
+                )
                 self._remember(job, answer.get("trend"))
                 return str(answer["summary"])
             except Transient:
@@ -347,6 +352,10 @@ def _objects(answer: Mapping[str, Any]) -> list[ReportObject]:
         ReportObject(**{**entry, "kind": ReportKind(entry["kind"]), "path": Path(entry["path"])})
         for entry in answer["objects"]
     ]
+
+
+def _scanner(answer: Mapping[str, Any]) -> Scanner:
+    return Scanner(**answer["scanner"])
 
 
 def _deliveries(answer: Mapping[str, Any]) -> list[NewDelivery]:

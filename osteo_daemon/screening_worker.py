@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from osteo_daemon.dicom.report_forms import BuiltObject, BuiltReport
 from osteo_daemon.domain.findings import Outcome
 from osteo_daemon.domain.trend import EarlierValue
 from osteo_daemon.errors import BundleError, ConfigurationError, Damaged, OsteoError, Transient
+from osteo_daemon.imaging.acquisition import scanner_of
 from osteo_daemon.imaging.study_files import StudyFiles
 from osteo_daemon.inference.resident import ResidentModels
 from osteo_daemon.inference.screening import Screening
@@ -179,6 +181,7 @@ class ScreeningWorker:
         built = self._report(screening, message, destinations)
         answer = {
             "result": screening.result.to_json(),
+            "scanner": asdict(scanner_of(screening.headers[0])),
             "objects": [self._keep(message["study"], entry) for entry in built.objects],
             "deliveries": {
                 destination.name: [entry.sop_instance_uid for entry in built.for_destination(destination)]

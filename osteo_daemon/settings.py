@@ -10,6 +10,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -32,6 +33,12 @@ def _ae_title(value: str) -> str:
 
 def _network(value: str) -> str:
     ipaddress.ip_network(value, strict=False)
+    return value
+
+
+def _crontab(value: str) -> str:
+    if len(value.split()) != len(("minute", "hour", "day", "month", "weekday")):
+        raise ValueError("minute hour day month weekday, in UTC; weekdays as mon to sun")
     return value
 
 
@@ -380,6 +387,20 @@ class BackupSettings(_Section):
     spool: bool = False
 
 
+class DriftSettings(_Section):
+    """Drift monitoring by the scheduler."""
+
+    enabled: bool = True
+    cron: Annotated[str, AfterValidator(_crontab)] = "30 5 * * *"
+    current_days: float = Field(default=30, gt=0)
+    reference_days: float = Field(default=90, gt=0)
+    reference_from: date | None = None
+    minimum_reference: int = Field(default=300, ge=100)
+    minimum_current: int = Field(default=50, ge=50)
+    false_alarms_per_year: float = Field(default=1, gt=0)
+    keep_reports: int = Field(default=400, ge=1)
+
+
 class SiteSettings(_Section):
     """What the report says about the site."""
 
@@ -444,6 +465,7 @@ class Settings(_Section):
     keep: KeepSettings = KeepSettings()
     commitment_scp: CommitmentScpSettings = CommitmentScpSettings()
     backup: BackupSettings = BackupSettings()
+    drift: DriftSettings = DriftSettings()
     site: SiteSettings = SiteSettings()
     audit: AuditSettings = AuditSettings()
     log: LogSettings = LogSettings()

@@ -9,8 +9,10 @@ from typing import Any
 from sqlalchemy import Connection, Row, or_, select, update
 
 from osteo_daemon.domain.job import Job, JobState
+from osteo_daemon.domain.observation import Observation, Scanner, observe
 from osteo_daemon.errors import LeaseLost
 from osteo_daemon.jobs.database import Database
+from osteo_daemon.jobs.observations import save_observation
 from osteo_daemon.jobs.records import NewDelivery, ReportObject
 from osteo_daemon.jobs.report_rows import save_delivery, save_object, save_result
 from osteo_daemon.jobs.schema import JobRow
@@ -25,6 +27,8 @@ WORKER_LOST = "worker_lost"
 
 WALL_CLOCK_LIMIT = "wall_clock_limit"
 """Code of a job that was not finished by its deadline."""
+
+_UNKNOWN_SCANNER = Scanner()
 
 
 class Claims(Database):
@@ -140,6 +144,7 @@ class Claims(Database):
         objects: Sequence[ReportObject],
         deliveries: Sequence[NewDelivery],
         *,
+        scanner: Scanner = _UNKNOWN_SCANNER,
         now: datetime | None = None,
     ) -> None:
         """SCREENING to REPORTED with result, report objects and delivery rows in one transaction.
@@ -151,6 +156,8 @@ class Claims(Database):
             result: the ``osteo-result/1`` document.
             objects: report objects, already durable in the spool.
             deliveries: one for each destination; sent in the order SEG, SR, SC.
+            scanner: what acquired the screened series, for drift monitoring.
+            now: the present, for tests.
 
         Raises:
             LeaseLost: another worker has the job or its study changed: nothing was written.
@@ -161,6 +168,7 @@ class Claims(Database):
         with self._writing() as connection:
             row = claimed_row(connection, job)
             save_result(connection, job, result, now)
+            save_observation(connection, job.job_id, job.priority, observe(result, scanner, now))
             for entry in objects:
                 save_object(connection, job, entry)
             for delivery in deliveries:
@@ -187,6 +195,7 @@ class Claims(Database):
         objects: Sequence[ReportObject] = (),
         deliveries: Sequence[NewDelivery] = (),
         *,
+        scanner: Scanner = _UNKNOWN_SCANNER,
         now: datetime | None = None,
     ) -> None:
         """SCREENING to EXCLUDED: not eligible, with a code of `domain.eligibility.ExclusionCode`.
@@ -200,6 +209,8 @@ class Claims(Database):
             result: the ``osteo-result/1`` document.
             objects: reports of the exclusion, already durable in the spool.
             deliveries: one for each destination that is to be told.
+            scanner: what acquired it, for drift monitoring.
+            now: the present, for tests.
 
         Raises:
             LeaseLost: another worker has the job.
@@ -210,6 +221,7 @@ class Claims(Database):
         with self._writing() as connection:
             row = claimed_row(connection, job)
             save_result(connection, job, result, now)
+            save_observation(connection, job.job_id, job.priority, Observation(now, scanner, code))
             excluded = _end(connection, row, JobState.EXCLUDED, "study_excluded", code, reason, now)
             if not deliveries:
                 return
@@ -337,6 +349,8 @@ def _end(
     who: str | None = None,
     not_before: datetime | None = None,
 ) -> Row[Any]:
+    if state in (JobState.HELD, JobState.FAILED):
+        save_observation(connection, row.job_id, row.priority, Observation(now, _UNKNOWN_SCANNER, code))
     return change_state(
         connection,
         row,

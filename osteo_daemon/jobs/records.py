@@ -210,6 +210,16 @@ class SchedulerRun:
 
 
 @dataclass(frozen=True, slots=True)
+class DriftAlarm:
+    """A drift chart that left its limits; ``cleared_at`` is None while it stands."""
+
+    chart: str
+    raised_at: datetime
+    cleared_at: datetime | None
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class Quarantined:
     """Bytes kept apart because another content is stored under their UID."""
 

@@ -11,6 +11,7 @@ from osteo_daemon.jobs.deliveries import Deliveries
 from osteo_daemon.jobs.intake import Intake
 from osteo_daemon.jobs.inventory import Inventory
 from osteo_daemon.jobs.lists import Lists
+from osteo_daemon.jobs.observations import Observations
 from osteo_daemon.jobs.pledges import Pledges
 from osteo_daemon.jobs.pulls import Pulls
 from osteo_daemon.jobs.quarantine import Quarantine
@@ -34,6 +35,7 @@ class JobStore(
     Inventory,
     Trend,
     Pulls,
+    Observations,
     Upkeep,
 ):
     """Studies, jobs, reports and deliveries of one node; every process and thread may use it at once."""

@@ -131,3 +131,10 @@ class VertebraeUnusable(OsteoError):
 
     The localiser's network takes over; the manifest keeps the reason.
     """
+
+
+class RefitRefused(OsteoError):
+    """The site's labels do not allow a refit
+
+    A normal outcome: more or better labels are needed, or what is odd about them must be looked into.
+    """

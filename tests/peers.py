@@ -65,6 +65,22 @@ def established(port: int, source: str = LOOPBACK, **request: Any) -> socket.soc
     return peer
 
 
+def rejection(
+    port: int, calling: str = CALLING, called: str = CALLED, abstract_syntax: str = VERIFICATION
+) -> tuple[int, ...]:
+    """Result, source and reason of the A-ASSOCIATE-RJ that answers a request (PS3.8 9.3.4); the peer stays until then.
+
+    pynetdicom's requestor would not do: where its reactor has the rejection, and has closed, before its caller looks
+    whether there is a connection, it calls that an abort.
+    """
+    with connect(port) as peer:
+        peer.settimeout(30)
+        peer.sendall(associate_request(calling, called, contexts=context(1, abstract_syntax)))
+        kind, body = read_pdu(peer)
+        assert kind == 3, f"PDU type {kind} instead of an A-ASSOCIATE-RJ"
+        return tuple(body[1:])
+
+
 def read_pdu(peer: socket.socket) -> tuple[int, bytes]:
     """The next PDU: its type and what follows its length; (0, b"") when the other end has closed."""
     header = _exactly(peer, 6)

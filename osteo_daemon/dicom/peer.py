@@ -12,6 +12,7 @@ from typing import Any
 from pynetdicom import AE, evt
 from pynetdicom.association import Association
 from pynetdicom.events import Event
+from pynetdicom.pdu_primitives import A_ASSOCIATE
 from pynetdicom.presentation import PresentationContext
 
 from osteo_daemon.audit import events, trail
@@ -121,13 +122,24 @@ def _no_delay(event: Event) -> None:
     event.assoc.dul.socket.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
+def _answer(link: Association) -> Any:
+    """What the peer said to our request (an A-ASSOCIATE primitive); None: nothing.
+
+    On a busy machine the library's reactor has read a rejection and closed before the thread that asked looks whether
+    there is a connection; that one takes it for a failure then, and leaves the answer where it is.
+    """
+    if link.acceptor.primitive is not None:
+        return link.acceptor.primitive
+    return next((entry for entry in list(link.dul.to_user_queue.queue) if isinstance(entry, A_ASSOCIATE)), None)
+
+
 def _failure(link: Association, peer: RemoteAE) -> PeerUnavailable | Refused:
     name = f"{peer.ae_title} at {peer.host}:{peer.port}"
-    answer: Any = link.acceptor.primitive
+    answer = _answer(link)
     if answer is not None and int(answer.result) == _ACCEPTED:
         # accepted without a single context, which the library ends by itself
         return Refused(f"{name} accepts none of our presentation contexts")
-    if answer is None or not link.is_rejected:
+    if answer is None:
         return PeerUnavailable(f"{name}: no association (no connection, no answer in time, or aborted)")
     result, source, reason = int(answer.result), int(answer.result_source), int(answer.diagnostic)
     text = f"{name} rejected the association: {answer.reason_str} (result {result}, source {source}, reason {reason})"

@@ -29,6 +29,7 @@ from osteo_daemon.jobs.spool import Spool
 from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.settings import AccompanyingSettings, ReceiverSettings, Settings
 from tests.fakes import CALLED, CALLING, LOOPBACK, local_receiver, settings_text, storescu, write_ct
+from tests.peers import rejection
 
 
 def _store(state: Path) -> JobStore:
@@ -172,13 +173,8 @@ def test_a_disk_that_fills_refuses_new_studies_first_then_all_and_keeps_room_for
             filler = _fill(disk, 20 * MIB)  # low
             assert _send(port, fresh) == [0xA700]
             assert _send(port, begun[1:2]) == [0x0000]  # in progress
-            entity = AE(ae_title="BACKFILL")
-            entity.add_requested_context(SCREENED_CLASSES[0])
-            refused = entity.associate(LOOPBACK, port, ae_title=CALLED)
-            assert refused.is_rejected
-            answer = refused.acceptor.primitive
             # rejected-transient, by the presentation part of the provider: temporary congestion (PS3.8 table 9-21)
-            assert (answer.result, answer.result_source, answer.diagnostic) == (2, 3, 1)
+            assert rejection(port, "BACKFILL", abstract_syntax=SCREENED_CLASSES[0]) == (2, 3, 1)
 
             filler = _fill(disk, 6 * MIB)  # below the minimum
             assert _send(port, begun[2:3]) == [0xA700]

@@ -37,6 +37,7 @@ from tests.fakes import (
     write_ct,
 )
 from tests.orthanc import AE_TITLE, running_orthanc
+from tests.peers import rejection
 
 MPPS, IAN = PERFORMED_PROCEDURE_STEP_CLASS_UID, INSTANCE_AVAILABILITY_CLASS_UID
 
@@ -210,8 +211,7 @@ def test_steps_are_answered_as_the_standard_says(node: Node, tmp_path: Path) -> 
         for changes in (ended(files), ended(files, "IN PROGRESS"), nothing):
             answer, _ = link.send_n_set(changes, MPPS, uid)
             assert (answer.Status, answer.ErrorID) == (0x0110, 0xA710)
-    with scu(node.port, MPPS, calling="STRANGER") as link:
-        assert link.is_rejected
+    assert rejection(node.port, "STRANGER", abstract_syntax=MPPS) == (1, 1, 3)
     assert "Secret" not in (tmp_path / "state" / "jobs.sqlite").read_bytes().decode("latin-1")
 
 

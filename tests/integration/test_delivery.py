@@ -15,6 +15,7 @@ from typing import Any
 import pydicom
 import pytest
 from pynetdicom import AE, build_context, evt
+from pynetdicom.transport import AssociationSocket
 
 from osteo_daemon.dicom.report_forms import BuiltReport
 from osteo_daemon.dicom.storage_scu import judge, send_objects
@@ -427,6 +428,26 @@ def test_which_rejections_are_for_good(result: int, source: int, reason: int, ki
     finally:
         server.shutdown()
     assert type(caught.value) is kind
+
+
+def test_a_rejection_that_comes_before_its_asker_wakes_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a busy machine: the library's reactor has the answer, and has closed, before who asked looks."""
+
+    class Slow(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            came = super().wait(timeout)
+            time.sleep(0.3)
+            return came
+
+    def connect_and_sleep(self: AssociationSocket, *arguments: Any, **keywords: Any) -> None:
+        made(self, *arguments, **keywords)
+        if not self._ready.is_set():  # of the side that asks
+            self._ready = Slow()
+
+    made = AssociationSocket.__init__
+    monkeypatch.setattr(AssociationSocket, "__init__", connect_and_sleep)
+    with CountingScp() as pacs, pytest.raises(Refused, match="rejected"):
+        echo(RemoteAE("OTHER", LOOPBACK, pacs.port), "OSTEO", timeout_seconds=5)
 
 
 def test_echo(free_port: Callable[[], int]) -> None:

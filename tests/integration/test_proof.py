@@ -36,6 +36,7 @@ from tests.deliveries import (
 )
 from tests.fakes import LOOPBACK, RoleProcess, a_free_port, dcmtk, until
 from tests.orthanc import running_orthanc
+from tests.peers import rejection
 from tests.report_cases import STUDY_UID
 
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
@@ -126,9 +127,7 @@ def test_a_destination_that_is_no_source_may_report_and_not_store(tmp_path: Path
         entity.requested_contexts = [build_context(CT_IMAGE)]
         link = entity.associate(LOOPBACK, port, ae_title="OSTEO")
         assert not link.is_established
-        stranger = AE(ae_title="STRANGER")
-        stranger.requested_contexts = [build_context("1.2.840.10008.1.20.1")]
-        assert stranger.associate(LOOPBACK, port, ae_title="OSTEO").is_rejected
+        assert rejection(port, "STRANGER", "OSTEO", "1.2.840.10008.1.20.1") == (1, 1, 3)
     store.close()
 
 

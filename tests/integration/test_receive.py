@@ -42,6 +42,7 @@ from tests.fakes import (
     until,
     write_ct,
 )
+from tests.peers import rejection
 
 
 @pytest.fixture(scope="module")
@@ -107,18 +108,14 @@ def test_c_echo(shared: tuple[Path, int]) -> None:
 
 @pytest.mark.parametrize(("calling", "called"), [("STRANGER", CALLED), (CALLING, "ELSEWHERE"), ("modality", CALLED)])
 def test_unknown_titles_are_rejected_for_good(shared: tuple[Path, int], calling: str, called: str) -> None:
-    association = _associate(shared[1], (CTImageStorage, ImplicitVRLittleEndian), calling=calling, called=called)
-    assert association.is_rejected
-    assert association.acceptor.primitive.result == 1
-    assert association.acceptor.primitive.diagnostic == (3 if called == CALLED else 7)
+    # permanent, by the service user: calling or called AE title not recognised (PS3.8 table 9-21)
+    assert rejection(shared[1], calling, called, CTImageStorage) == (1, 1, 3 if called == CALLED else 7)
 
 
 def test_known_title_from_another_address_is_rejected(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     extra = '[[sources]]\nae_title = "ELSEWHERE"\naddresses = ["192.0.2.0/24"]\n'
     with local_receiver(tmp_path, settings_text(tmp_path / "state", 0, extra=extra)) as port:
-        association = _associate(port, (CTImageStorage, ImplicitVRLittleEndian), calling="ELSEWHERE")
-        assert association.is_rejected
-        assert association.acceptor.primitive.diagnostic == 3
+        assert rejection(port, "ELSEWHERE", abstract_syntax=CTImageStorage) == (1, 1, 3)
         assert _associate(port, (CTImageStorage, ImplicitVRLittleEndian)).is_established
     assert "an address that is not its own" in "".join(capfd.readouterr())
 

@@ -6,13 +6,16 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from osteo_daemon.domain.job import JobState
+from osteo_daemon.jobs.store import JobStore
+from osteo_daemon.settings import load_settings
 from tests.conftest import ROOT
 from tests.fakes import CALLED, CALLING, LOOPBACK, RoleProcess, a_free_port, until
 
@@ -65,15 +68,13 @@ class Node:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def wait_for_state(self, state: str, seconds: float) -> dict[str, Any]:
-        """Wait until the only study has reached ``state``."""
+    def wait_for_state(self, state: JobState, seconds: float) -> None:
+        """Wait until the only study has reached ``state``.
 
-        def reached() -> dict[str, Any] | None:
-            rows = self.studies()
-            return rows[0] if rows and rows[0]["state"] == state else None
-
-        found: dict[str, Any] = until(reached, seconds, every=0.5)
-        return found
+        The store is asked, not the command: a new process every half second took the processor from the node.
+        """
+        with closing(JobStore(load_settings(self.config).database_url)) as store:
+            until(lambda: [job.state for job in store.recent()] == [state], seconds, every=0.1)
 
     @property
     def log(self) -> str:

@@ -13,6 +13,7 @@ from pydicom.uid import Comprehensive3DSRStorage
 
 from osteo_daemon.dicom.report_reader import parse_report
 from osteo_daemon.domain.findings import Exclusion, Outcome
+from osteo_daemon.domain.job import JobState
 from tests import validators
 from tests.conftest import ROOT
 from tests.ct_series import column, write_slices
@@ -36,9 +37,10 @@ def test_the_pacs_that_wants_to_know_is_told_why(tmp_path: Path) -> None:
         wants = destination("pacs", "PACS", pacs.port) + 'commitment = "none"\naccept_unproven = true\n'
         with running_node(tmp_path, wants + "report_exclusions = true\n" + nobody) as node:
             assert storescu(node.port, sharp).returncode == 0
-            row = node.wait_for_state("DELIVERED", 240)
+            node.wait_for_state(JobState.DELIVERED, 240)
+            (row,) = node.studies()
             shown = node.study(row["study_instance_uid"])
-    assert (row["code"], row["detail"]) == ("unsuitable_kernel", REASON)
+    assert (row["state"], row["code"], row["detail"]) == ("DELIVERED", "unsuitable_kernel", REASON)
     states = [event["to_state"] for event in shown["events"] if event["to_state"]]
     assert states[-4:] == ["SCREENING", "EXCLUDED", "REPORTED", "DELIVERED"]
 

@@ -14,6 +14,7 @@ import pytest
 from pydicom.uid import Comprehensive3DSRStorage, SecondaryCaptureImageStorage, SegmentationStorage
 
 from osteo_daemon.dicom.report_reader import parse_report
+from osteo_daemon.domain.job import JobState
 from osteo_daemon.imaging.series import split_stacks
 from osteo_daemon.imaging.slices import ct_slices, read_headers
 from tests.e2e.node import destination, running_node
@@ -52,7 +53,7 @@ def test_report_of_a_real_ct_arrives_in_orthanc(acrin: Path, tmp_path: Path) -> 
     ):
         sent = storescu(node.port, files)
         assert sent.returncode == 0, sent.stderr
-        node.wait_for_state("DELIVERED", 180)
+        node.wait_for_state(JobState.DELIVERED, 180)
         (study,) = orthanc.find("Study", StudyInstanceUID=study_uid)
         instances = orthanc.get(f"/studies/{study}/instances")
         kinds = Counter(_download(orthanc, entry["ID"], tmp_path).SOPClassUID for entry in instances)
@@ -117,11 +118,11 @@ def test_every_role_killed_once_still_one_report(acrin: Path, tmp_path: Path) ->
         node.kill("receiver")
         assert sender.wait(120) == 0  # it sends again what was not acknowledged
         node.kill("scheduler")
-        node.wait_for_state("SCREENING", 60)
+        node.wait_for_state(JobState.SCREENING, 60)
         node.kill("screener")
         until(lambda: reached, 180)
         node.kill("deliverer")
-        node.wait_for_state("DELIVERED", 120)
+        node.wait_for_state(JobState.DELIVERED, 120)
         time.sleep(2)  # a second report would come now
         (row,) = node.studies()
         shown = node.study(row["study_instance_uid"])

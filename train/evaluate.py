@@ -124,7 +124,7 @@ def judged_of(raw: Raw, calibration: Calibration, operating: Vec) -> Judged:
         index=raw.index,
         probability=probability.numpy(),
         bmd=calibration.bmd_slope * raw.bmd + calibration.bmd_intercept_g_cm2,
-        half=calibration.bmd_interval_90 * raw.bmd_sd * calibration.bmd_sd_factor,
+        half=calibration.bmd_interval_90 * raw.bmd_sd * calibration.bmd_sd_factor * abs(calibration.bmd_slope),
         level=level.numpy(),
         operating=operating,
     )

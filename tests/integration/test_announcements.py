@@ -22,6 +22,7 @@ from osteo_daemon.completeness import CompletenessSweep
 from osteo_daemon.dicom.instance_availability import INSTANCE_AVAILABILITY_CLASS_UID
 from osteo_daemon.dicom.performed_procedure import PERFORMED_PROCEDURE_STEP_CLASS_UID
 from osteo_daemon.domain.job import JobState
+from osteo_daemon.jobs.completeness import Receiving
 from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.receiver import Receiver
 from osteo_daemon.settings import Settings, load_settings
@@ -44,22 +45,26 @@ MPPS, IAN = PERFORMED_PROCEDURE_STEP_CLASS_UID, INSTANCE_AVAILABILITY_CLASS_UID
 
 @dataclass
 class Node:
-    """A receiver and a scheduler's sweep on one store; the sweep's clock runs ahead by ``ahead_seconds``."""
+    """A receiver and a scheduler's sweep on one store; the sweep's clock stands where a test puts it."""
 
     settings: Settings
     port: int
     store: JobStore
-    ahead_seconds: float = 0.0
+    now: datetime = field(default_factory=lambda: datetime.now(UTC))
     sweep: CompletenessSweep = field(init=False)
 
     def __post_init__(self) -> None:
-        self.sweep = CompletenessSweep(
-            self.settings, self.store, clock=lambda: datetime.now(UTC) + timedelta(seconds=self.ahead_seconds)
-        )
+        self.sweep = CompletenessSweep(self.settings, self.store, clock=lambda: self.now)
 
-    def swept(self, ahead_seconds: float = 0.0) -> list[str]:
-        """Reasons of what one sweep at a later time lets go on."""
-        self.ahead_seconds = ahead_seconds
+    def swept(self, quiet_seconds: float = 0.0) -> list[str]:
+        """Reasons of what one sweep lets go on, so long after the last arrival and the end of its association."""
+
+        def arrivals() -> list[Receiving]:
+            return self.store.receiving_studies(0.0, now=datetime.now(UTC) + timedelta(days=1))
+
+        until(lambda: not any(study.open_association for study in arrivals()))
+        last = max((study.last_received_at for study in arrivals()), default=datetime.now(UTC))
+        self.now = last + timedelta(seconds=quiet_seconds)
         return [entry.verdict.reason for entry in self.sweep.run()]
 
     def answered(self) -> None:

@@ -59,8 +59,17 @@ class Cluster:
         self._execute(f"DROP DATABASE {url.rpartition('/')[2]} WITH (FORCE)")
 
     def end_connections(self) -> None:
-        """End every other connection, as a restart of the server does."""
-        self._execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
+        """End every other connection, as a restart of the server does; returns when they are gone.
+
+        The server only sends a signal to each: on a busy machine a connection may serve one more statement.
+        """
+        others = "FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+        deadline = time.monotonic() + 60
+        with self._admin.connect() as connection:
+            ended = set(connection.exec_driver_sql(f"SELECT pid, pg_terminate_backend(pid) {others}").scalars())
+            while ended & set(connection.exec_driver_sql(f"SELECT pid {others}").scalars()):
+                assert time.monotonic() < deadline, "connections that the server ended are still there"
+                time.sleep(0.01)
 
     def close(self) -> None:
         """Close the administrator's connection."""

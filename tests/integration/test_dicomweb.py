@@ -285,13 +285,14 @@ def test_no_room_on_the_disk_is_said_and_passes(tmp_path: Path, study: Study) ->
 
 
 def test_more_requests_than_allowed_are_told_to_come_again(tmp_path: Path, study: Study) -> None:
-    with open_port(settings_of(tmp_path, maximum_requests=1)) as port:
+    with open_port(settings_of(tmp_path, maximum_requests=1, idle_timeout_seconds=60.0)) as port:
         going_on = threading.Event()
+        parts = [b"Content-Type: application/dicom\r\n\r\n" + path.read_bytes() for path in study.files[:2]]
 
         def body() -> Iterator[bytes]:
-            yield b"--b\r\n"
-            going_on.wait(20)
-            yield b"\r\n" + study.files[0].read_bytes() + b"\r\n--b--"
+            yield b"--b\r\n" + parts[0] + b"\r\n--b\r\n"
+            going_on.wait(50)
+            yield parts[1] + b"\r\n--b--"
 
         answers: list[int] = []
         headers = {"Content-Type": RELATED, **AUTHORISED}
@@ -301,11 +302,17 @@ def test_more_requests_than_allowed_are_told_to_come_again(tmp_path: Path, study
 
         first = threading.Thread(target=send)
         first.start()
-        (busy,) = until(lambda: [found for found in (port.post(related(b"x")),) if found.status_code == 503], 10)
+        # its first part is stored: the first request is under way, and it has the only place
+        until(lambda: len(port.stored(study.uid)) == 1, 60)
+        busy = port.post(related(b"x"))
+        assert busy.status_code == 503
         assert busy.headers["retry-after"]
         going_on.set()
-        first.join(30)
+        first.join(60)
         assert answers == [200]
+        assert len(port.stored(study.uid)) == 2
+        # the place is free again
+        assert port.post(related(study.files[2].read_bytes())).status_code == 200
 
 
 def test_certificates_instead_of_a_token(tmp_path: Path, study: Study) -> None:

@@ -6,13 +6,14 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import create_engine
+from sqlalchemy import Connection, create_engine
 
 from osteo_daemon.domain.job import JobState
 from osteo_daemon.domain.study import SopInstance
@@ -110,6 +111,25 @@ def test_connections_that_the_server_ended_are_replaced(postgres: Cluster) -> No
     store.record_instance(instance(1), "CT1", now=at(0))
     postgres.end_connections()
     assert store.record_instance(instance(2), "CT1", now=at(1)) is RecordOutcome.STORED
+    store.close()
+
+
+def test_a_connection_that_ends_within_a_transaction_may_be_tried_again(postgres: Cluster) -> None:
+    """Nobody can see it before the statement is sent: the error is one that passes, and nothing is half written."""
+    store = JobStore(postgres.new())
+
+    def cut_off(block: Callable[[], AbstractContextManager[Connection]], *, said_more: bool) -> None:
+        with block() as connection:
+            store._alone(connection, "1.2.3")
+            postgres.end_connections()
+            if said_more:
+                connection.exec_driver_sql("SELECT 1")
+
+    for block, said_more in ((store._reading, True), (store._writing, True), (store._writing, False)):
+        with pytest.raises(StoreUnavailable):
+            cut_off(block, said_more=said_more)
+    assert store.record_instance(instance(1), "CT1", now=at(0)) is RecordOutcome.STORED
+    assert [job.instances for job in store.recent()] == [1]
     store.close()
 
 

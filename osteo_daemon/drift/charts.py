@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 from scipy.special import betaln
-from scipy.stats import t
+from scipy.stats import chi2, t
 
 Vector = npt.NDArray[np.float64]
 
@@ -24,11 +24,14 @@ BATCH_STUDIES = 50
 
 _FEWEST_BATCHES = 10
 _GREATEST_DISPERSION = 20.0
+_SIGNIFICANT = 0.05
 _JEFFREYS = 0.5
 
 
 def dispersion(reference: Vector) -> float:
-    """Variance of the means of successive batches over that of independent studies; 1 to 20, 1 when too few.
+    """Variance of the means of successive batches over that of independent studies; 1 to 20.
+
+    1 when there are too few batches, and when chance alone makes it as large in one of twenty references.
 
     Args:
         reference: (M,) values, or events as 0 and 1, in order of time.
@@ -38,7 +41,8 @@ def dispersion(reference: Vector) -> float:
     if count < _FEWEST_BATCHES or within <= 0:
         return 1.0
     between = float(np.var(marks(reference), ddof=1)) * BATCH_STUDIES
-    return min(max(between / within, 1.0), _GREATEST_DISPERSION)
+    chance = float(chi2.isf(_SIGNIFICANT, count - 1)) / (count - 1)
+    return min(between / within, _GREATEST_DISPERSION) if between / within > chance else 1.0
 
 
 def marks(values: Vector, size: int = BATCH_STUDIES) -> Vector:

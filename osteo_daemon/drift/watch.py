@@ -7,7 +7,7 @@ of them together are expected to alarm so often in a year without any change. Lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -91,8 +91,10 @@ def _judge(scope: str, old: Window, new: Window, network: str | None, rules: Rul
     known, seen = old.levels_hu(), new.levels_hu()
     for level in known:
         yield from _values(scope, f"hu:{level}", known[level], seen[level], rules)
-    yield from _rates(scope, "outcome", [{name} for name in old.outcomes()], [{name} for name in new.outcomes()], rules)
-    yield from _rates(scope, "flag", [set(f) for f in old.flags()], [set(f) for f in new.flags()], rules)
+    yield from _rates(
+        scope, "outcome", [(name,) for name in old.outcomes()], [(name,) for name in new.outcomes()], rules
+    )
+    yield from _rates(scope, "flag", old.flags(), new.flags(), rules)
     for kind, before, after in (
         ("category", old.categories(), new.categories()),
         ("class", old.classes(network), new.classes(network)),
@@ -110,16 +112,31 @@ def _values(scope: str, feature: str, old: Vector, new: Vector, rules: Rules) ->
         yield _stability(scope, feature, len(old), len(new), ratio, stability)
 
 
-def _rates(scope: str, kind: str, old: Sequence[set[str]], new: Sequence[set[str]], rules: Rules) -> Iterator[_Judged]:
+def _rates(
+    scope: str, kind: str, old: Sequence[Collection[str]], new: Sequence[Collection[str]], rules: Rules
+) -> Iterator[_Judged]:
     if not _is_enough(len(old), len(new), rules):
         return
-    for name in sorted(set().union(*old, *new)):
-        known, seen = (np.array([name in study for study in part], np.float64) for part in (old, new))
+    known_events, seen_events = _events(old), _events(new)
+    for name in sorted(known_events.keys() | seen_events.keys()):
+        known = known_events.get(name, np.zeros(len(old)))
+        seen = seen_events.get(name, np.zeros(len(new)))
         yield _lookback(scope, "rate", f"{kind}:{name}", known, seen, dispersion(known), rate_tails, rate_limits)
 
 
+def _events(studies: Sequence[Collection[str]]) -> dict[str, Vector]:
+    """For each name, (N,) 1 where a study has it."""
+    events: dict[str, Vector] = {}
+    for index, names in enumerate(studies):
+        for name in names:
+            if name not in events:
+                events[name] = np.zeros(len(studies))
+            events[name][index] = 1.0
+    return events
+
+
 def _classes(scope: str, kind: str, old: Sequence[str], new: Sequence[str], rules: Rules) -> Iterator[_Judged]:
-    rates = list(_rates(scope, kind, [{name} for name in old], [{name} for name in new], rules))
+    rates = list(_rates(scope, kind, [(name,) for name in old], [(name,) for name in new], rules))
     yield from rates
     # the largest of its classes' ratios: a first-order correction that errs towards silence (Rao and Scott 1981)
     ratio = max((entry.chart.dispersion for entry in rates), default=1.0)

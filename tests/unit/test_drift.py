@@ -107,7 +107,7 @@ def test_a_flag_that_the_reference_never_had_is_no_sure_alarm_and_many_are() -> 
 def test_dispersion_between_batches_widens_limits_and_independent_studies_have_none() -> None:
     draw = np.random.default_rng(2)
     plain = [dispersion(draw.normal(0, 1, 3000)) for _ in range(20)]
-    assert np.mean(plain) < 1.3
+    assert sum(ratio > 1 for ratio in plain) <= 4
     wards = np.repeat(draw.normal(0, 0.5, 60), 50) + draw.normal(0, 1, 3000)
     ratio = dispersion(wards)
     assert 5 < ratio <= 20
@@ -147,27 +147,26 @@ def test_rare_classes_count_as_one() -> None:
     assert swapped.probability < 1e-9
 
 
-def test_three_stable_years_raise_few_alarms() -> None:
-    """Six looks a month for three years, all charts of two scanners: at most what was asked for."""
-    looks, raised, tests = 0, 0, 0
-    rules = Rules(false_alarms_per_year=6.0, looks_per_year=24.0)
+def test_three_stable_years_raise_no_more_alarms_than_asked_for() -> None:
+    """A look a month, all charts of two scanners: at most what was asked for, and some, or the limits would be idle."""
+    raised, tests = 0, 0
+    rules = Rules(false_alarms_per_year=12.0, looks_per_year=12.0)
     for year in range(3):
-        stream = studies(2000 + 24 * 150, seed=100 + year)
-        for position in range(24):
-            end = 2000 + (position + 1) * 150
+        stream = studies(2000 + 12 * 200, seed=100 + year)
+        for position in range(12):
+            end = 2000 + (position + 1) * 200
             report = look(stream[:2000], stream[max(2000, end - 900) : end], rules)
-            looks, raised, tests = looks + 1, raised + len(report.alarms), report.tests
-    assert looks == 72
+            raised, tests = raised + len(report.alarms), report.tests
     assert tests > 150
-    assert raised <= 18  # expected at most: six a year
+    assert 1 <= raised <= 36  # expected at most: twelve a year
 
 
 @pytest.mark.parametrize(
     ("change", "within", "chart"),
     [
-        ({"hu": 10.0}, 800, "all | mean | hu:L1"),
+        ({"hu": 10.0}, 1200, "all | mean | hu:L1"),
         ({"hu": -30.0}, 200, "all | mean | hu:L1"),
-        ({"flags": {**FLAGS, "tilted": 0.1}}, 800, "all | rate | flag:tilted"),
+        ({"flags": {**FLAGS, "tilted": 0.1}}, 1200, "all | rate | flag:tilted"),
         ({"flags": {**FLAGS, "unheard_of": 0.1}}, 100, "all | rate | flag:unheard_of"),
         ({"experts": (0.2, 0.3, 0.5)}, 200, "all | stability | expert"),
     ],
@@ -178,7 +177,7 @@ def test_a_change_alarms_within_so_many_studies(change: dict[str, Any], within: 
     for seed in range(5):
         old = as_ever(seed)
         new = studies(within, seed=50 + seed, first_hour=1600, **change)
-        seen += chart in look(old, new).alarms
+        seen += any(chart in look(old, new[:end]).alarms for end in range(within, 50, -200))
     assert seen >= 4
 
 

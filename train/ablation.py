@@ -38,7 +38,7 @@ from train.truth import LEVEL_OFFSET_G_CM2, REFERENCE_MEAN_G_CM2, REFERENCE_SD_G
 
 SEEDS: Final = (0, 1, 2)
 PARTS: Final[tuple[Part, ...]] = ("test", "external")
-BASE: Final = MoEConfig(voi_shape=NETWORK_SHAPE, voi_spacing_mm=SPACING_MM, grain_channel=True)
+BASE: Final = MoEConfig(voi_shape=NETWORK_SHAPE, voi_spacing_mm=SPACING_MM, grain_channel="gates")
 LOOP: Final = LoopConfig(
     epochs=18, batch_size=32, learning_rate=1.5e-3, patience=1000, labelled_share=0.5, keep="last", ema_decay=0.99
 )
@@ -79,7 +79,10 @@ VARIANTS: Final[dict[str, Variant]] = {
         "single task: BMD", network=_ONE_EXPERT, weights={"diagnosis": 0.0, "level": 0.0}, diagnosis=False
     ),
     "class-only": Variant("single task: class", network=_ONE_EXPERT, weights={"bmd": 0.0, "level": 0.0}, bmd=False),
-    "no-grain": Variant("without statistics of noise and sharpness", network={"grain_channel": False}),
+    "no-grain": Variant("gate without noise and sharpness", network={"grain_channel": "none"}),
+    "no-experts-grain": Variant(
+        "without experts, noise and sharpness told", network=_ONE_EXPERT | {"grain_channel": "all"}
+    ),
     "no-density-change": Variant("without changed densities", augmentation={"density": 0.0}),
     "one-device": Variant("control, one device: full", network={"device_count": 0}, scheme="one-device"),
     "one-device-no-experts": Variant("control, one device: without experts", network=_ONE_EXPERT, scheme="one-device"),

@@ -27,7 +27,7 @@ from train.pretrain import PretrainConfig, pretrain
 from train.readings import Densitometry
 from train.shrink import NETWORK_SHAPE, SPACING_MM, shrink_cohort
 
-NETWORK: Final = MoEConfig(voi_shape=NETWORK_SHAPE, voi_spacing_mm=SPACING_MM, grain_channel=True)
+NETWORK: Final = MoEConfig(voi_shape=NETWORK_SHAPE, voi_spacing_mm=SPACING_MM, grain_channel="gates")
 PRETRAIN: Final = PretrainConfig(mechanism="a", epochs=3)
 LOOP: Final = LoopConfig(epochs=30, batch_size=32, learning_rate=2e-3, patience=1000, keep="last", ema_decay=0.998)
 WEIGHTS: Final = LossWeights(logit_adjustment=0.65)

@@ -17,7 +17,7 @@ CLASSES = ("normal", "osteopenia", "osteoporosis")
 """Diagnosis classes in ordinal order (WHO: T > -1, -2.5 < T <= -1, T <= -2.5)."""
 
 
-_LATER: Final = {"grain_channel": False}
+_LATER: Final = {"grain_channel": "none"}
 """What a bundle that is older than a key means."""
 
 
@@ -50,8 +50,9 @@ class MoEConfig:
         bmd_scale_g_cm2: see above.
         device_count: devices that may supervise the gate in training; the first experts stand for them.
         dropout: on the fused features, in training only.
-        grain_channel: feed statistics of noise and sharpness (`osteo_daemon.network.encoder.GrainStatistics`) to the
-            gates and beside the HU statistics: they tell scanners apart, which pooled image features were found not to.
+        grain_channel: who sees the statistics of noise and sharpness of `osteo_daemon.network.encoder`, which
+            tell scanners apart where pooled image features were found not to: "none", the "gates", or "all", which puts
+            them beside the HU statistics too (an unknown scanner then moves every prediction).
     """
 
     voi_shape: tuple[int, int, int] = (40, 48, 56)
@@ -78,7 +79,7 @@ class MoEConfig:
     bmd_scale_g_cm2: float = 0.2
     device_count: int = 3
     dropout: float = 0.1
-    grain_channel: bool = False
+    grain_channel: Literal["none", "gates", "all"] = "none"
 
     def __post_init__(self) -> None:
         checks = {
@@ -99,7 +100,7 @@ class MoEConfig:
             "bmd_scale_g_cm2": self.bmd_scale_g_cm2 > 0,
             "device_count": 0 <= self.device_count <= self.expert_count,
             "dropout": 0 <= self.dropout < 1,
-            "grain_channel": self.hu_channel or not self.grain_channel,
+            "grain_channel": self.grain_channel in (("none", "gates", "all") if self.hu_channel else ("none", "gates")),
         }
         for key, good in checks.items():
             if not good:

@@ -107,12 +107,14 @@ class GrainStatistics(nn.Module):
 
     A voxel's difference from the mean of its two neighbours at one and at two voxels' distance, its size clipped at
     5, 15 and 50 HU, averaged: a coarse histogram without sorting. The logarithm makes noise of twice the SD one step.
+    Standardised values end at 3 SD: beyond what training saw nothing is known that more of it could tell.
     """
 
     _WINDOW_HU: Final = (-200.0, 300.0)
     _STEPS: Final = (1, 2)
     _LIMITS_HU: Final = (5.0, 15.0, 50.0)
     _FLOOR_HU: Final = 1e-3
+    _MOST_SD: Final = 3.0
     width: Final = 3 * len(_STEPS) * len(_LIMITS_HU)
 
     def __init__(self) -> None:
@@ -140,8 +142,8 @@ class GrainStatistics(nn.Module):
         self.sd.copy_(raw.std(0).clamp_min(1e-3))
 
     def forward(self, hu: Tensor) -> Tensor:
-        """(B, D, H, W) HU to (B, 18) statistics, standardised with the training set's mean and SD."""
-        return (self.raw(hu) - self.mean) / self.sd
+        """(B, D, H, W) HU to (B, 18) statistics, standardised with the training set's mean and SD, within +-3."""
+        return ((self.raw(hu) - self.mean) / self.sd).clamp(-self._MOST_SD, self._MOST_SD)
 
 
 def _ellipsoid(axes: tuple[Tensor, Tensor, Tensor], radii: tuple[float, ...]) -> Tensor:

@@ -68,9 +68,10 @@ class MultitaskMoE(nn.Module):
         self.hu_statistics = HuStatistics(config) if config.hu_channel else None
         side = len(HU_STATISTICS) if config.hu_channel else 0
         self.encoded_width = self.encoder.width + side
-        self.grain_statistics = GrainStatistics() if config.grain_channel else None
-        grain = GrainStatistics.width if config.grain_channel else 0
-        self.hu_projection = nn.Sequential(nn.Linear(side + grain, config.hu_width), nn.GELU()) if side else None
+        self.grain_statistics = None if config.grain_channel == "none" else GrainStatistics()
+        grain = 0 if self.grain_statistics is None else GrainStatistics.width
+        beside = side + (grain if config.grain_channel == "all" else 0)
+        self.hu_projection = nn.Sequential(nn.Linear(beside, config.hu_width), nn.GELU()) if side else None
         fused = self.encoder.width + (config.hu_width if side else 0)
         width = config.feature_width
         self.fuse = nn.Sequential(nn.LayerNorm(fused), nn.Linear(fused, width), nn.GELU(), nn.Dropout(config.dropout))
@@ -114,7 +115,8 @@ class MultitaskMoE(nn.Module):
         grain = [] if encoded.grain is None else [encoded.grain]
         parts = [image]
         if self.hu_projection is not None and statistics is not None:
-            parts.append(self.hu_projection(torch.cat([statistics, *grain], dim=1)))
+            beside = grain if self.config.grain_channel == "all" else []
+            parts.append(self.hu_projection(torch.cat([statistics, *beside], dim=1)))
         features = self.fuse(torch.cat(parts, dim=1))
 
         gates = [cast(Gate, router(image, *grain)) for router in self.routers]

@@ -160,7 +160,7 @@ def test_grain_statistics_tell_noise_and_sharpness_apart() -> None:
 
 
 def test_gates_see_the_grain_and_old_networks_have_none() -> None:
-    config = replace(SMALL, grain_channel=True)
+    config = replace(SMALL, grain_channel="gates")
     made = MultitaskMoE(config).eval()
     for router in made.routers:
         torch.nn.init.normal_(router.by_grain[-1].weight)
@@ -172,9 +172,17 @@ def test_gates_see_the_grain_and_old_networks_have_none() -> None:
     assert not torch.allclose(*gates, atol=0.01)
     assert "routers.0.by_grain.0.weight" in made.state_dict()
     assert not any("grain" in name for name in MultitaskMoE(SMALL).state_dict())
+    # seen by the gates alone: without experts' differences nothing else may move. Told to all, the features move
+    for channel, same in (("gates", True), ("all", False)):
+        torch.manual_seed(5)
+        told = MultitaskMoE(replace(SMALL, grain_channel=channel)).eval()
+        encoded = told.encode(flat)
+        other = encoded._replace(grain=encoded.grain + 1.0)
+        assert torch.equal(told.decide(encoded, still).features, told.decide(other, still).features) is same
     assert made(flat, still).gate_weights.shape == (1, 1, SMALL.expert_count)
+    assert made.grain_statistics(1e3 * rough).abs().max() <= 3.0
     with pytest.raises(ValueError, match="grain_channel"):
-        replace(SMALL, hu_channel=False, grain_channel=True)
+        replace(SMALL, hu_channel=False, grain_channel="all")
 
 
 def test_a_bundle_older_than_the_grain_still_opens() -> None:

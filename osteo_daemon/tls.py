@@ -110,8 +110,19 @@ def client_context(peer: PeerTls, failed: Callable[[OSError], None] = lambda _er
     return context
 
 
-def reason_of(error: OSError) -> str:
-    """Why a handshake failed, in OpenSSL's words; nothing that the peer wrote."""
+ENDED_WITHOUT_A_WORD = "the peer ended TLS without a word: perhaps it does not accept our certificate, or speaks no TLS"
+_LOST = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
+
+
+def reason_of(error: OSError, *, over_tls: bool = False) -> str:
+    """Why a handshake or a connection failed, in OpenSSL's words; nothing that the peer wrote.
+
+    Args:
+        over_tls: whether a lost connection was one of TLS. A peer that refuses our certificate says so in an alert, which
+            is lost when it closes at once.
+    """
+    if isinstance(error, ssl.SSLEOFError) or (over_tls and isinstance(error, _LOST)):
+        return ENDED_WITHOUT_A_WORD
     if isinstance(error, ssl.SSLCertVerificationError) and _OTHER_CERTIFICATE in error.args:
         return _OTHER_CERTIFICATE
     if isinstance(error, ssl.SSLCertVerificationError) and error.verify_message:

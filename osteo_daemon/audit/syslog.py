@@ -92,7 +92,7 @@ class TlsTransport:
                     secured.sendall(framed(message))
                 _await_end(secured)
         except OSError as error:
-            raise PeerUnavailable(f"the audit repository: {reason_of(error)}") from error
+            raise PeerUnavailable(f"the audit repository: {reason_of(error, over_tls=True)}") from error
 
 
 class UdpTransport:

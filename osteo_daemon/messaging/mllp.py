@@ -6,6 +6,7 @@ MLLP is plain text without identity of either side: only for a network that the 
 from __future__ import annotations
 
 import socket
+import ssl
 import time
 from typing import Final
 
@@ -47,10 +48,10 @@ def send_message(
     try:
         with _connection(host, port, security, connect_timeout_seconds) as link:
             link.settimeout(answer_timeout_seconds)
-            link.sendall(START + message + END)
+            _send(link, START + message + END)
             answer = _read_frame(link, deadline)
     except OSError as error:
-        raise PeerUnavailable(f"{where}: {reason_of(error)}") from error
+        raise PeerUnavailable(f"{where}: {reason_of(error, over_tls=security is not None)}") from error
     if answer is None:
         raise PeerUnavailable(f"{where} closed the connection without an acknowledgement")
     return _judge(answer, control_id, where)
@@ -66,7 +67,7 @@ def probe(host: str, port: int, *, connect_timeout_seconds: float, security: Pee
         with _connection(host, port, security, connect_timeout_seconds):
             return
     except OSError as error:
-        raise PeerUnavailable(f"{host}:{port}: {reason_of(error)}") from error
+        raise PeerUnavailable(f"{host}:{port}: {reason_of(error, over_tls=security is not None)}") from error
 
 
 def _connection(host: str, port: int, security: PeerTls | None, seconds: float) -> socket.socket:
@@ -80,6 +81,16 @@ def _connection(host: str, port: int, security: PeerTls | None, seconds: float) 
         raise PeerUnavailable(f"{host}:{port}: {error.detail}") from error
     except OSError:
         link.close()
+        raise
+
+
+def _send(link: socket.socket, data: bytes) -> None:
+    try:
+        link.sendall(data)
+    except (ConnectionError, ssl.SSLEOFError):
+        if isinstance(link, ssl.SSLSocket):
+            # with TLS 1.3 a peer refuses our certificate when we believe the handshake done: its alert may lie here
+            link.recv(1)
         raise
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import socket
 import socketserver
 import ssl
+import struct
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -62,8 +64,8 @@ def security(pki: Pki, shown: str | None = "node", **changes: Any) -> PeerTls:
 
 
 @contextmanager
-def mllp_over_tls(context: ssl.SSLContext) -> Iterator[int]:
-    """An HL7 receiver that acknowledges whatever comes."""
+def mllp_over_tls(context: ssl.SSLContext, *, resets: bool = False) -> Iterator[int]:
+    """An HL7 receiver that acknowledges whatever comes; ``resets`` the connection when it refuses somebody."""
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
@@ -76,8 +78,10 @@ def mllp_over_tls(context: ssl.SSLContext) -> Iterator[int]:
                             return
                         received += part
                     link.sendall(mllp.START + b"MSH|^~\\&|\rMSA|AA|1\r" + mllp.END)
-            except OSError:
-                return  # it is the client who tells the test what went wrong
+            except OSError:  # it is the client who tells the test what went wrong
+                if resets:
+                    self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    self.request.close()
 
     with socketserver.ThreadingTCPServer((LOOPBACK, 0), Handler) as server:
         server.daemon_threads = True
@@ -107,7 +111,7 @@ REFUSED: dict[str, tuple[str, Callable[[Pki], PeerTls], str]] = {
     "no certificate of ours": (
         "pacs",
         lambda pki: security(pki, None),
-        "certificate required|no association|SSLEOFError",
+        "certificate required|no association|perhaps it does not accept our certificate",
     ),
     "our files are gone": ("pacs", lambda pki: security(pki, certificate_file=Path("/nowhere.pem")), "cannot be read"),
 }
@@ -139,6 +143,22 @@ def test_peers_that_do_not(pki: Pki, case: str, protocol: Callable[[int, PeerTls
     with mllp_over_tls(context) as port, pytest.raises(PeerUnavailable, match=reason):
         # a DICOM association comes to its end in the same handshake
         protocol(port, made(pki))
+
+
+def test_a_peer_that_resets_instead_of_closing_is_still_told_by_its_alert(pki: Pki) -> None:
+    """The message is longer than what both ends' buffers hold: the reset comes while it is being sent."""
+    context = pki.authority.server(pki.issued["pacs"])
+    reasons = REFUSED["no certificate of ours"][2]
+    with mllp_over_tls(context, resets=True) as port, pytest.raises(PeerUnavailable, match=reasons):
+        mllp.send_message(
+            LOOPBACK,
+            port,
+            b"x" * 20_000_000,
+            "1",
+            connect_timeout_seconds=30,
+            answer_timeout_seconds=30,
+            security=security(pki, None),
+        )
 
 
 def test_a_peer_without_tls(pki: Pki) -> None:

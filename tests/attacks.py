@@ -163,6 +163,14 @@ def thousands_of_quick_connections(target: Target) -> None:
 
 
 @attack
+def quick_connections_from_everywhere(target: Target) -> None:
+    """Each address stays below what is worth a look."""
+    for number in range(1000):
+        with suppress(OSError):
+            connect(target.port if number % 4 else target.tls_port, f"127.0.2.{100 + number % 100}").close()
+
+
+@attack
 def an_address_that_nobody_listed(target: Target) -> None:
     for _ in range(300):
         peer = connect(target.port, "127.0.99.99")
@@ -309,6 +317,20 @@ def strangers(target: Target) -> None:
             peer = target.connect()
             peer.sendall(associate_request(calling, called))
             answered_or_ended(peer)
+
+
+@attack
+def strangers_who_stay(target: Target) -> None:
+    """After a rejection it is they who should close; their time for that is bounded, and no thread waits for it."""
+    with many(0, target.connect) as peers:
+        for _ in range(40):
+            peers.append(peer := target.connect())
+            peer.settimeout(ENDED_SECONDS)
+            peer.sendall(associate_request("NOBODY"))
+            kind, body = read_pdu(peer)
+            assert (kind, body[1:]) == (3, b"\x01\x01\x03")
+        for peer in peers:
+            ended(peer)
 
 
 @attack

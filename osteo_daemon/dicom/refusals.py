@@ -93,8 +93,12 @@ class Refusals:
 
     def close(self) -> None:
         """Write all that is left; nothing is told afterwards."""
+        self._end_writer()  # it may be telling what was left; the sums come after that
         self._tell_left()
         self.settle(at_once=True)
+        self._end_writer()
+
+    def _end_writer(self) -> None:
         with self._lock:
             writer, self._writer = self._writer, None
         if writer is not None:

@@ -118,8 +118,8 @@ def reason_of(error: OSError, *, over_tls: bool = False) -> str:
     """Why a handshake or a connection failed, in OpenSSL's words; nothing that the peer wrote.
 
     Args:
-        over_tls: whether a lost connection was one of TLS. A peer that refuses our certificate says so in an alert, which
-            is lost when it closes at once.
+        over_tls: whether a lost connection was one of TLS. A peer that refuses our certificate says so in an alert; one
+            that closes at once loses it.
     """
     if isinstance(error, ssl.SSLEOFError) or (over_tls and isinstance(error, _LOST)):
         return ENDED_WITHOUT_A_WORD

@@ -70,6 +70,7 @@ class Doorway:
         self._returned: queue.SimpleQueue[Visitor] = queue.SimpleQueue()
         self._looked = 0.0
         self._paused_until = 0.0
+        self._closed = False
 
     def turn(self, seconds: float) -> None:
         """Wait so long for something to happen, and do what is to be done then."""
@@ -90,10 +91,15 @@ class Doorway:
     def see_off(self, visitor: Visitor) -> None:
         """Wait for the end of a connection to which nothing more is said; from the thread that had it."""
         visitor.parting_since = time.monotonic()
-        self._returned.put(visitor)
+        if self._closed:
+            self._visitors.leave(visitor)
+            visitor.socket.close()
+        else:
+            self._returned.put(visitor)
 
     def close(self) -> None:
-        """Hang up on all who wait here; from the thread that took turns."""
+        """Hang up on all who wait here; from the thread that took turns, or once that has ended."""
+        self._closed = True
         while not self._returned.empty():
             self._wait_for(self._returned.get())
         for descriptor, visitor in list(self._waiting.items()):

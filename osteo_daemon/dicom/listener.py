@@ -270,6 +270,7 @@ class HardenedServer(AssociationServer):  # type: ignore[misc]
         self.ae._servers.remove(self)
 
     def hang_up_all(self) -> None:
-        """Close every connection at once; their threads end by themselves."""
+        """Close every connection at once; their threads end by themselves. After `shutdown`."""
+        self._doorway.close()  # for those who were turned away meanwhile
         for visitor in self._visitors.all():
             hang_up(visitor.socket)

@@ -18,6 +18,9 @@ from osteo_daemon.log import get_logger
 TOLD_ONE_BY_ONE: Final = 20
 """Lines for one event, address and reason in a minute; further ones are counted."""
 
+LINES_A_MINUTE: Final = 1200
+"""Of all kinds together: one who has many addresses must not fill the disk either."""
+
 _MINUTE_SECONDS: Final = 60.0
 _KINDS: Final = 1024
 _WAITING_ALERTS: Final = 256
@@ -54,6 +57,8 @@ class Refusals:
         self._alerts: queue.SimpleQueue[_Work] = queue.SimpleQueue()
         self._writer: threading.Thread | None = None
         self._left: Counter[tuple[str, str, str]] = Counter()
+        self._minute_begun = clock()
+        self._minute_lines = 0
 
     def tell_later(self, event: str, *, address: str, reason: str) -> None:
         """As `tell`, by another thread: this one waits neither for the log's reader nor for the interpreter."""
@@ -111,11 +116,16 @@ class Refusals:
             if key not in self._kinds and len(self._kinds) >= _KINDS:
                 # from so many addresses at once: they share one sum
                 key = (key[0], _ELSEWHERE, key[2])
-            kind = self._kinds.setdefault(key, _Kind(self._clock()))
+            now = self._clock()
+            kind = self._kinds.setdefault(key, _Kind(now))
             kind.count += count
+            if now - self._minute_begun >= _MINUTE_SECONDS:
+                self._minute_begun, self._minute_lines = now, 0
             # what there is no room to tell singly stands in the sum
-            told = min(count, TOLD_ONE_BY_ONE - kind.told) if self._alerts.qsize() < _WAITING_ALERTS else 0
+            room = min(TOLD_ONE_BY_ONE - kind.told, LINES_A_MINUTE - self._minute_lines)
+            told = min(count, room) if self._alerts.qsize() < _WAITING_ALERTS else 0
             kind.told += told
+            self._minute_lines += told
         return told
 
     def _line(self, event: str, address: str, reason: str, attributes: dict[str, str]) -> None:

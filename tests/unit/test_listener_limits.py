@@ -16,7 +16,7 @@ from osteo_daemon.certificates import earliest_next_update, read_certificates
 from osteo_daemon.dicom.admission import CALLED_UNKNOWN, CALLING_UNKNOWN, Admission, Caller
 from osteo_daemon.dicom.patience import BURST, PER_SECOND, Patience
 from osteo_daemon.dicom.quota import Quota
-from osteo_daemon.dicom.refusals import TOLD_ONE_BY_ONE, Refusals
+from osteo_daemon.dicom.refusals import LINES_A_MINUTE, TOLD_ONE_BY_ONE, Refusals
 from osteo_daemon.dicom.tls import ListenerTls
 from osteo_daemon.errors import ConfigurationError, QuotaExceeded
 from osteo_daemon.settings import DestinationSettings, QuotaSettings, Settings, SourceSettings
@@ -180,6 +180,22 @@ def test_refusals_from_everywhere_are_bounded() -> None:
             refusals.tell("connection_refused", address=f"2001:db8::{number:x}", reason="x")
     assert len(lines) == 1024 + TOLD_ONE_BY_ONE
     assert len(refusals._kinds) <= 1025
+
+
+def test_lines_of_one_minute_are_bounded_and_every_refusal_is_in_a_line_or_a_sum() -> None:
+    """500 addresses, thirty times each, in three minutes."""
+    clock = Clock()
+    refusals = Refusals(clock)
+    with capture_logs() as lines:
+        for minute in range(3):
+            begun = len(lines)
+            for number in range(15_000):
+                refusals.tell("connection_refused", address=f"2001:db8::{number % 500:x}", reason="x")
+            assert len(lines) - begun == LINES_A_MINUTE, minute
+            clock.now += 60
+            refusals.settle()
+    sums = [line["count"] for line in lines if line["event"] == "refusals_repeated"]
+    assert 3 * LINES_A_MINUTE + sum(sums) == 45_000
 
 
 def test_patience_with_connections_for_nothing_comes_back() -> None:

@@ -84,7 +84,7 @@ class Archive:
 
     def __exit__(self, *_reason: object) -> None:
         for thread in self._threads:
-            thread.join(20)
+            thread.join(60)
         self._server.shutdown()
 
     def report(self, number: int, association: Any = None) -> int:

@@ -45,7 +45,7 @@ class Repository:
         assert self._thread is not None
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        self._thread.join(10)
+        self._thread.join(60)
 
     def _serve(self) -> None:
         assert self._listener is not None
@@ -60,7 +60,7 @@ class Repository:
                 plain.close()
 
     def _take(self, plain: socket.socket) -> None:
-        plain.settimeout(10)
+        plain.settimeout(60)
         most = self.reset_after.pop(0) if self.reset_after else None
         with self.security.wrap_socket(plain, server_side=True, suppress_ragged_eofs=False) as secured:
             count = 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.unpack import unpack
+from tests.ports import a_free_port
 from tests.postgres import Cluster, cluster, programs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,13 +68,7 @@ def acrin(real_series: Callable[[str], Path]) -> Path:
 @pytest.fixture
 def free_port() -> Callable[[], int]:
     """Call for a TCP port that is free on loopback."""
-
-    def port() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return int(probe.getsockname()[1])
-
-    return port
+    return a_free_port
 
 
 @pytest.fixture(scope="session")
@@ -82,8 +76,5 @@ def postgres() -> Iterator[Cluster]:
     """A PostgreSQL server for the job store, started once and only when a test asks for it."""
     if programs() is None:
         missing("PostgreSQL is not installed (make system-packages)")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    with cluster(port) as server:
+    with cluster(a_free_port()) as server:
         yield server

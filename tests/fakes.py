@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import random
 import shutil
-import socket
 import ssl
 import subprocess
 import sys
@@ -27,32 +25,23 @@ from osteo_daemon.receiver import Receiver
 from osteo_daemon.settings import load_settings
 from tests.conftest import missing
 from tests.ct_series import column, write_slices
+from tests.ports import LOOPBACK, a_free_port
 
-LOOPBACK = "127.0.0.1"
 STUDY_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1"
 CALLING = "MODALITY"
 CALLED = "OSTEO"
 
 
-def until(condition: Callable[[], Any], seconds: float = 10.0, every: float = 0.02) -> Any:
-    """Wait until ``condition`` gives something true and return it; fails when it never does."""
+def until(condition: Callable[[], Any], seconds: float = 60.0, every: float = 0.02) -> Any:
+    """Wait until ``condition`` gives something true and return it; fails when it never does.
+
+    Its patience is for busy machines: what is judged by its speed is given ``seconds``.
+    """
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {seconds} s"
         time.sleep(every)
     return value
-
-
-def a_free_port() -> int:
-    """A TCP port that is free on loopback, below those that clients get: so it is still free a moment later."""
-    while True:
-        port = random.SystemRandom().randrange(15000, 32000)
-        with socket.socket() as probe:
-            try:
-                probe.bind((LOOPBACK, port))
-            except OSError:
-                continue
-            return port
 
 
 def dcmtk(name: str) -> str:
@@ -132,7 +121,7 @@ class RoleProcess:
 
         until(seen, seconds)
 
-    def stop(self, number: int = 15, seconds: float = 30.0) -> int:
+    def stop(self, number: int = 15, seconds: float = 60.0) -> int:
         """Send a signal and return the exit status."""
         assert self.process is not None
         if self.process.poll() is None:

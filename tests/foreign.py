@@ -100,7 +100,7 @@ AETable END
             yield port
         finally:
             process.terminate()
-            process.wait(10)
+            process.wait(60)
 
 
 @contextmanager
@@ -115,12 +115,12 @@ def running_storescp(folder: Path, ae_title: str, *options: str) -> Iterator[int
         yield port
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
 
 
 def _echoes(ae_title: str, port: int) -> bool:
     done = subprocess.run(
-        [dcmtk("echoscu"), "-aec", ae_title, LOOPBACK, str(port)], capture_output=True, timeout=20, check=False
+        [dcmtk("echoscu"), "-aec", ae_title, LOOPBACK, str(port)], capture_output=True, timeout=60, check=False
     )
     if done.returncode:
         time.sleep(0.05)

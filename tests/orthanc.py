@@ -31,14 +31,14 @@ class Orthanc:
 
     def read(self, path: str) -> bytes:
         """Bytes of a REST resource."""
-        with urllib.request.urlopen(f"{self.url}{path}", timeout=30) as answer:  # noqa: S310 - loopback http
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=60) as answer:  # noqa: S310 - loopback http
             return bytes(answer.read())
 
     def find(self, level: str, **query: str) -> list[str]:
         """Orthanc identifiers of the resources that match a C-FIND-like query."""
         body = json.dumps({"Level": level, "Query": query}).encode()
         request = urllib.request.Request(f"{self.url}/tools/find", data=body, method="POST")  # noqa: S310
-        with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
             found: list[str] = json.loads(answer.read())
         return found
 
@@ -93,14 +93,14 @@ def running_orthanc(
         finally:
             process.terminate()
             try:
-                process.wait(timeout=20)
+                process.wait(timeout=60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
 
 
 def _wait_until_up(server: Orthanc, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise AssertionError(f"Orthanc ended with {process.returncode}: {log.read_text()[-2000:]}")
@@ -110,4 +110,4 @@ def _wait_until_up(server: Orthanc, process: subprocess.Popen[bytes], log: Path)
             time.sleep(0.1)
         else:
             return
-    raise AssertionError("Orthanc did not answer within 30 s")
+    raise AssertionError("Orthanc did not answer within 60 s")

@@ -41,9 +41,9 @@ class Node:
 
     def kill(self, role: str) -> None:
         """SIGKILL a role."""
-        process = until(lambda: self.child(role), 20)
+        process = until(lambda: self.child(role))
         process.kill()
-        process.wait(10)
+        process.wait(60)
 
     def studies(self) -> list[dict[str, Any]]:
         """`osteo studies list --json`."""

@@ -40,7 +40,7 @@ class Bench:
     def worker(self) -> psutil.Process:
         """The role's computing process."""
         assert self.role.process is not None
-        (child,) = until(psutil.Process(self.role.process.pid).children, 20)
+        (child,) = until(psutil.Process(self.role.process.pid).children)
         return child
 
     def ready(self, times: int = 1) -> psutil.Process:

@@ -88,11 +88,11 @@ def test_messages_wait_for_the_repository_and_come_in_order(authority: Authority
     fill(spool, range(30, 60))
     assert spool.count() == 60
     with Repository(authority.server(authority.issue("repository")), port=port) as repository:
-        until(lambda: len(repository.received) >= 60, 20)
+        until(lambda: len(repository.received) >= 60)
         until(lambda: spool.count() == 0)
     fill(spool, range(60, 70))  # it is gone again
     with Repository(authority.server(authority.issue("repository")), port=port) as again:
-        until(lambda: len(again.received) >= 10, 20)
+        until(lambda: len(again.received) >= 10)
         courier.stop()
     assert [number_of(message) for message in repository.received] == list(range(60))
     assert [number_of(message) for message in again.received] == list(range(60, 70))
@@ -106,7 +106,7 @@ def test_what_a_repository_did_not_read_is_sent_again(authority: Authority, spoo
     with Repository(shown, reset_after=[1, 7, 199]) as repository:
         courier = Courier(spool, transport(authority, repository.port), poll_seconds=0.01)
         courier.start()
-        until(lambda: spool.count() == 0, 30)
+        until(lambda: spool.count() == 0)
         courier.stop()
     numbers = [number_of(message) for message in repository.received]
     # at least once, and whoever forgets repetitions has them in order
@@ -140,7 +140,7 @@ def test_only_one_courier_works_at_a_time(authority: Authority, spool: AuditSpoo
         couriers = [Courier(spool, way, poll_seconds=0.01) for _ in range(3)]
         for courier in couriers:
             courier.start()
-        until(lambda: spool.count() == 0, 20)
+        until(lambda: spool.count() == 0)
         for courier in couriers:
             courier.stop()
     assert [number_of(message) for message in repository.received] == list(range(100))
@@ -150,7 +150,7 @@ def test_datagrams(spool: AuditSpool) -> None:
     fill(spool, range(5))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as repository:
         repository.bind((LOOPBACK, 0))
-        repository.settimeout(10)
+        repository.settimeout(60)
         Courier(spool, UdpTransport(LOOPBACK, repository.getsockname()[1])).stop()
         assert [number_of(repository.recv(65536)) for _ in range(5)] == list(range(5))
     assert spool.count() == 0
@@ -259,14 +259,14 @@ commitment = "c-find"
             settings = load_settings(config, {})
             store = JobStore(settings.database_url)
             study = report_on(store, settings, files[0])
-            until(lambda: pacs.received, 20)
-            until(lambda: store.counts_by_state()[JobState.DELIVERED], 20)
+            until(lambda: pacs.received)
+            until(lambda: store.counts_by_state()[JobState.DELIVERED])
             purged = CliRunner().invoke(
                 cli, ["studies", "purge", study, "--reason", "test", "--yes", "--config", str(config)]
             )
             assert purged.exit_code == 0, purged.output
             store.close()
-            until(lambda: "DICOM Study Deleted" in repository.kinds(), 20)
+            until(lambda: "DICOM Study Deleted" in repository.kinds())
         finally:
             for name in ("receiver", "deliverer", "scheduler"):
                 assert roles[name].stop() == 0

@@ -97,7 +97,7 @@ def cutting_proxy(target: int, cuts_after_bytes: list[int]) -> Iterator[int]:
             stop.set()
             acceptor.join()
             for thread in threads:
-                thread.join(10)
+                thread.join(60)
 
 
 def breaker(store: JobStore, destination: str = "pacs0") -> Breaker | None:

@@ -321,7 +321,7 @@ def test_sigterm_ends_the_role_after_the_object_in_hand(tmp_path: Path, built: B
         )
         assert begun.wait(60)
         process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=30)
+        _, log = process.communicate(timeout=60)
         assert process.returncode == 0, log.decode()
         assert b"deliverer_stopped" in log
         for secret in (b"Doe", b"Jane", b"P-17", b"ACC17", b"19560101"):

@@ -70,7 +70,7 @@ class Port:
             **AUTHORISED,
             **{name.replace("_", "-"): text for name, text in headers.items()},
         }
-        return requests.post(f"{self.url}{path}", data=body, headers=fields, timeout=30)
+        return requests.post(f"{self.url}{path}", data=body, headers=fields, timeout=60)
 
     def stored(self, study: str) -> set[str]:
         """SOP Instance UIDs that are here."""
@@ -222,7 +222,7 @@ def test_a_chunked_body_ends_at_the_bound(shared: Port) -> None:
 
     try:
         status = requests.post(
-            f"{shared.url}/studies", data=endless(), headers={"Content-Type": RELATED, **AUTHORISED}, timeout=30
+            f"{shared.url}/studies", data=endless(), headers={"Content-Type": RELATED, **AUTHORISED}, timeout=60
         ).status_code
     except requests.ConnectionError:
         return  # cut off while it still sent
@@ -231,7 +231,7 @@ def test_a_chunked_body_ends_at_the_bound(shared: Port) -> None:
 
 def test_silent_and_slow_senders_are_cut_off_and_others_served(shared: Port, study: Study) -> None:
     def connect(*pieces: bytes) -> socket.socket:
-        connection = socket.create_connection((LOOPBACK, shared.port), timeout=20)
+        connection = socket.create_connection((LOOPBACK, shared.port), timeout=60)
         for piece in pieces:
             connection.sendall(piece)
         return connection
@@ -266,7 +266,7 @@ def test_silent_and_slow_senders_are_cut_off_and_others_served(shared: Port, stu
 
 
 def test_a_header_has_a_bound(shared: Port) -> None:
-    with socket.create_connection((LOOPBACK, shared.port), timeout=20) as connection:
+    with socket.create_connection((LOOPBACK, shared.port), timeout=60) as connection:
         connection.sendall(b"POST /studies HTTP/1.1\r\nHost: x\r\nX-A: " + b"y" * 70_000)
         assert b" 400 " in connection.recv(1000)
 
@@ -328,7 +328,7 @@ def test_certificates_instead_of_a_token(tmp_path: Path, study: Study) -> None:
             pair = None if shown is None else (str(shown.certificate), str(shown.key))
             headers = {"Content-Type": RELATED}
             return requests.post(
-                f"{port.url}/studies", data=body, headers=headers, cert=pair, verify=str(authority.file), timeout=30
+                f"{port.url}/studies", data=body, headers=headers, cert=pair, verify=str(authority.file), timeout=60
             ).status_code
 
         assert post(sender) == 200

@@ -149,7 +149,7 @@ def trace_one_store(folder: Path, mutation: str) -> str:
             [sys.executable, "-c", RUN.format(mutation=mutation), str(config)], stdout=sink, stderr=sink
         )
     try:
-        until(lambda: b"receiver_listening" in log.read_bytes(), 30)
+        until(lambda: b"receiver_listening" in log.read_bytes())
         assert storescu(port, warm).returncode == 0
         tracer = subprocess.Popen(
             [
@@ -173,10 +173,10 @@ def trace_one_store(folder: Path, mutation: str) -> str:
         assert storescu(port, files).returncode == 0
         until(lambda: "\\4\\0" in trace.read_text(errors="replace"))
         tracer.send_signal(signal.SIGINT)
-        tracer.wait(10)
+        tracer.wait(60)
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
     return trace.read_text(errors="replace")
 
 

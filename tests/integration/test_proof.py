@@ -392,7 +392,7 @@ def test_dcmtk_gives_no_proof_and_the_bytes_that_it_wrote_are_ours(tmp_path: Pat
         delivery = deliver(settings, store)
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
     assert (delivery.state, delivery.outcome) == (DeliveryState.UNPROVEN, "unproven")
     sent = {entry.report.sop_instance_uid for entry in delivery.objects if entry.stored}
     written = {data_set_digest(path.read_bytes()) for path in folder.iterdir()}
@@ -424,7 +424,7 @@ def test_the_test_pacs_proves_by_query(tmp_path: Path, built: BuiltReport) -> No
         delivery = deliver(settings, store)
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
     assert delivery.outcome == "found"
     assert len(list((tmp_path / "pacs").glob("*.dcm"))) == 3
     store.close()

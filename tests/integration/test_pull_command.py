@@ -189,10 +189,10 @@ def test_killed_in_the_middle_it_goes_on_with_what_is_missing(archive: SlowArchi
 
     archive.gate = gate
     process = command.start("start", "slow", "--from", "2020-01-01")
-    assert reached.wait(40)
+    assert reached.wait(60)
     until(lambda: len(command.stored) == 9, 20)
     process.kill()
-    process.wait(10)
+    process.wait(60)
     killed.set()
     assert command.counts(1) == {"FETCHED": 1, "WANTED": 2}
     before = Counter(archive.sent)
@@ -218,9 +218,9 @@ def test_ctrl_c_cancels_at_the_archive_and_charges_nobody(archive: SlowArchive, 
 
     archive.gate = gate
     process = command.start("start", "slow", "--from", "2020-01-01", "--json")
-    assert sending.wait(40)
+    assert sending.wait(60)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=40)
+    output, errors = process.communicate(timeout=60)
     assert process.returncode == 1, errors
     document = json.loads(output)
     assert document["state"] == "FETCHING"

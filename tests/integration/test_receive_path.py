@@ -35,7 +35,7 @@ class Peer:
     """A sender that writes its PDUs by hand (PS3.8 9.3, PS3.7 9.3)."""
 
     def __init__(self, port: int) -> None:
-        self.socket = socket.create_connection((LOOPBACK, port), timeout=10)
+        self.socket = socket.create_connection((LOOPBACK, port), timeout=60)
         items = b"".join(
             _item(0x20, bytes([number, 0, 0, 0]) + _item(0x30, abstract.encode()) + _item(0x40, syntax.encode()))
             for number, (abstract, syntax) in CONTEXTS.items()
@@ -63,7 +63,7 @@ class Peer:
         self.socket.sendall(struct.pack(">BxI", 4, len(body)) + body)
 
     def ended(self) -> bool:
-        self.socket.settimeout(10)
+        self.socket.settimeout(60)
         with contextlib.suppress(ConnectionError):
             while self.socket.recv(4096):
                 pass

@@ -31,7 +31,7 @@ def test_the_scheduler_completes_quiet_studies_and_takes_back_expired_leases(tmp
     role = RoleProcess(["run", "scheduler", "--config", str(config)], tmp_path / "scheduler.log").start()
     try:
         for study in ("1.2", "1.1"):
-            until(lambda study=study: (job := store.job(study)) and job.state is JobState.READY, 30)
+            until(lambda study=study: (job := store.job(study)) and job.state is JobState.READY)
         job = store.job("1.3")
         assert job is not None
         assert job.state is JobState.RECEIVING

@@ -115,7 +115,7 @@ def test_a_crash_between_file_and_row_costs_the_folders_that_changed(node: Node,
         assert storescu(port, files).returncode == 0
         assert role.process is not None
         role.process.kill()
-        role.process.wait(10)
+        role.process.wait(60)
     (late,) = write_ct(tmp_path / "late", count=1, seed=4)
     orphan = _lay_down(node, late)  # as if the crash had come after the rename
     (elsewhere,) = write_ct(tmp_path / "elsewhere", count=1, seed=5)

@@ -49,7 +49,7 @@ def test_retention_and_backups_happen_and_are_seen(tmp_path: Path) -> None:
     )
     role = RoleProcess(["run", "scheduler", "--config", str(config)], tmp_path / "scheduler.log").start()
     try:
-        until(lambda: not old.path.exists(), 30)
+        until(lambda: not old.path.exists())
         until(lambda: any(run.step == "backup" and run.runs >= 4 for run in store.scheduler_runs()), 60)
     finally:
         assert role.stop() == 0
@@ -77,7 +77,7 @@ def test_a_failed_backup_is_seen_and_nothing_else_stops(tmp_path: Path) -> None:
     config.write_text(settings_text(state, 0) + f'[backup]\nfolder = "{tmp_path / "backups"}"\nevery_hours = 0.0003\n')
     role = RoleProcess(["run", "scheduler", "--config", str(config)], tmp_path / "scheduler.log").start()
     try:
-        until(lambda: any(run.step == "backup" and run.failures >= 2 for run in store.scheduler_runs()), 30)
+        until(lambda: any(run.step == "backup" and run.failures >= 2 for run in store.scheduler_runs()))
         (run,) = [run for run in store.scheduler_runs() if run.step == "backup"]
         assert run.outcome == "ConfigurationError"
         assert run.detail is not None
@@ -110,7 +110,7 @@ def test_one_scheduler_leads_and_another_takes_over(tmp_path: Path) -> None:
             job = store.job("1.3")
             return job is not None and job.state is JobState.READY
 
-        until(is_ready, 30)
+        until(is_ready)
         assert "leads" in second.log.read_text()
     finally:
         assert second.stop() == 0

@@ -147,7 +147,7 @@ def test_a_stale_commit_is_refused(tmp_path: Path) -> None:
         assert other is not None
         bench.wait_until_computed()  # so that the commit, not the heartbeat, meets the new token
         role.resume()
-        until(lambda: "outcome=lease_lost" in bench.log, 20)
+        until(lambda: "outcome=lease_lost" in bench.log)
         assert bench.job(study).fencing_token == other.fencing_token
         assert bench.job(study).state is JobState.SCREENING
         assert "study_excluded" not in bench.events(study)

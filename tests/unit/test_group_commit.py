@@ -37,7 +37,7 @@ class Store:
 
     def hold(self, connection: Connection) -> None:
         self.gathered.set()
-        assert self.go.wait(10)
+        assert self.go.wait(60)
 
     def numbers(self) -> set[int]:
         with self.engine.begin() as connection:
@@ -73,7 +73,7 @@ def together(
 
     first = threading.Thread(target=lambda: store.commits.run(before or store.hold))
     first.start()
-    assert store.gathered.wait(10)
+    assert store.gathered.wait(60)
     threads = [threading.Thread(target=run, args=(place,)) for place in range(len(works))]
     for thread in threads:
         thread.start()
@@ -81,7 +81,7 @@ def together(
         assert not store.go.wait(0.01)
     store.go.set()
     for thread in (first, *threads):
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
     return found
 

@@ -91,7 +91,7 @@ def test_a_stop_ends_every_child_gently(tmp_path: Path, number: signal.Signals) 
     with supervisor(tmp_path, one=GENTLE, two=GENTLE) as process:
         until(lambda: started(tmp_path, "one") and started(tmp_path, "two"))
         process.send_signal(number)
-        assert process.wait(15) == 0
+        assert process.wait(60) == 0
     assert (tmp_path / "one.ended").exists()
     assert (tmp_path / "two.ended").exists()
 
@@ -106,14 +106,14 @@ def test_a_killed_child_is_started_again_and_the_others_stay(tmp_path: Path) -> 
         assert second.is_running()
         assert "exit_code=-9" in (tmp_path / "log").read_text()
         process.terminate()
-        assert process.wait(15) == 0
+        assert process.wait(60) == 0
 
 
 def test_restarts_back_off(tmp_path: Path) -> None:
     with supervisor(tmp_path, one=DIES, two=GENTLE) as process:
         until(lambda: started(tmp_path, "one") >= 3)
         process.terminate()
-        assert process.wait(15) == 0
+        assert process.wait(60) == 0
     log = (tmp_path / "log").read_text()
     assert "wait_s=0.05" in log
     assert "wait_s=0.3" in log
@@ -132,7 +132,7 @@ def test_a_stubborn_child_is_killed_at_the_deadline(tmp_path: Path) -> None:
 
 def test_a_role_that_refuses_to_start_ends_all(tmp_path: Path) -> None:
     with supervisor(tmp_path, one=GENTLE, two=REFUSES) as process:
-        assert process.wait(15) == 2
+        assert process.wait(60) == 2
     assert "role_refused_to_start" in (tmp_path / "log").read_text()
 
 
@@ -143,7 +143,7 @@ def test_a_role_that_ran_before_and_refuses_later_takes_nobody_with_it(tmp_path:
         assert started(tmp_path, "one") == 1
         assert process.poll() is None
         process.terminate()
-        assert process.wait(15) == 0
+        assert process.wait(60) == 0
 
 
 def test_children_do_not_outlive_a_killed_supervisor(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_children_do_not_outlive_a_killed_supervisor(tmp_path: Path) -> None:
         until(lambda: started(tmp_path, "one"))
         (child,) = children_of(process.pid)
         os.kill(process.pid, signal.SIGKILL)
-        process.wait(5)
+        process.wait(60)
         until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
         assert (tmp_path / "one.ended").exists()
 

@@ -89,7 +89,7 @@ def _losses_by_power_cut(folder: Path, mutation: str) -> tuple[int, list[str]]:
     port = a_free_port()
     first = _receiver(folder, port, "")
     first.terminate()  # the store and the spool's folders exist now
-    first.wait(20)
+    first.wait(60)
     state, trace = folder / "state", folder / "trace.txt"
     disk = Disk(state.resolve())
     receiver = _receiver(folder, port, mutation, (require_command("strace"), *STRACE, "-o", str(trace)))
@@ -100,7 +100,7 @@ def _losses_by_power_cut(folder: Path, mutation: str) -> tuple[int, list[str]]:
         # the receiver, not strace: a traced process outlives its tracer
         (traced,) = psutil.Process(receiver.pid).children()
         traced.kill()
-        receiver.wait(20)
+        receiver.wait(60)
     calls = read_calls(trace.read_text(errors="replace"))
     places, promised, faults, position = list(cuts(calls)), [], [], 0
     for number, place in enumerate(places):

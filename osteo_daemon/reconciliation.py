@@ -23,7 +23,7 @@ from osteo_daemon.domain.study import SopInstance
 from osteo_daemon.errors import NotDicom, StoreUnavailable
 from osteo_daemon.jobs.inventory import Area, StudyInventory
 from osteo_daemon.jobs.records import RecordOutcome
-from osteo_daemon.jobs.spool import Spool, is_content_of, is_same_instance, sync_folder
+from osteo_daemon.jobs.spool import Spool, is_content_of, is_same_instance, sync_file, sync_folder
 from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.log import get_logger
 
@@ -67,6 +67,9 @@ def take_up(store: JobStore, spool: Spool, path: Path) -> TakenUp:
         size_bytes=path.stat().st_size,
         sha256=sha256,
     )
+    # a file may have its name before it is durable
+    sync_file(path)
+    sync_folder(path.parent)
     before = store.job(uid)
     outcome = store.record_instance(instance, UNKNOWN_SOURCE, screenable=filed.screenable)
     if before is None and store.job(uid) is not None and spool.report_files(uid):

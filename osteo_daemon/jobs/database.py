@@ -57,12 +57,17 @@ class Database:
         # SQLite's writers poll for the lock: threads of one process queue here instead, in order of arrival
         self._write_lock = threading.Lock()
         self._writer = self._engine.execution_options(osteo_writes=True)
-        self._commits = GroupCommit(self._writing)
+        self._kept: Connection | None = None
+        self._commits = GroupCommit(self._writing_again)
         self._reader = self._engine if self._sqlite else self._engine.execution_options(**_SNAPSHOT)
         self._migrate()
 
     def close(self) -> None:
         """Close every connection of this process."""
+        with self._write_lock:
+            if self._kept is not None:
+                self._kept.close()
+                self._kept = None
         self._engine.dispose()
 
     def check(self) -> None:
@@ -85,6 +90,23 @@ class Database:
         lock = self._write_lock if self._sqlite else threading.Lock()
         with lock, self._answering(), self._writer.begin() as connection:
             yield connection
+
+    @contextmanager
+    def _writing_again(self) -> Iterator[Connection]:
+        """`_writing` of SQLite over a connection that is kept: fetching one costs as much as a small transaction.
+
+        Raises:
+            StoreUnavailable: as there.
+        """
+        with self._write_lock, self._answering():
+            connection, self._kept = self._kept or self._writer.connect(), None
+            try:
+                with connection.begin():
+                    yield connection
+                self._kept = connection
+            finally:
+                if self._kept is None:  # whatever it was: the next one begins afresh
+                    connection.close()
 
     def _together(self, work: Callable[[Connection], T]) -> T:
         """Run ``work`` in a transaction as `_writing` gives it, on SQLite one with that of other threads.

@@ -12,9 +12,6 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeVar, cast
 
 from sqlalchemy import Connection
-from sqlalchemy.exc import SQLAlchemyError
-
-from osteo_daemon.errors import OsteoError
 
 T = TypeVar("T")
 
@@ -49,10 +46,12 @@ class GroupCommit:
     def run(self, work: Callable[[Connection], T]) -> T:
         """Run ``work`` in a transaction, maybe with that of others; returns when it is committed.
 
-        When a group fails, each piece of work runs again in a transaction of its own: nobody fails for another's.
+        When a group fails, each piece of work runs again in a transaction of its own: nobody fails for another's,
+        whatever the error is.
 
         Raises:
             StoreUnavailable: nothing of this work was written.
+            Exception: what ``work`` raised; nothing of it was written.
         """
         own = _Waiting(work)
         with self._condition:
@@ -71,35 +70,40 @@ class GroupCommit:
         finally:
             with self._condition:
                 self._committing = False
-                # after an error of another kind the others commit for themselves
+                # this thread was interrupted: the others commit for themselves
                 self._waiting[:0] = [entry for entry in group if not entry.done and entry is not own]
                 self._condition.notify_all()
         return cast(T, self._outcome(own))
 
     def _commit(self, group: list[_Waiting]) -> None:
-        if len(group) > 1:
-            failed: _Waiting | None = None
-            try:
-                with self._writing() as connection:
-                    for entry in group:
-                        failed = entry
-                        entry.result = entry.work(connection)
-                    failed = None
-            except (OsteoError, SQLAlchemyError) as error:
-                if failed is None:  # no begin or no commit: alone it would go no better
-                    for entry in group:
-                        entry.error = error
-            if failed is None:
-                for entry in group:
-                    entry.done = True
-                return
+        if len(group) > 1 and self._commit_together(group):
+            return
         for entry in group:
             try:
                 with self._writing() as connection:
                     entry.result = entry.work(connection)
-            except (OsteoError, SQLAlchemyError) as error:
+            except Exception as error:  # noqa: BLE001
+                # not swallowed: the thread whose work it is raises it
                 entry.error = error
             entry.done = True
+
+    def _commit_together(self, group: list[_Waiting]) -> bool:
+        """False when one of them failed: nothing was written, and all of them are still to be done."""
+        working = False
+        try:
+            with self._writing() as connection:
+                working = True
+                for entry in group:
+                    entry.result = entry.work(connection)
+                working = False
+        except Exception as error:  # noqa: BLE001
+            if working:
+                return False
+            for entry in group:  # no begin or no commit: alone it would go no better
+                entry.error = error
+        for entry in group:
+            entry.done = True
+        return True
 
     @staticmethod
     def _outcome(entry: _Waiting) -> Any:

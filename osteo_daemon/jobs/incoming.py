@@ -1,11 +1,17 @@
-"""A file that is written while its bytes still arrive: when the last one is there, little is left to wait for."""
+"""A file that is written while its bytes still arrive: when the last one is there, little is left to wait for.
+
+It gets its name before it is synced, so that one commit of the file system's journal may hold both. A name that is
+there already is another matter: what lies under it may be acknowledged, and only durable bytes take its place.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import os
 import secrets
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,13 +20,22 @@ Buffer = bytes | bytearray | memoryview
 
 _SYNC_FILE_RANGE_WRITE = 2
 _BEGIN_BYTES = 32 << 10
-_LINUX = getattr(ctypes.CDLL(None), "sync_file_range", None)  # no function of the standard library calls it
-if _LINUX is not None:
-    _LINUX.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+_NAMES = threading.Lock()  # between a look at who has a name and what follows from it
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1
+_NO_FREE_NAME = frozenset({errno.EEXIST, errno.EINVAL, errno.ENOSYS})  # taken; or this file system cannot tell
+# no function of the standard library calls these two of Linux
+_LIBRARY = ctypes.CDLL(None, use_errno=True)
+_BEGIN_WRITING = getattr(_LIBRARY, "sync_file_range", None)
+if _BEGIN_WRITING is not None:
+    _BEGIN_WRITING.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+_RENAME = getattr(_LIBRARY, "renameat2", None)
+if _RENAME is not None:
+    _RENAME.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
 
 
 class IncomingFile:
-    """A temporary file under a name that is this process's alone; it ends in `seal` or `discard`.
+    """A temporary file under a name that is this process's alone; it ends in `keep` or `discard`.
 
     Args:
         folder: where temporary files lie, in the file system that the file is to stay in.
@@ -47,29 +62,63 @@ class IncomingFile:
         self.size_bytes += len(view)
         while view:
             view = view[os.write(self._handle, view) :]
-        if _LINUX is not None and self.size_bytes - begin >= _BEGIN_BYTES:
-            # a hint: it waits for nothing and promises nothing; `seal` does both
-            _LINUX(self._handle, begin, self.size_bytes - begin, _SYNC_FILE_RANGE_WRITE)
+        if _BEGIN_WRITING is not None and self.size_bytes - begin >= _BEGIN_BYTES:
+            # a hint: it waits for nothing and promises nothing; `sync` does both
+            _BEGIN_WRITING(self._handle, begin, self.size_bytes - begin, _SYNC_FILE_RANGE_WRITE)
 
-    def seal(self) -> str:
-        """Wait until every byte is on the disk; returns their SHA-256, lower-case hexadecimal.
+    @property
+    def sha256(self) -> str:
+        """Of the bytes so far, lower-case hexadecimal."""
+        return self._digest.hexdigest()
+
+    def take_name(self, path: Path) -> bool:
+        """Move the file to a name that nothing has; False, and nothing moved, when something has it.
+
+        Raises:
+            OSError: the folder is missing, or the disk failed.
+        """
+        if _RENAME is None:
+            return False
+        names = os.fsencode(self.path), os.fsencode(path)
+        if _RENAME(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_NOREPLACE):
+            error = ctypes.get_errno()
+            if error in _NO_FREE_NAME:
+                return False
+            raise OSError(error, os.strerror(error), str(path))
+        self.path = path
+        return True
+
+    def sync(self) -> None:
+        """Wait until every byte is on the disk.
 
         Raises:
             OSError: the disk failed.
         """
-        try:
-            os.fsync(self._handle)
-        finally:
-            self._close()
-        return self._digest.hexdigest()
+        os.fsync(self._handle)
+
+    def replace_name(self, path: Path) -> None:
+        """Move the file to a name, in place of what has it; only after `sync`.
+
+        Raises:
+            OSError: the folder is missing, or the disk failed.
+        """
+        with _NAMES:
+            self.path.rename(path)
+            self.path = path
+
+    def keep(self) -> None:
+        """It is complete and stays: from now on `discard` does nothing."""
+        self._close()
 
     def discard(self) -> None:
-        """Give the file up, if it is still there."""
+        """Give the file up; never another one that got its name meanwhile."""
+        if self._handle < 0:
+            return
+        with _NAMES, suppress(FileNotFoundError):
+            if os.path.samestat(self.path.stat(), os.fstat(self._handle)):
+                self.path.unlink()
         self._close()
-        with suppress(FileNotFoundError):
-            self.path.unlink()
 
     def _close(self) -> None:
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
+        os.close(self._handle)
+        self._handle = -1

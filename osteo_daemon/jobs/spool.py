@@ -1,8 +1,8 @@
 """The spool: received objects and report objects as files that survive a power cut before anybody hears of them.
 
-Every write: a unique temporary file in the same file system, write, fsync, rename, fsync of the folder. File names are
-digests of UIDs and of the content, so that no UID can name a path, no name tells of a patient, and other bytes never
-replace those that are there.
+Every write: a unique temporary file in the same file system, write, rename to a name that is free, fsync of file and
+folder; where the name is taken, fsync before the rename. File names are digests of UIDs and of the content, so that no
+UID can name a path, no name tells of a patient, and other bytes never replace those that are there.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from osteo_daemon.errors import ConfigurationError, SpoolFull
 from osteo_daemon.jobs.incoming import Buffer, IncomingFile
 from osteo_daemon.jobs.room import give_up_reserve
+
+T = TypeVar("T")
 
 AREAS = ("received", "reports", "quarantine")
 """Folders of the spool that hold what must not be lost."""
@@ -28,6 +32,7 @@ _NAME_LENGTH = 32
 _CONTENT_LENGTH = 16
 _PLACE_ATTEMPTS = 20
 _KNOWN_FOLDERS = 1024
+_FOLDERS_AT_ONCE = 16
 _ROOM_TO_COMMIT_BYTES = 16 << 20  # the row of a report must find room, too
 
 
@@ -56,6 +61,7 @@ class Spool:
         self._minimum_free_bytes = minimum_free_bytes
         self._temporary = self.root / "tmp"
         self._known_folders: set[Path] = set()
+        self._folder_syncs = ThreadPoolExecutor(_FOLDERS_AT_ONCE, "folder-sync")
         try:
             for folder in (self._temporary, *(self.root / area for area in AREAS)):
                 self._make_durable_folder(folder)
@@ -204,29 +210,40 @@ class Spool:
 
     def _keep(self, incoming: IncomingFile, folder: Path, sop_instance_uid: str) -> StoredFile:
         with _full_is_transient(incoming):
-            sha256 = incoming.seal()
+            sha256 = incoming.sha256
             path = folder / f"{_digest(sop_instance_uid)}-{sha256[:_CONTENT_LENGTH]}.dcm"
-            self._place(incoming.path, path)
+            if self._place(incoming.take_name, path):
+                # bytes and name wait for the same commit of the file system's journal: together, not in turn
+                named = self._folder_syncs.submit(sync_folder, folder)
+                try:
+                    incoming.sync()
+                finally:
+                    named.result()
+                incoming.keep()
+                return StoredFile(path, incoming.size_bytes, sha256)
+            incoming.sync()
+            self._place(incoming.replace_name, path)
+        incoming.keep()
         sync_folder(folder)
         return StoredFile(path, incoming.size_bytes, sha256)
 
-    def _place(self, temporary: Path, path: Path) -> None:
-        for attempt in range(_PLACE_ATTEMPTS):
+    def _place(self, move: Callable[[Path], T], path: Path) -> T:
+        for _attempt in range(_PLACE_ATTEMPTS - 1):
             try:
                 self._make_durable_folder(path.parent)
-                temporary.rename(path)
+                return move(path)
             except FileNotFoundError:
-                # retention removes empty folders: one may have gone between the two lines
-                if attempt == _PLACE_ATTEMPTS - 1:
-                    raise
-            else:
-                return
+                # retention removes empty folders: one may have gone between the two lines, or since it was known
+                self._known_folders.difference_update((path.parent, *path.parent.parents))
+        self._make_durable_folder(path.parent)
+        return move(path)
 
     def _make_durable_folder(self, folder: Path) -> None:
-        """Create a folder and those above it; each new name is synced in its parent."""
-        if folder in self._known_folders and folder.is_dir():
+        """Create a folder and those above it; each name is synced in its parent, also one that another thread made."""
+        if folder in self._known_folders:
             return
-        if not folder.is_dir():
+        above = folder == self.root or folder in self.root.parents
+        if not (above and folder.is_dir()):
             self._make_durable_folder(folder.parent)
             folder.mkdir(mode=0o750, exist_ok=True)
             sync_folder(folder.parent)

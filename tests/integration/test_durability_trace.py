@@ -1,4 +1,4 @@
-"""A system-call trace of one C-STORE: write, fsync, rename, fsync of the folder, commit, and only then the response.
+"""A system-call trace of one C-STORE: write, rename, fsync of file and folder, commit, and only then the response.
 
 The judge reads strace's output and knows nothing of the product's code; planted mutants show that it can fail.
 """
@@ -62,6 +62,15 @@ import os, stat
 honest = os.fsync
 os.fsync = lambda handle: None if stat.S_ISREG(os.fstat(handle).st_mode) else honest(handle)
 """,
+    "renamed over what is there": """
+import os
+from osteo_daemon.jobs.incoming import IncomingFile
+def careless(self, path):
+    self.path.rename(path)
+    self.path = path
+    return True
+IncomingFile.take_name = careless
+""",
     "folder not synced": """
 spool.sync_folder = lambda folder: None
 """,
@@ -118,17 +127,21 @@ def verdict(calls: list[Call]) -> str:
     written = last(("write",), r"/spool/tmp/")
     if written is None:
         return "no write"
-    synced = last(("fsync", "fdatasync"), r"/spool/tmp/", written.ended)
-    if synced is None:
-        return "no fsync of the file"
-    renamed = last(("rename", "renameat", "renameat2"), r"/spool/tmp/.*/spool/received/", synced.ended)
+    renamed = last(("rename", "renameat", "renameat2"), r"/spool/tmp/.*/spool/received/", written.ended)
     if renamed is None:
         return "no rename"
+    temporary, name = (re.escape(found) for found in re.findall(r'"([^"]*)"', renamed.arguments))
+    # the file's own, under the name that it had at the time
+    synced = last(("fsync", "fdatasync"), rf"<({temporary}|{name})>", written.ended)
+    if synced is None:
+        return "no fsync of the file"
+    if synced.begun > renamed.begun and "RENAME_NOREPLACE" not in renamed.arguments:
+        return "bytes that are not durable took a name that may have been another's"
     folder = re.escape(str(Path(re.findall(r'"([^"]*/spool/received/[^"]*)"', renamed.arguments)[0]).parent))
     folder_synced = last(("fsync", "fdatasync"), rf"<{folder}>", renamed.ended)
     if folder_synced is None:
         return "no fsync of the folder"
-    row = last(("pwrite64", "write"), r"jobs\.sqlite-wal>", folder_synced.ended)
+    row = last(("pwrite64", "write"), r"jobs\.sqlite-wal>", max(synced.ended, folder_synced.ended))
     if row is None:
         return "no row"
     if last(("fsync", "fdatasync"), r"jobs\.sqlite-wal>", row.ended) is None:
@@ -188,9 +201,10 @@ def test_success_is_said_only_after_everything_is_on_disk(tmp_path: Path) -> Non
     ("mutant", "caught"),
     [
         ("written after the answer", "no write"),
-        ("acknowledged before it is stored", "no fsync of the file"),
+        ("acknowledged before it is stored", "no rename"),
         ("acknowledged before the commit", "no row"),
         ("file not synced", "no fsync of the file"),
+        ("renamed over what is there", "bytes that are not durable took a name that may have been another's"),
         ("folder not synced", "no fsync of the folder"),
         ("commit not synced", "no fsync of the commit"),
     ],

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import click
 
+from osteo_daemon.commands.archive import archive
 from osteo_daemon.commands.audit import audit
 from osteo_daemon.commands.conformance import conformance
 from osteo_daemon.commands.deliveries import deliveries
 from osteo_daemon.commands.drift import drift
+from osteo_daemon.commands.models import models
 from osteo_daemon.commands.options import config_option, not_blank
 from osteo_daemon.commands.pull import pull
 from osteo_daemon.commands.studies import studies
@@ -49,6 +51,7 @@ def cli() -> None:
     osteo schedule what the scheduler did and will do
     osteo fsck     do job store, spool and digests agree?
     osteo backup   copy store and spool while the node runs; osteo restore brings them back
+    osteo archive  vertebrae kept under pseudonyms for refits
     osteo report   read our reports as text
     osteo conformance  the DICOM conformance statement of this node
     osteo demo     a virtual patient through the whole node
@@ -134,6 +137,8 @@ def _let_idle_threads_sleep() -> None:
 cli.add_command(conformance)
 cli.add_command(deliveries)
 cli.add_command(drift)
+cli.add_command(archive)
+cli.add_command(models)
 cli.add_command(pull)
 for command in (studies, fsck, backup, restore, schedule, audit):
     cli.add_command(command)

@@ -24,6 +24,7 @@ from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.cron import CronTrigger
 
+from osteo_daemon.archive.store import VoiArchive
 from osteo_daemon.audit.courier import courier_of
 from osteo_daemon.audit.events import process
 from osteo_daemon.audit.message import AuditMessage
@@ -228,6 +229,9 @@ class Scheduler:
         done["commitment requests"] = self._jobs.forget_pledge_requests(now - _LISTS_KEPT)
         if keep.events_days:
             done["events"] = self._jobs.forget_events(now - timedelta(days=keep.events_days))
+        # whether or not it is still on: what is kept has its limits
+        archived = VoiArchive(self._settings, self._jobs).retain(now)
+        done |= {f"archived studies {why}": count for why, count in archived.items()}
         detail = ", ".join(f"{count} {what}" for what, count in done.items() if count)
         kept = 0 if self._settings.destinations else self._jobs.counts_by_state()[JobState.REPORTED]
         if kept:

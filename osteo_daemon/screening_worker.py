@@ -5,7 +5,7 @@ lives on. Messages come and go over one `Link`; the first holds the settings.
 
 ======================= ====================================================================================
 from the screener       ``settings``, ``screen``, ``prefetch``, ``cancel``
-to the screener         ``ready``, ``refused``, ``models``, ``prefetched``; and one answer to each ``screen``:
+to the screener         ``ready``, ``refused``, ``models``, ``prefetched``, ``shadow``; one answer to each ``screen``:
                         ``reported``, ``excluded``, ``held``, ``retry`` or ``cancelled``
 ======================= ====================================================================================
 """
@@ -26,6 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from osteo_daemon.archive.archivist import Archivist
 from osteo_daemon.dicom.report_forms import BuiltObject, BuiltReport
 from osteo_daemon.domain.findings import Outcome
 from osteo_daemon.domain.trend import EarlierValue
@@ -39,6 +40,7 @@ from osteo_daemon.jobs.trend import Trend
 from osteo_daemon.link import Link
 from osteo_daemon.log import configure_logging, get_logger, where
 from osteo_daemon.patient_link import header_key, link_secret, study_date, trend_point
+from osteo_daemon.registry.shadow import ShadowRunner
 from osteo_daemon.reporting import PreviousReport, build_report, picture_language
 from osteo_daemon.settings import DestinationSettings, Settings
 
@@ -125,6 +127,9 @@ class ScreeningWorker:
         self._trend = Trend(settings.database_url, busy_timeout_seconds=_TREND_PATIENCE_SECONDS)
         self._link_secret = link_secret(settings.state_dir) if settings.site.trend else None
         self._models = ResidentModels(settings)
+        self._shadows = ShadowRunner(settings, self._models.device)
+        self._archivist = Archivist(settings) if settings.archive.enabled else None
+        self._screened: Screening | None = None
 
     def work(self) -> None:
         """Tell what is loaded, then answer one study after another."""
@@ -133,6 +138,8 @@ class ScreeningWorker:
         while True:
             message, files = self._inbox.get()
             self._link.send({"token": message["token"], **self._answer(message, files)})
+            self._shadow(message)
+            self._archive_screened(message["revision"])
 
     def _listen(self) -> None:
         try:
@@ -164,6 +171,22 @@ class ScreeningWorker:
             detail = "an error inside the program, see its log"
             return {"type": "retry", "code": type(error).__name__, "detail": detail}
 
+    def _shadow(self, message: Mapping[str, Any]) -> None:
+        """Let a candidate look at the study, too; its report is made and no longer touched."""
+        values = None if self._screened is None else self._shadows.run(self._screened)
+        if values is not None:
+            self._link.send({"type": "shadow", "job": message["job"], "revision": message["revision"], **values})
+
+    def _archive_screened(self, revision: int) -> None:
+        """Keep the VOIs of the study that was just answered; the answer is on its way and waits for nothing."""
+        screened, self._screened = self._screened, None
+        if self._archivist is None or screened is None:
+            return
+        try:
+            self._archivist.take(screened, revision)
+        except Exception as error:  # noqa: BLE001 - the process's loop edge: an archive must not end the worker
+            self._log.error("study_not_archived", error=type(error).__name__, detail=where(error.__traceback__))
+
     def _screen(self, message: Mapping[str, Any], files: StudyFiles | None) -> dict[str, Any]:
         token = message["token"]
 
@@ -190,6 +213,7 @@ class ScreeningWorker:
         }
         if exclusion is not None:
             return {"type": "excluded", "code": exclusion.code, "reason": exclusion.reason, **answer}
+        self._screened = screening
         return {"type": "reported", "summary": _summary(screening), "trend": self._trend_point(screening), **answer}
 
     def _report(

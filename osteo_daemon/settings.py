@@ -295,6 +295,26 @@ class ArchiveSettings(PeerTlsSettings):
         return self
 
 
+class VoiArchiveSettings(_Section):
+    """Pseudonymous VOIs kept for refits; off unless the site says on what ground it may."""
+
+    enabled: bool = False
+    consent: str = ""
+    folder: Path | None = None
+    key_file: Path | None = None
+    maximum_gb: float = Field(default=50, gt=0)
+    retention_days: float = Field(default=730, ge=0)
+    labelled_retention_days: float = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _on_what_ground(self) -> VoiArchiveSettings:
+        if self.enabled and not self.consent.strip():
+            raise ValueError("archive.enabled needs consent: on what ground VOIs may be kept (a vote, a contract, a law)")
+        if self.enabled and self.key_file is None:
+            raise ValueError("archive.enabled needs a key_file outside the archive: osteo archive init makes it")
+        return self
+
+
 class PullSettings(_Section):
     """How gently studies are fetched; each command may say otherwise."""
 
@@ -387,6 +407,20 @@ class BackupSettings(_Section):
     spool: bool = False
 
 
+class ModelsSettings(_Section):
+    """The registry of bundles."""
+
+    require_signature: bool = False
+    trusted_keys: tuple[Path, ...] = ()
+    shadow_seconds: Seconds = 10
+
+    @model_validator(mode="after")
+    def _somebody_to_trust(self) -> ModelsSettings:
+        if self.require_signature and not self.trusted_keys:
+            raise ValueError("require_signature needs trusted_keys")
+        return self
+
+
 class DriftSettings(_Section):
     """Drift monitoring by the scheduler."""
 
@@ -458,6 +492,7 @@ class Settings(_Section):
     deliverer: DelivererSettings = DelivererSettings()
     destinations: tuple[DestinationSettings, ...] = ()
     archives: tuple[ArchiveSettings, ...] = ()
+    archive: VoiArchiveSettings = VoiArchiveSettings()
     pull: PullSettings = PullSettings()
     dicomweb: DicomwebSettings = DicomwebSettings()
     store: StoreSettings = StoreSettings()
@@ -465,6 +500,7 @@ class Settings(_Section):
     keep: KeepSettings = KeepSettings()
     commitment_scp: CommitmentScpSettings = CommitmentScpSettings()
     backup: BackupSettings = BackupSettings()
+    models: ModelsSettings = ModelsSettings()
     drift: DriftSettings = DriftSettings()
     site: SiteSettings = SiteSettings()
     audit: AuditSettings = AuditSettings()
@@ -484,6 +520,8 @@ class Settings(_Section):
             raise ValueError("two archives share one name; give each [[archives]] entry a name of its own")
         if self.screener.vertebrae == "segmentation" and self.accompanying.segmentations == "discard":
             raise ValueError('screener.vertebrae = "segmentation" needs accompanying.segmentations = "keep"')
+        if (key := self.archive.key_file) is not None and key.resolve().is_relative_to(self.archive_dir.resolve()):
+            raise ValueError("archive.key_file must not lie in the archive that it protects")
         titles = [source.ae_title for source in self.sources]
         if len(set(titles)) != len(titles):
             raise ValueError("two sources share one ae_title; list all addresses under one [[sources]] entry")
@@ -521,6 +559,16 @@ class Settings(_Section):
     def database_file(self) -> Path | None:
         """The job store's file; None when it is in PostgreSQL."""
         return None if self.store.url else self.state_dir / "jobs.sqlite"
+
+    @property
+    def bundles_dir(self) -> Path:
+        """Folder of the site's own bundles; a name that isn't there is that of a shipped one."""
+        return self.models_dir or self.state_dir / "models"
+
+    @property
+    def archive_dir(self) -> Path:
+        """Folder of archived VOIs."""
+        return self.archive.folder or self.state_dir / "archive"
 
     @property
     def spool_dir(self) -> Path:

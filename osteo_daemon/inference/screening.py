@@ -28,17 +28,19 @@ from osteo_daemon.domain.findings import (
     Severity,
 )
 from osteo_daemon.errors import ConfigurationError, Damaged, NotEligible, PixelDataUnreadable
+from osteo_daemon.imaging.preprocess import VoiSpec
 from osteo_daemon.imaging.selection import Candidate, Rejection, not_preferred, other_series, refusal, select_series
 from osteo_daemon.imaging.slices import ct_slices, one_study
 from osteo_daemon.imaging.study_files import StudyFiles
 from osteo_daemon.imaging.volume import CtVolume
-from osteo_daemon.inference.bundle import ModelBundle, find_bundle
+from osteo_daemon.inference.bundle import ModelBundle
 from osteo_daemon.inference.contrast import measure_enhancement
 from osteo_daemon.inference.density import Measurement, measure
 from osteo_daemon.inference.finding import finding_of
 from osteo_daemon.inference.level_sequence import names_confirmed
 from osteo_daemon.inference.patient import Patient
 from osteo_daemon.inference.quality import ScanQuality, assess, check_scale, tube_voltage
+from osteo_daemon.inference.signature import find_signed_bundle
 from osteo_daemon.inference.surroundings import survey
 from osteo_daemon.inference.transitional import settled_flags
 from osteo_daemon.inference.vertebra import Vertebra
@@ -66,6 +68,8 @@ class Screening:
         volume: the screened series; None for an excluded study.
         measurements: regions of each measured level.
         manifest: versions, bundle digests, device, durations, rejected series, measured scan quality.
+        vertebrae: the measured ones, with their frames.
+        voi: the grid that the network saw each of them on; None without network.
     """
 
     result: ScreeningResult
@@ -73,6 +77,8 @@ class Screening:
     volume: CtVolume | None
     measurements: Mapping[Level, Measurement]
     manifest: Mapping[str, Any]
+    vertebrae: tuple[Vertebra, ...] = ()
+    voi: VoiSpec | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,7 +154,7 @@ class StudyScreener:
         if screener.threads:
             torch.set_num_threads(screener.threads)
         chosen = device or choose_device(screener.device)
-        network = find_bundle(screener.network_bundle, settings.models_dir) if screener.network_enabled else None
+        network = find_signed_bundle(screener.network_bundle, settings) if screener.network_enabled else None
         return cls(choose_source(settings, chosen), network, chosen)
 
     def screen(self, source: Iterable[Path] | StudyFiles, progress: Progress = lambda _stage: None) -> Screening:
@@ -322,7 +328,8 @@ class StudyScreener:
         )
         slices = tuple(item.header for item in stack.slices)
         manifest = self._manifest(result, (), quality) | {"vertebrae": located.to_manifest()}
-        screening = Screening(result, slices, volume, measurements, manifest)
+        voi = None if self._network is None else self._network.voi
+        screening = Screening(result, slices, volume, measurements, manifest, tuple(vertebrae), voi)
         return _Attempt(screening, tuple(vertebrae), quality.enhancement.enhanced)
 
     def _predict(self, volume: CtVolume, vertebrae: Sequence[Vertebra]) -> Sequence[Prediction | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from osteo_daemon.jobs.announcements import Announcements
+from osteo_daemon.jobs.archive_rows import ArchiveRows
 from osteo_daemon.jobs.by_hand import ByHand
 from osteo_daemon.jobs.claims import Claims
 from osteo_daemon.jobs.completeness import Completeness
@@ -11,6 +12,7 @@ from osteo_daemon.jobs.deliveries import Deliveries
 from osteo_daemon.jobs.intake import Intake
 from osteo_daemon.jobs.inventory import Inventory
 from osteo_daemon.jobs.lists import Lists
+from osteo_daemon.jobs.models import Models
 from osteo_daemon.jobs.observations import Observations
 from osteo_daemon.jobs.pledges import Pledges
 from osteo_daemon.jobs.pulls import Pulls
@@ -36,6 +38,8 @@ class JobStore(
     Trend,
     Pulls,
     Observations,
+    ArchiveRows,
+    Models,
     Upkeep,
 ):
     """Studies, jobs, reports and deliveries of one node; every process and thread may use it at once."""

@@ -5,11 +5,12 @@ SQLite is the default: one machine, one file. PostgreSQL serves roles on several
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from alembic import command
 from alembic.config import Config
@@ -19,6 +20,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import PoolProxiedConnection
 
 from osteo_daemon.errors import ConfigurationError, StoreUnavailable
 from osteo_daemon.jobs.engines import postgresql_engine, postgresql_says_no, reason_of, says_no, sqlite_engine
@@ -57,8 +59,9 @@ class Database:
         # SQLite's writers poll for the lock: threads of one process queue here instead, in order of arrival
         self._write_lock = threading.Lock()
         self._writer = self._engine.execution_options(osteo_writes=True)
-        self._kept: Connection | None = None
-        self._commits = GroupCommit(self._writing_again)
+        self._kept: PoolProxiedConnection | None = None
+        self._commits = GroupCommit(self._writing)
+        self._plain_commits = GroupCommit(self._writing_plainly)
         self._reader = self._engine if self._sqlite else self._engine.execution_options(**_SNAPSHOT)
         self._migrate()
 
@@ -92,21 +95,25 @@ class Database:
             yield connection
 
     @contextmanager
-    def _writing_again(self) -> Iterator[Connection]:
-        """`_writing` of SQLite over a connection that is kept: fetching one costs as much as a small transaction.
+    def _writing_plainly(self) -> Iterator[sqlite3.Connection]:
+        """`_writing` of SQLite for statements that are text, over a driver's connection that is kept.
+
+        SQLAlchemy's transaction and its pool cost several times what SQLite does in a small transaction.
 
         Raises:
             StoreUnavailable: as there.
         """
         with self._write_lock, self._answering():
-            connection, self._kept = self._kept or self._writer.connect(), None
+            kept, self._kept = self._kept or self._engine.raw_connection(), None
+            connection = cast(sqlite3.Connection, kept.driver_connection)
             try:
-                with connection.begin():
-                    yield connection
-                self._kept = connection
+                connection.execute("BEGIN IMMEDIATE")
+                yield connection
+                connection.execute("COMMIT")
+                self._kept = kept
             finally:
-                if self._kept is None:  # whatever it was: the next one begins afresh
-                    connection.close()
+                if self._kept is None:  # whatever it was: the pool rolls back, and the next one begins afresh
+                    kept.close()
 
     def _together(self, work: Callable[[Connection], T]) -> T:
         """Run ``work`` in a transaction as `_writing` gives it, on SQLite one with that of other threads.
@@ -143,6 +150,10 @@ class Database:
         except DBAPIError as error:
             if (says_no if self._sqlite else postgresql_says_no)(error):
                 raise StoreUnavailable(reason_of(error)) from error
+            raise
+        except sqlite3.DatabaseError as error:  # the driver's own, of `_writing_plainly`
+            if isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError:
+                raise StoreUnavailable(str(error)) from error
             raise
 
     def _migrate(self) -> None:

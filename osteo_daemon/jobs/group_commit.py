@@ -9,41 +9,42 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
-from sqlalchemy import Connection
+C = TypeVar("C")
+"""What a transaction gives to those who write in it."""
 
 T = TypeVar("T")
 
 _LARGEST_GROUP = 64
 
 
-class _Waiting:
+class _Waiting(Generic[C]):
     """One piece of work, and what became of it."""
 
     __slots__ = ("done", "error", "result", "work")
 
-    def __init__(self, work: Callable[[Connection], Any]) -> None:
+    def __init__(self, work: Callable[[C], Any]) -> None:
         self.work = work
         self.done = False
         self.result: Any = None
         self.error: Exception | None = None
 
 
-class GroupCommit:
+class GroupCommit(Generic[C]):
     """Runs pieces of work of many threads in few transactions.
 
     Args:
         writing: a transaction, durable when its block ends.
     """
 
-    def __init__(self, writing: Callable[[], AbstractContextManager[Connection]]) -> None:
+    def __init__(self, writing: Callable[[], AbstractContextManager[C]]) -> None:
         self._writing = writing
         self._condition = threading.Condition()
-        self._waiting: list[_Waiting] = []
+        self._waiting: list[_Waiting[C]] = []
         self._committing = False
 
-    def run(self, work: Callable[[Connection], T]) -> T:
+    def run(self, work: Callable[[C], T]) -> T:
         """Run ``work`` in a transaction, maybe with that of others; returns when it is committed.
 
         When a group fails, each piece of work runs again in a transaction of its own: nobody fails for another's,
@@ -75,7 +76,7 @@ class GroupCommit:
                 self._condition.notify_all()
         return cast(T, self._outcome(own))
 
-    def _commit(self, group: list[_Waiting]) -> None:
+    def _commit(self, group: list[_Waiting[C]]) -> None:
         if len(group) > 1 and self._commit_together(group):
             return
         for entry in group:
@@ -87,7 +88,7 @@ class GroupCommit:
                 entry.error = error
             entry.done = True
 
-    def _commit_together(self, group: list[_Waiting]) -> bool:
+    def _commit_together(self, group: list[_Waiting[C]]) -> bool:
         """False when one of them failed: nothing was written, and all of them are still to be done."""
         working = False
         try:
@@ -106,7 +107,7 @@ class GroupCommit:
         return True
 
     @staticmethod
-    def _outcome(entry: _Waiting) -> Any:
+    def _outcome(entry: _Waiting[C]) -> Any:
         if entry.error is not None:
             raise entry.error
         return entry.result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,13 @@ class Intake(Database):
         """
         now = now or utc_now()
 
+        def next_slice(connection: sqlite3.Connection) -> bool:
+            return record_next_slice(connection, instance, source_ae, now)
+
+        if self._sqlite and screenable and association_id is None and self._plain_commits.run(next_slice):
+            return RecordOutcome.STORED
+
         def record(connection: Connection) -> RecordOutcome:
-            if self._sqlite and screenable and record_next_slice(connection, instance, source_ae, now):
-                if association_id is not None:
-                    _note_association(connection, association_id, instance.study_instance_uid, source_ae, now)
-                return RecordOutcome.STORED
             return self._record(connection, instance, source_ae, association_id, screenable, priority, now)
 
         return self._together(record)

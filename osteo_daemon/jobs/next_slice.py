@@ -1,6 +1,6 @@
 """The common arrival: one more image of a study that is being received. Three statements of SQLite, built once.
 
-They go to the driver as text: the library's own way to execute a statement costs more than SQLite's work on it.
+They go to the driver as text: SQLAlchemy's way to execute a statement costs several times SQLite's work on it.
 
 Whatever is not that (the first image, a UID that is known, a study past RECEIVING, files being removed) is left to
 the general way of `intake`, which decides the same for this case in seven.
@@ -8,11 +8,12 @@ the general way of `intake`, which decides the same for this case in seven.
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, cast
 
-from sqlalchemy import BindParameter, ClauseElement, Connection, bindparam, exists, insert, select, update
+from sqlalchemy import BindParameter, ClauseElement, bindparam, exists, insert, select, update
 from sqlalchemy.dialects import sqlite
 
 from osteo_daemon.domain.job import JobKind, JobState
@@ -33,10 +34,9 @@ class _Statement:
             name: value for name, value in compiled.params.items() if value is not None
         }
 
-    def execute(self, connection: Connection, values: Mapping[str, object]) -> Any:
-        """Its result; the library's errors, as of any statement."""
+    def execute(self, connection: sqlite3.Connection, values: Mapping[str, object]) -> sqlite3.Cursor:
         given = {**self._constants, **values}
-        return connection.exec_driver_sql(self._text, tuple([given[name] for name in self._names]))
+        return connection.execute(self._text, [given[name] for name in self._names])
 
 
 _OF_STUDY: BindParameter[str] = bindparam("of_study")
@@ -64,13 +64,13 @@ _FILE = _Statement(insert(InstanceRow))
 _as_text = UtcDateTime().dialect_impl(_SQLITE).bind_processor(_SQLITE)
 
 
-def record_next_slice(connection: Connection, instance: SopInstance, source_ae: str, now: datetime) -> bool:
+def record_next_slice(connection: sqlite3.Connection, instance: SopInstance, source_ae: str, now: datetime) -> bool:
     """Record an image of a study in RECEIVING; False, and nothing written, when it is anything else.
 
     Only where one transaction writes at a time: no row is locked here.
     """
     of = {"of_study": instance.study_instance_uid, "of_instance": instance.sop_instance_uid}
-    if _IS_NEXT.execute(connection, of).first() is None:
+    if _IS_NEXT.execute(connection, of).fetchone() is None:
         return False
     at = cast(Any, _as_text)(now)
     _COUNT.execute(connection, {"of_study": instance.study_instance_uid, "now": at})

@@ -76,10 +76,10 @@ spool.sync_folder = lambda folder: None
 """,
     "commit not synced": """
 from sqlalchemy import event
-from sqlalchemy.engine import Engine
-@event.listens_for(Engine, "begin")
-def careless(connection):
-    connection.connection.dbapi_connection.execute("PRAGMA synchronous=OFF")
+from sqlalchemy.pool import Pool
+@event.listens_for(Pool, "checkout")
+def careless(connection, record, proxy):
+    connection.execute("PRAGMA synchronous=OFF")
 """,
 }
 

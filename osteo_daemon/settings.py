@@ -435,6 +435,21 @@ class DriftSettings(_Section):
     keep_reports: int = Field(default=400, ge=1)
 
 
+class RefitSettings(_Section):
+    """Refits of the network channel for this site, by the refitter."""
+
+    enabled: bool = False
+    site: Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9-]{0,31})?$")] = ""
+    cron: Annotated[str, AfterValidator(_crontab)] = "0 1 * * sun"
+    minimum_new_labels: int = Field(default=100, ge=1)
+    yield_to_screening: bool = True
+    maximum_hours: float = Field(default=12, gt=0)
+    replay_file: Path | None = None
+    replay_patients: int = Field(default=96, ge=12)
+    poll_seconds: Seconds = 1
+    lease_seconds: Seconds = 60
+
+
 class SiteSettings(_Section):
     """What the report says about the site."""
 
@@ -502,6 +517,7 @@ class Settings(_Section):
     backup: BackupSettings = BackupSettings()
     models: ModelsSettings = ModelsSettings()
     drift: DriftSettings = DriftSettings()
+    refit: RefitSettings = RefitSettings()
     site: SiteSettings = SiteSettings()
     audit: AuditSettings = AuditSettings()
     log: LogSettings = LogSettings()
@@ -569,6 +585,11 @@ class Settings(_Section):
     def archive_dir(self) -> Path:
         """Folder of archived VOIs."""
         return self.archive.folder or self.state_dir / "archive"
+
+    @property
+    def refits_dir(self) -> Path:
+        """Folder of refits: their data sets, what is done so far, and their candidates."""
+        return self.state_dir / "refits"
 
     @property
     def spool_dir(self) -> Path:

@@ -19,8 +19,8 @@ from osteo_daemon.dicom.tls import expiries, tls_files
 from osteo_daemon.dicom.verification import echo
 from osteo_daemon.dicomweb_receiver import read_token
 from osteo_daemon.errors import ConfigurationError, OsteoError
-from osteo_daemon.inference.bundle import find_bundle
 from osteo_daemon.inference.screening import choose_device
+from osteo_daemon.inference.signature import find_signed_bundle
 from osteo_daemon.inference.totalsegmentator import TotalSegmentator
 from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.pull.archive import open_archive
@@ -162,7 +162,7 @@ def _no_destination() -> str:
 
 
 def _bundle(settings: Settings, name: str) -> str:
-    bundle = find_bundle(name, settings.models_dir)
+    bundle = find_signed_bundle(name, settings)
     return f"{bundle.name} {bundle.version} ({bundle.status}), sha256 {bundle.sha256[:12]}, verified"
 
 

@@ -28,7 +28,7 @@ from osteo_daemon.domain.trend import EarlierValue, TrendPoint
 from osteo_daemon.errors import LeaseLost, Transient, WorkerDied
 from osteo_daemon.handling import tell_read
 from osteo_daemon.jobs.claims import WALL_CLOCK_LIMIT
-from osteo_daemon.jobs.records import NewDelivery, ReportKind, ReportObject
+from osteo_daemon.jobs.records import NewDelivery, ReportKind, ReportObject, Shadow
 from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.lease import LeaseWatch
 from osteo_daemon.log import configure_logging, get_logger
@@ -183,7 +183,7 @@ class Screener:
             Transient: the store did not answer before anything was asked of the worker.
         """
         self._token += 1
-        worker.send({"type": "screen", "token": self._token, **self._study(job)})
+        worker.send({"type": "screen", "token": self._token, "job": job.job_id, **self._study(job)})
         self._ahead, self._reading_ahead = None, False
         while True:
             message = worker.receive(_TICK_SECONDS)
@@ -244,6 +244,25 @@ class Screener:
             self._status.write(
                 device=message["device"], models=message["models"], refused_bundle=message["refused_bundle"]
             )
+        elif message["type"] == "shadow":
+            self._keep_shadow(message)
+
+    def _keep_shadow(self, message: Mapping[str, Any]) -> None:
+        """A candidate's values, to their own table; without them nothing is amiss."""
+        shadow = Shadow(
+            job_id=message["job"],
+            revision=message["revision"],
+            sha256=message["sha256"],
+            deployed_sha256=message["deployed_sha256"],
+            at=datetime.now(UTC),
+            seconds=message["seconds"],
+            error=message["error"],
+            levels=message["levels"],
+        )
+        try:
+            self._store.save_shadow(shadow)
+        except Transient as error:
+            self._log.warning("shadow_not_written", job_id=shadow.job_id, error=type(error).__name__)
 
     def _cancel(self, worker: WorkerProcess) -> None:
         """Have the worker drop the study; one that does not is replaced."""

@@ -309,7 +309,7 @@ class VoiArchiveSettings(_Section):
     @model_validator(mode="after")
     def _on_what_ground(self) -> VoiArchiveSettings:
         if self.enabled and not self.consent.strip():
-            raise ValueError("archive.enabled needs consent: on what ground VOIs may be kept (a vote, a contract, a law)")
+            raise ValueError("archive.enabled needs consent: on what ground VOIs may be kept (a vote, a law)")
         if self.enabled and self.key_file is None:
             raise ValueError("archive.enabled needs a key_file outside the archive: osteo archive init makes it")
         return self

@@ -39,6 +39,7 @@ class EventType:
     LOGIN: Final = Code("110122", "Login")
     LOGOUT: Final = Code("110123", "Logout")
     NODE_AUTHENTICATION: Final = Code("110126", "Node Authentication")
+    SOFTWARE_CONFIGURATION: Final = Code("110131", "Software Configuration")
     USE_OF_RESTRICTED_FUNCTION: Final = Code("110132", "Use of Restricted Function")
     AUDIT_RECORDING_STOPPED: Final = Code("110133", "Audit Recording Stopped")
     AUDIT_RECORDING_STARTED: Final = Code("110134", "Audit Recording Started")

@@ -184,7 +184,7 @@ def reprocess(
     if localizer_bundle or network_bundle:
         from osteo_daemon.inference.bundle import find_bundle
 
-        models_dir = load_settings(config).models_dir
+        models_dir = load_settings(config).bundles_dir
         for name in filter(None, (localizer_bundle, network_bundle)):
             find_bundle(name, models_dir)  # a wrong name is said now, not when the study is screened
 

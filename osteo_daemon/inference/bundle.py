@@ -278,8 +278,19 @@ def _place(name: str, models_dir: str | Path | None) -> Path:
     places = [*([Path(models_dir)] if models_dir is not None else []), *_shipped_places()]
     for place in places:
         if (place / name / MANIFEST_NAME).is_file():
-            return place / name
+            # through the registry's link, once: a promotion meanwhile must not give halves of two versions
+            return (place / name).resolve()
     raise BundleError(f"no bundle {name!r} in {', '.join(map(str, places))}; install the package again or set its path")
+
+
+def shipped_bundle(name: str) -> Path | None:
+    """The folder of a bundle that came with the package; None when there is none of that name."""
+    return next((place / name for place in _shipped_places() if (place / name / MANIFEST_NAME).is_file()), None)
+
+
+def is_shipped(path: Path) -> bool:
+    """True for the folder of a bundle that came with the package."""
+    return any(path.resolve().is_relative_to(place.resolve()) for place in _shipped_places())
 
 
 def _shipped_places() -> list[Path]:

@@ -144,7 +144,7 @@ class ResidentModels:
 def _stamp(settings: Settings) -> Stamp:
     screener = settings.screener
     names = [screener.localizer_bundle, *([screener.network_bundle] if screener.network_enabled else [])]
-    return tuple((name, bundle_digest(name, settings.models_dir)) for name in names)
+    return tuple((name, bundle_digest(name, settings.bundles_dir)) for name in names)
 
 
 def _free() -> None:

@@ -19,10 +19,10 @@ from osteo_daemon.domain.eligibility import ExclusionCode
 from osteo_daemon.domain.findings import SEGMENTATION_SOURCE, ModelReference, QualityFlag, Severity
 from osteo_daemon.errors import NotEligible, VertebraeUnusable
 from osteo_daemon.imaging.volume import CtVolume
-from osteo_daemon.inference.bundle import find_bundle
 from osteo_daemon.inference.localize import SpineLocalizer
 from osteo_daemon.inference.masked_vertebrae import localize_masks
 from osteo_daemon.inference.segmentation_reader import is_segmentation, read_segmentation
+from osteo_daemon.inference.signature import find_signed_bundle
 from osteo_daemon.inference.totalsegmentator import TotalSegmentator
 from osteo_daemon.inference.vertebra import Localization
 from osteo_daemon.settings import Settings
@@ -177,7 +177,7 @@ def choose_source(settings: Settings, device: torch.device) -> VertebraSource:
     chosen = settings.screener.vertebrae
     if chosen == TOTALSEGMENTATOR:
         return TotalSegmentatorSource(TotalSegmentator.find(settings.totalsegmentator, device.type))
-    localizer = find_bundle(settings.screener.localizer_bundle, settings.models_dir)
+    localizer = find_signed_bundle(settings.screener.localizer_bundle, settings)
     model = ModelReference(localizer.name, localizer.version, localizer.sha256)
     network = NetworkSource(SpineLocalizer.from_bundle(localizer, device), model)
     return SegmentationSource(network) if chosen == SEGMENTATION else network

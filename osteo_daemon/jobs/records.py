@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
 from enum import StrEnum
@@ -207,6 +208,58 @@ class SchedulerRun:
         """For programs; times in ISO 8601."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in values.items()}
+
+
+class ModelChangeKind(StrEnum):
+    """What a person did to the versions of a bundle."""
+
+    REGISTERED = "registered"
+    PROMOTED = "promoted"
+    ROLLED_BACK = "rolled_back"
+    SHADOWED = "shadowed"  # or, without a version, no longer
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChange:
+    """A change of what is deployed; ``done`` is None while it is not known whether it was made."""
+
+    change_id: int
+    at: datetime
+    who: str
+    kind: ModelChangeKind
+    name: str
+    from_version: str | None
+    from_sha256: str | None
+    to_version: str | None
+    to_sha256: str | None
+    reason: str
+    done: bool | None
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**values, "at": self.at.isoformat()}
+
+
+@dataclass(frozen=True, slots=True)
+class Shadow:
+    """What a candidate said of one revision of a study beside the deployed bundle.
+
+    Attributes:
+        sha256, deployed_sha256: digests of both bundles.
+        seconds: that it took.
+        error: why it is incomplete; None when it is not.
+        levels: level to ``bmd_g_cm2``, ``deployed_bmd_g_cm2``, ``class``, ``deployed_class``; None what was withheld.
+    """
+
+    job_id: int
+    revision: int
+    sha256: str
+    deployed_sha256: str
+    at: datetime
+    seconds: float
+    error: str | None
+    levels: Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,8 +138,10 @@ def test_the_scheduler_reports_drift_and_alarms_once(tmp_path: Path) -> None:
                 },
             )
     config = tmp_path / "osteo.toml"
-    drift = '[drift]\ncron = "* * * * *"\ncurrent_days = 18.0\n'
-    config.write_text(settings_text(state, 0) + drift)
+    config.write_text(
+        f'state_dir = "{state}"\n[completeness]\nsweep_seconds = 5\n[retention]\nimages_days = 0\n'
+        '[drift]\ncron = "* * * * *"\ncurrent_days = 18.0\n'
+    )
 
     def runs() -> int:
         return next((run.runs for run in store.scheduler_runs() if run.step == "drift_report"), 0)

@@ -35,12 +35,12 @@ from tqdm import tqdm
 
 from osteo_daemon.errors import ConfigurationError, OsteoError, RefitRefused
 from osteo_daemon.inference.bundle import ModelBundle, read_bundle, write_bundle
-from osteo_daemon.network.config import BmdScale, Calibration
+from osteo_daemon.network.config import BmdScale, Calibration, MoEConfig
 from osteo_daemon.network.moe import gate_entropy
 from osteo_daemon.network.multitask import MultitaskMoE
 from osteo_daemon.network.outlier import OUTLIERS_KEY, OUTLIERS_NAME, OutlierModel
 from train.competitors import affine, core_hu, hu_line
-from train.data import open_set
+from train.data import VoiSet, open_set
 from train.evaluate import judged_of
 from train.features import kept_features
 from train.judging import Judged, subgroups
@@ -56,19 +56,17 @@ VERDICT_NAME: Final = "docs/verdict.json"
 """File of a candidate bundle: nothing is promoted without it."""
 EXIT_REFUSED: Final = 3
 _HALF: Final = np.full(2, 0.5)
-_WRITTEN_BY_BUNDLE: Final = frozenset(
-    [
-        "schema",
-        "osteo_schema",
-        "name",
-        "version",
-        "status",
-        "monai_version",
-        "pytorch_version",
-        "numpy_version",
-        "required_packages_version",
-        "optional_packages_version",
-    ]
+_WRITTEN_BY_BUNDLE: Final = (
+    "schema",
+    "osteo_schema",
+    "name",
+    "version",
+    "status",
+    "monai_version",
+    "pytorch_version",
+    "numpy_version",
+    "required_packages_version",
+    "optional_packages_version",
 )
 _PAIRS: Final = (("refit", "parent"), ("affine", "parent"), ("refit", "affine"), ("refit", "hu_line"))
 
@@ -147,8 +145,8 @@ def refit(
     """
     if not re.fullmatch(SITE_PATTERN, site_name):
         raise ConfigurationError(f"a site's name is of the form {SITE_PATTERN}, not {site_name!r}")
-    data = open_set(data_folder)
     network = load_network(parent)
+    data = _fitting(open_set(data_folder), network.config)
     replay = find_replay(parent, network, replay_path)
     rehearsal = replay.to_bytes()
     lineage = lineage_of(parent, digest_of_set(data_folder), sha256(rehearsal).hexdigest(), site_name, config)
@@ -212,6 +210,20 @@ def refit(
     verdict = document(decision, "refit", lineage, {**figures, "bundles": sorted(bundles)})
     _finish(out, verdict)
     return verdict
+
+
+def _fitting(data: VoiSet, config: MoEConfig) -> VoiSet:
+    """The set with the network's own names of levels.
+
+    Raises:
+        ConfigurationError: it lies on another grid than the network's.
+    """
+    spacing_mm = float(data.config["voi_spacing_mm"])
+    if spacing_mm != config.voi_spacing_mm:
+        raise ConfigurationError(
+            f"the data set is sampled at {spacing_mm:g} mm, the network at {config.voi_spacing_mm:g}"
+        )
+    return replace(data, config={**data.config, "levels": list(config.levels)})
 
 
 def _claim(out: Path, stamp: dict[str, Any]) -> None:
@@ -310,7 +322,7 @@ def _judge(
     classes, names = measured.diagnosis.numpy(), np.array([str(n) for n in measured.patient.tolist()])
     others = compare(elsewhere, truth, classes, names, _PAIRS[:2])
     by_device = {f"device {d}": np.flatnonzero(measured.device.numpy() == d) for d in measured.device.unique().tolist()}
-    groups = {**subgroups(site.rows), **{f"level {n}": _where(site, n) for n in sorted({r.level for r in site.rows})}}
+    groups = _groups(site)
     figures = {
         "site": at_site,
         "others": others,
@@ -323,8 +335,16 @@ def _judge(
     return figures, decide(at_site["differences"], others["differences"], notes)
 
 
-def _where(site: SiteData, level: str) -> Index:
-    return np.array([place for place, row in enumerate(site.rows) if row.level == level], dtype=np.int64)
+def _groups(site: SiteData) -> dict[str, Index]:
+    """Subgroups, each level one of them; who has no age or sex belongs to no group of it."""
+    ages = np.array([row.age_years for row in site.rows])
+    found = {
+        name: chosen[ages[chosen] >= 0] if name.startswith("age ") else chosen
+        for name, chosen in subgroups(site.rows).items()
+        if name != "sex "
+    }
+    levels = np.array([row.level for row in site.rows])
+    return {**found, **{f"level {name}": np.flatnonzero(levels == name) for name in np.unique(levels)}}
 
 
 def _outliers(parent: ModelBundle, network: MultitaskMoE, pool: Pool, held: Replay) -> OutlierModel | None:
@@ -408,6 +428,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
+    torch.set_num_threads(1)  # so little work at a time that threads would only wait for each other
     try:
         verdict = refit(
             given.data,

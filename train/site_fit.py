@@ -3,8 +3,8 @@
 The loss has three parts: the site's readings; what the parent says of the replay set, which the refitted network shall
 go on saying (distillation, as in Li and Hoiem 2016 and Buzzega 2020, but of features instead of images); and the
 squared distance of the weights to the parent's (L2-SP, Li, Grandvalet and Davoine 2018). How strong that pull is, is
-chosen on inner folds of the same patients: the strongest one that is no worse than the best by more than one standard error
-(Breiman's rule). Endlessly strong is among the choices: then the parent's weights come back untouched.
+chosen on inner folds of the same patients: the strongest one that is no worse than the best by more than one standard
+error (Breiman's rule). Endlessly strong is among the choices: then the parent's weights come back untouched.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ class FitConfig:
         seed: of everything random.
     """
 
-    strengths: tuple[float, ...] = (math.inf, 3.0, 0.3, 0.03, 0.003)
-    steps: int = 300
-    batch_size: int = 128
-    learning_rate: float = 3e-3
+    strengths: tuple[float, ...] = (math.inf, 1.0, 0.1, 0.01)
+    steps: int = 150
+    batch_size: int = 64
+    learning_rate: float = 5e-3
     replay: float = 2.0
     gate: float = 0.3
     level: float = 0.25

@@ -6,10 +6,10 @@ import math
 from typing import Final, cast
 
 import torch
-from monai.networks.nets.resnet import ResNetBlock
 from torch import Tensor, nn
 
 from osteo_daemon.network.config import MoEConfig
+from osteo_daemon.network.monai_parts import ResNetBlock
 
 HU_STATISTICS: Final = (
     "core_mean",

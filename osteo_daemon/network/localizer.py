@@ -8,8 +8,9 @@ from enum import IntEnum
 from typing import Any
 
 import torch
-from monai.networks.nets import UNet
 from torch import Tensor, nn
+
+from osteo_daemon.network.monai_parts import UNet
 
 
 class SpineClass(IntEnum):

@@ -42,6 +42,7 @@ _ANSWER_BYTES = 1 << 16
 _COLLECT_SECONDS = 3.0
 _SERVICE_SECONDS = 0.25
 _KNOWN_ADDRESSES = 4096
+_USHERS = 4
 
 
 class _BoundedRequestHandler(RequestHandler):  # type: ignore[misc]
@@ -107,7 +108,8 @@ class HardenedServer(AssociationServer):  # type: ignore[misc]
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Take connections until `shutdown`, which is looked for so often, in seconds."""
-        others = [threading.Thread(target=work, name="listener", daemon=True) for work in (self._usher, self._keep)]
+        works = (*[self._usher] * _USHERS, self._keep)
+        others = [threading.Thread(target=work, name="listener", daemon=True) for work in works]
         for thread in others:
             thread.start()
         try:
@@ -161,7 +163,7 @@ class HardenedServer(AssociationServer):  # type: ignore[misc]
         self._refusals.tell_later("connection_refused", address=address, reason=reason)
 
     def _usher(self) -> None:
-        # the start of a thread waits for that thread: the one that takes connections never does
+        # the start of a thread waits for that thread: the one that takes connections never does, and several wait at once
         while (visitor := self._turns.take()) is not None:
             if self._ending.is_set():
                 self._dismiss(visitor)

@@ -163,7 +163,7 @@ class HardenedServer(AssociationServer):  # type: ignore[misc]
         self._refusals.tell_later("connection_refused", address=address, reason=reason)
 
     def _usher(self) -> None:
-        # the start of a thread waits for that thread: the one that takes connections never does, and several wait at once
+        # the start of a thread waits for that thread: who takes connections never does, and several wait at once
         while (visitor := self._turns.take()) is not None:
             if self._ending.is_set():
                 self._dismiss(visitor)

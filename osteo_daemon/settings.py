@@ -165,6 +165,7 @@ class CompletenessSettings(_Section):
     quiet_maximum_seconds: Seconds = 300
     early_quiet_seconds: Seconds = 10
     missing_wait_seconds: Seconds = 900
+    series_wait_seconds: Annotated[float, Field(ge=0)] = 300
     sweep_seconds: Seconds = 5
     mpps: bool = True
     ian: bool = True

@@ -106,7 +106,7 @@ class StudyVois:
             "flags": list(self.flags),
         }
         text = json.dumps(document, sort_keys=True, allow_nan=False)
-        return save({_TENSOR: np.ascontiguousarray(self.hu)}, {_DOCUMENT: text})
+        return bytes(save({_TENSOR: np.ascontiguousarray(self.hu)}, {_DOCUMENT: text}))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> StudyVois:
@@ -147,7 +147,8 @@ class StudyVois:
         shape = tuple(n + 2 * margin for n in spec.shape)
         if spec.spacing_mm == self.spacing_mm and all(a >= b for a, b in zip(stored.shape, shape, strict=True)):
             start = [(a - b) // 2 for a, b in zip(stored.shape, shape, strict=True)]
-            return stored[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))]
+            same: Int16Array = stored[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))]
+            return same
         affine = np.eye(4)
         affine[:3, :3] = np.asarray(SUPINE_AXES_LPS).T * self.spacing_mm
         block = CtVolume(stored.astype(np.float32), affine)

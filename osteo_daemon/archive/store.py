@@ -82,7 +82,7 @@ class VoiArchive:
             key = _first_that_fits(path, self._rows.archive_fingerprint())
             if self._rows.set_archive_fingerprint(key.fingerprint) != key.fingerprint:
                 raise ConfigurationError(
-                    f"{path} is not the key of this archive; bring back the one that it began with"
+                    f"{path} is not the key of this archive; bring back its own"
                 )
             self._key = key
         return self._key

@@ -127,7 +127,7 @@ class ArchiveRows(Database):
             rows = connection.execute(
                 select(ArchiveStateRow.name, ArchiveStateRow.count).where(ArchiveStateRow.name.startswith(_DROPPED))
             ).all()
-        return {row.name.removeprefix(_DROPPED): row.count for row in rows}
+        return {name.removeprefix(_DROPPED): count for name, count in rows}
 
     def keep_entry(self, new: NewEntry) -> str | None:
         """Keep a study's file, in the place of an older revision's.

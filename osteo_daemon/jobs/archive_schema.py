@@ -1,4 +1,4 @@
-"""Tables of the archive of VOIs: pseudonyms, sealed links, labels. No identity, no UID and no study's date is readable."""
+"""Tables of the archive of VOIs: pseudonyms, sealed links, labels. No identity, UID or study date is readable."""
 
 from __future__ import annotations
 

@@ -81,9 +81,7 @@ class VoiArchive:
                 raise ConfigurationError("archive.key_file is not set; osteo archive init makes the key")
             key = _first_that_fits(path, self._rows.archive_fingerprint())
             if self._rows.set_archive_fingerprint(key.fingerprint) != key.fingerprint:
-                raise ConfigurationError(
-                    f"{path} is not the key of this archive; bring back its own"
-                )
+                raise ConfigurationError(f"{path} is not the key of this archive; bring back its own")
             self._key = key
         return self._key
 

@@ -18,6 +18,7 @@ from osteo_daemon.commands.drift import drift
 from osteo_daemon.commands.models import models
 from osteo_daemon.commands.options import config_option, not_blank
 from osteo_daemon.commands.pull import pull
+from osteo_daemon.commands.refit import refit
 from osteo_daemon.commands.studies import studies
 from osteo_daemon.commands.upkeep import backup, fsck, restore, schedule
 from osteo_daemon.errors import ConfigurationError, OsteoError
@@ -29,7 +30,7 @@ EXIT_DAMAGED = 3
 PRIVATE_UMASK = 0o077
 """What the node writes holds patients' images: for its own user alone."""
 
-ROLES = ("receiver", "dicomweb", "scheduler", "screener", "deliverer")
+ROLES = ("receiver", "dicomweb", "scheduler", "screener", "deliverer", "refitter")
 
 _EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -52,6 +53,7 @@ def cli() -> None:
     osteo fsck     do job store, spool and digests agree?
     osteo backup   copy store and spool while the node runs; osteo restore brings them back
     osteo archive  vertebrae kept under pseudonyms for refits
+    osteo refit    refit the network channel for this site's densitometers
     osteo report   read our reports as text
     osteo conformance  the DICOM conformance statement of this node
     osteo demo     a virtual patient through the whole node
@@ -87,6 +89,8 @@ def run(role: str, config: Path | None) -> None:
         from osteo_daemon.scheduler import run as entry
     elif role == "screener":
         from osteo_daemon.screener import run as entry
+    elif role == "refitter":
+        from osteo_daemon.refitter import run as entry
     else:
         from osteo_daemon.deliverer import run as entry
     from osteo_daemon.audit import trail
@@ -140,7 +144,7 @@ cli.add_command(drift)
 cli.add_command(archive)
 cli.add_command(models)
 cli.add_command(pull)
-for command in (studies, fsck, backup, restore, schedule, audit):
+for command in (studies, fsck, backup, restore, schedule, audit, refit):
     cli.add_command(command)
 
 

@@ -112,6 +112,8 @@ class Scheduler:
         if settings.commitment_scp.enabled:
             promises = Promises(settings, self._jobs, is_stopping=self._stopping.is_set)
             self._add("commitment_requests", promises.run, settings.commitment_scp.poll_seconds, last)
+        if settings.refit.enabled and settings.refit.site:
+            self._add_cron("scheduled_refit", self.ask_for_refit, settings.refit.cron, last)
         if settings.backup.folder is not None:
             self._add("backup", self.back_up, settings.backup.every_hours * 3600, last)
         if settings.drift.enabled:
@@ -257,6 +259,19 @@ class Scheduler:
         from osteo_daemon.drift_watch import look  # scipy: a second and 50 MB that no other step needs
 
         return look(self._settings, self._jobs, self._clock(), self._steps["drift_report"].seconds).detail
+
+    def ask_for_refit(self) -> str:
+        """Ask for a refit when enough labels are new; the refitter does the work."""
+        wanted = self._settings.refit
+        new = self._jobs.new_labels(wanted.site)
+        if new < wanted.minimum_new_labels:
+            return f"{new} new labels; a refit is asked for with {wanted.minimum_new_labels}"
+        try:
+            asked = self._jobs.request_refit(wanted.site, who="schedule", reason=f"{new} new labels")
+        except ConfigurationError as error:
+            return error.detail  # one is open: the labels are new to the next run, too
+        get_logger().info("refit_asked_for", job_id=asked.refit_id, count=new)
+        return f"refit {asked.refit_id} of {wanted.site} with {new} new labels"
 
     def _announce(self) -> None:
         """Make every step visible before its first run."""

@@ -19,8 +19,9 @@ from osteo_daemon.child import start_child
 from osteo_daemon.log import configure_logging, get_logger
 from osteo_daemon.settings import Settings
 
-ROLES = ("receiver", "dicomweb", "scheduler", "screener", "deliverer")
-"""Started in this order, ended in it too: what takes work in ends first; ``dicomweb`` only where it has a port."""
+ROLES = ("receiver", "dicomweb", "scheduler", "screener", "deliverer", "refitter")
+"""Started in this order, ended in it too: what takes work in ends first; ``dicomweb`` and ``refitter`` only where
+the settings want them."""
 
 STOP_SECONDS = 30.0
 """How long the children may take to end before they are killed."""
@@ -141,7 +142,10 @@ class Supervisor:
 
 def roles_of(settings: Settings) -> list[str]:
     """The roles that these settings want, in the order of their start."""
-    return [role for role in ROLES if role != "dicomweb" or settings.dicomweb.port]
+    unwanted = {"dicomweb"} if not settings.dicomweb.port else set()
+    if not settings.refit.enabled:
+        unwanted.add("refitter")
+    return [role for role in ROLES if role not in unwanted]
 
 
 def serve(settings: Settings, config_path: Path | None) -> int:

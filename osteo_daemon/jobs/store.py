@@ -17,6 +17,7 @@ from osteo_daemon.jobs.observations import Observations
 from osteo_daemon.jobs.pledges import Pledges
 from osteo_daemon.jobs.pulls import Pulls
 from osteo_daemon.jobs.quarantine import Quarantine
+from osteo_daemon.jobs.refits import Refits
 from osteo_daemon.jobs.retention import Retention
 from osteo_daemon.jobs.trend import Trend
 from osteo_daemon.jobs.upkeep import Upkeep
@@ -39,6 +40,7 @@ class JobStore(
     Pulls,
     Observations,
     ArchiveRows,
+    Refits,
     Models,
     Upkeep,
 ):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
+from osteo_daemon.archive.export import export_dataset
 from osteo_daemon.archive.store import VoiArchive
 from osteo_daemon.child import start_child
 from osteo_daemon.domain.job import JobState
@@ -147,16 +147,13 @@ class Refitter:
             return Path(refit.data)
         data = folder / "data"
         if not (data / "table.json").exists():
-            from osteo_daemon.archive.export import export_dataset
-
-            shutil.rmtree(data, ignore_errors=True)
             export_dataset(
                 data,
                 archive=VoiArchive(self._settings, self._jobs),
+                labels=self._jobs.archive_labels(),
                 site=refit.site,
                 voi=VoiSpec.from_json(parent.inference["voi"]),
                 scale=BmdScale.from_json(parent.inference["bmd_scale"]),
-                labelled_only=True,
             )
         return data
 

@@ -41,7 +41,7 @@ class SlowArchive:
         asked: identifiers of C-GET requests: level, and how many SOP Instance UIDs they named.
         cancelled: C-GET requests that ended by C-CANCEL.
         dates: keys of the questions.
-        gate: called before each object is sent.
+        gate: called before each object is sent with what asks, once, whether a C-CANCEL has come; gives its answer.
     """
 
     studies: dict[str, list[Dataset]]
@@ -49,7 +49,7 @@ class SlowArchive:
     asked: list[tuple[str, int]] = field(default_factory=list)
     cancelled: int = 0
     dates: list[str] = field(default_factory=list)
-    gate: Callable[[], None] = lambda: None
+    gate: Callable[[Callable[[], bool]], bool] = lambda cancelled: cancelled()
     port: int = 0
     _server: Any = None
 
@@ -96,8 +96,7 @@ class SlowArchive:
         images = [image for image in self.studies[keys.StudyInstanceUID] if not named or image.SOPInstanceUID in named]
         yield len(images)
         for image in images:
-            self.gate()
-            if event.is_cancelled:
+            if self.gate(lambda: event.is_cancelled):
                 self.cancelled += 1
                 yield 0xFE00, None
                 return
@@ -181,16 +180,17 @@ def test_killed_in_the_middle_it_goes_on_with_what_is_missing(archive: SlowArchi
     reached = threading.Event()
     killed = threading.Event()
 
-    def gate() -> None:
+    def gate(cancelled: Callable[[], bool]) -> bool:
         # in the middle of the second study
         if archive.sent.total() == 9 and not killed.is_set():
             reached.set()
-            killed.wait(30)
+            killed.wait(120)
+        return cancelled()
 
     archive.gate = gate
     process = command.start("start", "slow", "--from", "2020-01-01")
     assert reached.wait(60)
-    until(lambda: len(command.stored) == 9, 20)
+    until(lambda: len(command.stored) == 9)
     process.kill()
     process.wait(60)
     killed.set()
@@ -209,12 +209,12 @@ def test_killed_in_the_middle_it_goes_on_with_what_is_missing(archive: SlowArchi
 
 def test_ctrl_c_cancels_at_the_archive_and_charges_nobody(archive: SlowArchive, command: Command) -> None:
     sending = threading.Event()
-    go_on = threading.Event()
 
-    def gate() -> None:
-        if archive.sent.total() == 2:
+    def gate(cancelled: Callable[[], bool]) -> bool:
+        if archive.sent.total() == 2 and not sending.is_set():
             sending.set()
-            go_on.wait(1.5)
+            return bool(until(cancelled))
+        return cancelled()
 
     archive.gate = gate
     process = command.start("start", "slow", "--from", "2020-01-01", "--json")
@@ -225,7 +225,7 @@ def test_ctrl_c_cancels_at_the_archive_and_charges_nobody(archive: SlowArchive, 
     document = json.loads(output)
     assert document["state"] == "FETCHING"
     assert document["studies"]["WANTED"] == 3
-    until(lambda: archive.cancelled == 1, 10)
+    until(lambda: archive.cancelled == 1)
     assert command.attempts(1) == [0, 0, 0]
     status, document, errors = command.run("resume", "1")
     assert status == 0, errors

@@ -251,6 +251,27 @@ def test_requests_that_cannot_be_read_hold_no_thread(tmp_path: Path) -> None:
         assert until(lambda: threading.active_count() <= before, 15)
 
 
+def test_neither_silence_nor_those_who_were_rejected_hold_a_thread(tmp_path: Path) -> None:
+    """With the time-outs of a hospital: all of them are still there when the threads are counted."""
+    with local_receiver(tmp_path) as port, contextlib.ExitStack() as stack:
+        echo_seconds(port)
+        until(lambda: {"listener", "visitor"} & {thread.name for thread in threading.enumerate()} == {"listener"})
+        time.sleep(0.5)  # the echo's threads end
+        before = threading.active_count()
+        silent = [stack.enter_context(connect(port)) for _ in range(30)]
+        rejected = [stack.enter_context(connect(port)) for _ in range(20)]
+        for peer in rejected:
+            peer.settimeout(20)
+            peer.sendall(associate_request("NOBODY"))
+            assert read_pdu(peer)[0] == 3
+        assert until(lambda: threading.active_count() <= before, 15)
+        for peer in (*silent, *rejected):
+            peer.setblocking(False)
+            with pytest.raises(BlockingIOError):  # neither a byte nor an end
+                peer.recv(1)
+        assert _served(port)
+
+
 def test_connections_end_with_the_receiver(tmp_path: Path) -> None:
     with local_receiver(tmp_path) as port:
         silent = connect(port)

@@ -10,7 +10,6 @@ from datetime import date
 import numpy as np
 import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -86,6 +85,9 @@ def draw_picture(content: PictureContent) -> npt.NDArray[np.uint8]:
 
 def draw_pdf(content: PictureContent) -> bytes:
     """The same page as PDF: text stays text, the same input gives the same bytes."""
+    # a quarter of a second with its tools for fonts, and few sites want a PDF
+    from matplotlib.backends.backend_pdf import FigureCanvasPdf
+
     buffer = io.BytesIO()
     # no creation date, which would differ from run to run
     metadata = {"CreationDate": None, "Creator": "osteo_daemon", "Producer": None, "Title": "Bone screening"}

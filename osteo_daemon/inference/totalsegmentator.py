@@ -20,7 +20,6 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
-import SimpleITK
 import torch
 
 from osteo_daemon.child import die_with_parent
@@ -95,6 +94,8 @@ class TotalSegmentator:
         Raises:
             Transient: the program failed, took too long, or left no result that can be read.
         """
+        import SimpleITK  # slow to import, and needed where this program is installed
+
         canonical = resample_canonical(volume, INPUT_SPACING_MM, torch.device("cpu"))
         image = SimpleITK.GetImageFromArray(np.rint(canonical.hu).astype(np.int16))
         image.SetSpacing((INPUT_SPACING_MM,) * 3)
@@ -221,6 +222,8 @@ def _run_group(
 
 
 def _read_labels(path: Path) -> dict[Level, Region]:
+    import SimpleITK
+
     try:
         image = SimpleITK.ReadImage(str(path))
     except RuntimeError as error:

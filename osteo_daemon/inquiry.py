@@ -15,6 +15,7 @@ from osteo_daemon.domain.study import RemoteAE
 from osteo_daemon.errors import OsteoError, PeerUnavailable
 from osteo_daemon.log import get_logger, where
 from osteo_daemon.settings import Settings
+from osteo_daemon.tls import source_peer
 
 _FAILURES = 2
 """So many in a row, and a source is left alone for a while."""
@@ -53,7 +54,7 @@ class Inquiries:
         self._calling = settings.receiver.ae_title
         self._timeout_seconds = settings.completeness.query_timeout_seconds
         self._sources = {
-            source.ae_title: _Source(RemoteAE(source.query.ae_title, source.query.host, source.query.port))
+            source.ae_title: _Source(source_peer(settings.tls, source.query))
             for source in settings.sources
             if source.query is not None
         }

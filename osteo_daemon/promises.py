@@ -14,7 +14,7 @@ from pathlib import Path
 from osteo_daemon.delivery.back_off import back_off_seconds
 from osteo_daemon.dicom.commitment_scp import report_commitment
 from osteo_daemon.dicom.contexts import ACCOMPANYING_CLASSES, SCREENED_CLASSES
-from osteo_daemon.domain.study import RemoteAE, SopInstance
+from osteo_daemon.domain.study import SopInstance
 from osteo_daemon.errors import PeerUnavailable, Refused
 from osteo_daemon.jobs.pledges import (
     CLASS_INSTANCE_CONFLICT,
@@ -27,6 +27,7 @@ from osteo_daemon.jobs.pledges import (
 from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.log import get_logger
 from osteo_daemon.settings import Settings
+from osteo_daemon.tls import source_peer
 
 _CHUNK_BYTES = 1 << 20
 _STORED_CLASSES = frozenset((*SCREENED_CLASSES, *ACCOMPANYING_CLASSES))
@@ -54,7 +55,7 @@ class Promises:
         self._calling = settings.receiver.ae_title
         self._kept = frozenset(settings.keep.sources)
         self._peers = {
-            source.ae_title: RemoteAE(source.commitment.ae_title, source.commitment.host, source.commitment.port)
+            source.ae_title: source_peer(settings.tls, source.commitment)
             for source in settings.sources
             if source.commitment is not None
         }

@@ -71,8 +71,19 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class PeerSettings(_Section):
-    """Where an application entity listens."""
+class PeerTlsSettings(_Section):
+    """How a peer that we connect to is spoken to; files that are not given are those of ``[tls]``."""
+
+    tls: bool = False
+    ca_file: Path | None = None
+    certificate_file: Path | None = None
+    key_file: Path | None = None
+    server_name: str = ""
+    certificates: tuple[CertificateIdentity, ...] = ()
+
+
+class PeerSettings(PeerTlsSettings):
+    """Where an application entity listens, and how it is spoken to."""
 
     ae_title: AETitle
     host: Annotated[str, Field(min_length=1)]
@@ -203,17 +214,6 @@ class TotalSegmentatorSettings(_Section):
     weights_dir: Path | None = None
     fast: bool = False
     timeout_seconds: Seconds = 1800
-
-
-class PeerTlsSettings(_Section):
-    """How a peer that we connect to is spoken to; files that are not given are those of ``[tls]``."""
-
-    tls: bool = False
-    ca_file: Path | None = None
-    certificate_file: Path | None = None
-    key_file: Path | None = None
-    server_name: str = ""
-    certificates: tuple[CertificateIdentity, ...] = ()
 
 
 class DestinationSettings(PeerTlsSettings):
@@ -544,10 +544,13 @@ class Settings(_Section):
             raise ValueError("two sources share one ae_title; list all addresses under one [[sources]] entry")
         if strangers := sorted(set(self.keep.sources) - set(titles)):
             raise ValueError(f"keep.sources names {strangers[0]}, which is no ae_title under [[sources]]")
-        peers: tuple[DestinationSettings | ArchiveSettings, ...] = (*self.destinations, *self.archives)
-        for entry in peers:
-            if entry.tls and not (entry.ca_file or self.tls.ca_file):
-                raise ValueError(f"{entry.name} with tls = true needs a ca_file, its own or that of [tls]")
+        peers: list[tuple[str, PeerTlsSettings | None]] = [(entry.name, entry) for entry in self.destinations]
+        peers += [(entry.name, entry) for entry in self.archives]
+        peers += [(f"query of source {source.ae_title}", source.query) for source in self.sources]
+        peers += [(f"commitment of source {source.ae_title}", source.commitment) for source in self.sources]
+        for name, peer in peers:
+            if peer is not None and peer.tls and not (peer.ca_file or self.tls.ca_file):
+                raise ValueError(f"{name} with tls = true needs a ca_file, its own or that of [tls]")
         return self
 
     @property

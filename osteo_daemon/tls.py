@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Final
 
 from osteo_daemon.certificates import certificate_of
-from osteo_daemon.domain.study import PeerTls
+from osteo_daemon.domain.study import PeerTls, RemoteAE
 from osteo_daemon.errors import ConfigurationError
-from osteo_daemon.settings import PeerTlsSettings, TlsSettings
+from osteo_daemon.settings import PeerSettings, PeerTlsSettings, TlsSettings
 
 # level 2 of OpenSSL: at least 112 bits of security, RSA keys of 2048 bits (RFC 9325 4.2)
 TLS_1_2_SUITES: Final = "@SECLEVEL=2:ECDHE+AESGCM:ECDHE+CHACHA20"
@@ -67,6 +67,15 @@ def peer_tls(own: TlsSettings, peer: PeerTlsSettings) -> PeerTls | None:
         server_name=peer.server_name,
         certificates=frozenset(peer.certificates),
     )
+
+
+def source_peer(own: TlsSettings, peer: PeerSettings) -> RemoteAE:
+    """A peer of a ``[[sources]]`` entry, as it is called.
+
+    Raises:
+        ConfigurationError: as `peer_tls`.
+    """
+    return RemoteAE(peer.ae_title, peer.host, peer.port, peer_tls(own, peer))
 
 
 def server_context(files: TlsFiles) -> ssl.SSLContext:

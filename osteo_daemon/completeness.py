@@ -119,6 +119,7 @@ class CompletenessSweep:
             study,
             event=_EVENTS[verdict.outcome],
             reason=verdict.reason,
+            lacks=verdict.lacks,
             gap_seconds=self._largest_gap(study),
             now=now,
         )
@@ -194,4 +195,5 @@ def quiet_limits(settings: CompletenessSettings) -> QuietLimits:
         maximum_seconds=settings.quiet_maximum_seconds,
         early_seconds=settings.early_quiet_seconds,
         missing_seconds=settings.missing_wait_seconds,
+        series_seconds=settings.series_wait_seconds,
     )

@@ -232,6 +232,7 @@ class Screener:
             "revision": job.revision,
             "paths": [str(instance.path) for instance in self._store.instances(job)],
             "predecessors": predecessors,
+            "lacks": job.lacks,
             "localizer_bundle": job.localizer_bundle or screener.localizer_bundle,
             "network_bundle": job.network_bundle or screener.network_bundle,
         }

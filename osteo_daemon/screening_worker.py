@@ -28,6 +28,7 @@ from typing import Any
 
 from osteo_daemon.archive.archivist import Archivist
 from osteo_daemon.dicom.report_forms import BuiltObject, BuiltReport
+from osteo_daemon.domain.completeness import Lacks
 from osteo_daemon.domain.findings import Outcome
 from osteo_daemon.domain.trend import EarlierValue
 from osteo_daemon.errors import BundleError, ConfigurationError, Damaged, OsteoError, Transient
@@ -198,6 +199,8 @@ class ScreeningWorker:
             self._link.send({"type": "models", **self._loaded()})
         source = files or StudyFiles.read(Path(path) for path in message["paths"])
         screening = self._models.screen(source, progress)
+        if message["lacks"] is not None:
+            screening = screening.of_incomplete_study(Lacks(message["lacks"]))
         progress("build report")
         exclusion = screening.result.exclusion
         destinations = [entry for entry in self._settings.destinations if exclusion is None or entry.report_exclusions]

@@ -39,9 +39,9 @@ class SourceCount:
         if here and here.keys() <= counted.keys():
             missing = sum(max(counted[uid] - count, 0) for uid, count in here.items())
             text = f"{sum(here.values())} images of {len(here)} series are here"
-            if missing or here.keys() == self.series.keys():
-                return Count(missing, text)
-            return None  # perhaps the other series are not sent here, perhaps they come yet
+            # perhaps the other series are not sent here, perhaps they come yet
+            absent = sum(count != 0 for uid, count in self.series.items() if uid not in here)
+            return Count(missing, text, absent)
         if self.series or self.study is None:
             return None
         return Count(max(self.study - all_here, 0), f"{all_here} objects are here")

@@ -1,7 +1,8 @@
 """When a study is complete: evidence of several kinds, one verdict.
 
-A list or a count that names what is not here makes the study wait, for a bounded time. A list that is wholly here ends
-the wait at once; a count that agrees, or slices whose headers leave nothing open, shorten it. Without any of these the
+A list or a count that names what is not here makes the study wait, for a bounded time: long for images of a series
+that has begun, shorter for a series that has not, which may never be sent here. A list that is wholly here ends the
+wait at once; a count that agrees, or slices whose headers leave nothing open, shorten it. Without any of these the
 source's own quiet time decides. Nothing waits for ever: every wait has an end in terms of the last arrival.
 """
 
@@ -40,6 +41,7 @@ class QuietLimits:
         maximum_seconds: and no longer; longer gaps are no gaps but further sendings.
         early_seconds: the least quiet time where other evidence says that the study is complete.
         missing_seconds: how long a study waits for what it is known to lack.
+        series_seconds: how long for whole series of which nothing came; 0: not at all.
     """
 
     quiet_seconds: float
@@ -47,6 +49,7 @@ class QuietLimits:
     maximum_seconds: float
     early_seconds: float
     missing_seconds: float
+    series_seconds: float = 0.0
 
     @property
     def shortest_seconds(self) -> float:
@@ -91,6 +94,7 @@ class Lists:
         here: of these, those that are here.
         missing: not here, of series of which something is here.
         unlisted: here and in no list.
+        absent: series named of which nothing is here.
     """
 
     kinds: str = ""
@@ -100,6 +104,7 @@ class Lists:
     here: int = 0
     missing: int = 0
     unlisted: int = 0
+    absent: int = 0
 
     @property
     def complete(self) -> bool:
@@ -109,10 +114,17 @@ class Lists:
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """What the source itself counts in a study: so many more than are here; ``compared`` says what was."""
+    """What the source itself counts in a study.
+
+    Attributes:
+        missing: so many more than are here, in the series that are here.
+        compared: what was compared, for people.
+        absent: series of which nothing is here.
+    """
 
     missing: int
     compared: str
+    absent: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,13 +153,21 @@ class Outcome(StrEnum):
     WAIT = "wait"
 
 
+class Lacks(StrEnum):
+    """What an incomplete study lacks: the code of the quality flag that its report carries."""
+
+    IMAGES = "study_incomplete"  # images of a series that is here, or a procedure step that has not ended
+    SERIES = "series_missing"  # whole series of which nothing came
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What is to be done, why, and after how many seconds time alone may change it."""
+    """What is to be done, why, and after how many seconds time alone may change it; ``lacks`` when INCOMPLETE."""
 
     outcome: Outcome
     reason: str
     wait_seconds: float = 0.0
+    lacks: Lacks | None = None
 
 
 def rhythm_of(gaps_seconds: Sequence[float], limits: QuietLimits) -> Rhythm:
@@ -199,13 +219,19 @@ def judge(evidence: Evidence, rhythm: Rhythm, limits: QuietLimits) -> Verdict:
     if lacking:
         patience = max(limits.missing_seconds, rhythm.quiet_seconds)
         if quiet >= patience:
-            return Verdict(Outcome.INCOMPLETE, f"{lacking}; nothing came for {patience:g} s")
+            return _incomplete(lacking, patience, Lacks.IMAGES)
         return Verdict(Outcome.WAIT, lacking, patience - quiet)
     if evidence.lists.complete:
         return Verdict(
             Outcome.COMPLETE, f"all {evidence.lists.listed} images listed by {evidence.lists.kinds} are here"
         )
     needed = rhythm.quiet_seconds * (OPEN_ASSOCIATION_FACTOR if evidence.open_association else 1.0)
+    absent = _absent(evidence) if limits.series_seconds else ""
+    if absent:
+        patience = max(limits.series_seconds, needed)
+        if quiet >= patience:
+            return _incomplete(absent, patience, Lacks.SERIES)
+        return Verdict(Outcome.WAIT, absent, patience - quiet)
     proof = _proof(evidence)
     if proof and quiet >= rhythm.early_seconds:
         return Verdict(Outcome.COMPLETE, f"{proof}; nothing came for {rhythm.early_seconds:g} s")
@@ -213,6 +239,19 @@ def judge(evidence: Evidence, rhythm: Rhythm, limits: QuietLimits) -> Verdict:
         return Verdict(Outcome.COMPLETE, f"nothing came for {needed:g} s, the quiet time of {evidence.source}")
     until = min(needed, rhythm.early_seconds) if proof or quiet < rhythm.early_seconds else needed
     return Verdict(Outcome.WAIT, "", until - quiet)
+
+
+def _incomplete(what: str, patience_seconds: float, lacks: Lacks) -> Verdict:
+    return Verdict(Outcome.INCOMPLETE, f"{what}; nothing came for {patience_seconds:g} s", lacks=lacks)
+
+
+def _absent(evidence: Evidence) -> str:
+    absent = []
+    if evidence.lists.absent:
+        absent.append(f"{evidence.lists.kinds} lists {evidence.lists.absent} more series of which nothing came")
+    if evidence.count is not None and evidence.count.absent:
+        absent.append(f"{evidence.source} has {evidence.count.absent} more series of which nothing came")
+    return "; ".join(absent)
 
 
 def _lacking(evidence: Evidence) -> str:
@@ -229,7 +268,7 @@ def _lacking(evidence: Evidence) -> str:
 
 
 def _proof(evidence: Evidence) -> str:
-    if evidence.count is not None:
+    if evidence.count is not None and not evidence.count.absent:
         return f"{evidence.source} has no more ({evidence.count.compared})"
     if evidence.asking:
         return ""  # whoever knows best is about to say it

@@ -8,6 +8,8 @@ from datetime import datetime
 from enum import IntEnum, StrEnum
 from types import MappingProxyType
 
+from osteo_daemon.domain.completeness import Lacks
+
 
 class JobState(StrEnum):
     """Where a study stands."""
@@ -71,7 +73,7 @@ class Job:
 
     ``fencing_token`` grows with every claim and is checked at commit. No heartbeat extends a lease beyond
     ``deadline``. ``localizer_bundle`` and ``network_bundle`` name the bundles of this revision when a person asked for
-    others than the settings name.
+    others than the settings name. ``lacks`` is what the study was known to lack when its arrival ended.
     """
 
     job_id: int
@@ -88,3 +90,4 @@ class Job:
     deadline: datetime | None = None
     localizer_bundle: str | None = None
     network_bundle: str | None = None
+    lacks: Lacks | None = None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from pydicom.dataset import Dataset
 
+from osteo_daemon.domain.completeness import Lacks
 from osteo_daemon.domain.decision import decide
 from osteo_daemon.domain.eligibility import ExclusionCode
 from osteo_daemon.domain.findings import (
@@ -79,6 +80,20 @@ class Screening:
     manifest: Mapping[str, Any]
     vertebrae: tuple[Vertebra, ...] = ()
     voi: VoiSpec | None = None
+
+    def of_incomplete_study(self, lacks: Lacks) -> Screening:
+        """The same of a study that was known to lack something when it was screened: its flags say so."""
+        flag = QualityFlag(lacks.value, _SEVERITY_OF_LACK[lacks])
+        result = replace(self.result, quality_flags=(flag, *self.result.quality_flags))
+        return replace(self, result=result)
+
+
+_SEVERITY_OF_LACK = {
+    # what is measured is measured on even stacks, never across a hole: the number stands, and more images may change it
+    Lacks.IMAGES: Severity.CAUTION,
+    # the series that is here is whole: another one may have been the better choice, or is not sent here at all
+    Lacks.SERIES: Severity.INFO,
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -112,6 +112,7 @@ class Announcements(Database):
             here=len(named.keys() & present),
             missing=sum(uid not in present and series in begun for uid, series in named.items()),
             unlisted=len(present - named.keys()),
+            absent=len(set(named.values()) - begun),
         )
 
     def forget_announcements(self, before: datetime) -> int:

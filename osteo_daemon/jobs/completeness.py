@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection, exists, func, insert, or_, select, update
 
-from osteo_daemon.domain.completeness import Evidence, Outcome, QuietLimits, judge, rhythm_of, with_gap
+from osteo_daemon.domain.completeness import Evidence, Lacks, Outcome, QuietLimits, judge, rhythm_of, with_gap
 from osteo_daemon.domain.job import Job, JobState
 from osteo_daemon.domain.study import SopInstance
 from osteo_daemon.jobs.database import Database
@@ -72,6 +72,7 @@ class Completeness(Database):
         *,
         event: str,
         reason: str,
+        lacks: Lacks | None = None,
         gap_seconds: float | None = None,
         who: str = "scheduler",
         now: datetime | None = None,
@@ -80,6 +81,7 @@ class Completeness(Database):
 
         Args:
             event: slug, ``study_complete`` or ``study_incomplete``.
+            lacks: what the study is known to lack; its report says so.
             gap_seconds: the largest gap between its instances: so its source sends.
 
         Returns:
@@ -92,7 +94,7 @@ class Completeness(Database):
             if row is None or _receiving(row) != study:
                 return None
             job = connection.execute(screening_job(study.study_instance_uid)).one()
-            change_state(connection, job, JobState.READY, who=who, event=event, reason=reason, now=now)
+            change_state(connection, job, JobState.READY, who=who, event=event, reason=reason, now=now, lacks=lacks)
             if gap_seconds is not None:
                 _note_gap(connection, study.source_ae, gap_seconds, now)
             return to_job(connection.execute(screening_job(study.study_instance_uid)).one())
@@ -133,7 +135,9 @@ class Completeness(Database):
         now = now or utc_now()
         with self._writing() as connection:
             row = connection.execute(screening_job(study_instance_uid)).one()
-            change_state(connection, row, JobState.READY, who=who, event="study_complete", reason=reason, now=now)
+            change_state(
+                connection, row, JobState.READY, who=who, event="study_complete", reason=reason, now=now, lacks=None
+            )
 
     def instances_of(self, study_instance_uid: str, classes: Collection[str]) -> list[SopInstance]:
         """What is here of a study, of these SOP classes."""

@@ -190,6 +190,7 @@ class JobRow(Base):
     not_before: Mapped[datetime | None] = mapped_column(UtcDateTime)
     localizer_bundle: Mapped[str | None] = mapped_column(String(64))  # of this revision, instead of the settings'
     network_bundle: Mapped[str | None] = mapped_column(String(64))
+    lacks: Mapped[str | None] = mapped_column(String(32))  # of `domain.completeness.Lacks`, when it was complete last
     images_purged_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     reports_purged_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     code: Mapped[str | None] = mapped_column(String(64))  # of the last exclusion, hold, error or failure

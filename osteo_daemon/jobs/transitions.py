@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, insert, select, update
 
+from osteo_daemon.domain.completeness import Lacks
 from osteo_daemon.domain.job import TRANSITIONS, Job, JobKind, JobState, Priority
 from osteo_daemon.errors import IllegalTransition, LeaseLost
 from osteo_daemon.jobs.counts import count_jobs
@@ -150,4 +151,5 @@ def to_job(row: Row[Any]) -> Job:
         deadline=row.deadline,
         localizer_bundle=row.localizer_bundle,
         network_bundle=row.network_bundle,
+        lacks=None if row.lacks is None else Lacks(row.lacks),
     )

@@ -45,7 +45,7 @@ class Bench:
 
     def ready(self, times: int = 1) -> psutil.Process:
         """The worker, once models were loaded for the n-th time."""
-        until(lambda: self.log.count("screener_ready") >= times, 60)
+        until(lambda: self.log.count("screener_ready") >= times, 180)
         return self.worker()
 
     def wait_until_computed(self) -> None:
@@ -57,7 +57,7 @@ class Bench:
             time.sleep(1)
             return worker.cpu_times() == before
 
-        until(quiet, 60)
+        until(quiet, 180)
 
     def study(self, name: str, **attributes: Any) -> str:
         """An empty CT, complete; it ends EXCLUDED (no_lumbar_vertebra) when it is screened."""
@@ -96,7 +96,7 @@ class Bench:
         (summary,) = self.store.recent(study_instance_uid=study)
         return summary
 
-    def reaches(self, study: str, state: JobState, seconds: float = 60) -> JobSummary:
+    def reaches(self, study: str, state: JobState, seconds: float = 180) -> JobSummary:
         """Wait until a study has reached a state."""
         until(lambda: self.job(study).state is state, seconds)
         return self.summary(study)
@@ -111,6 +111,7 @@ def running_screener(
     *,
     prefix: Sequence[str] = (),
     models: str = "",
+    extra: str = "",
     status: int = 0,
     module: str = "osteo_daemon.cli",
     **settings: Any,
@@ -119,7 +120,7 @@ def running_screener(
     values = {"lease_seconds": 3, "poll_seconds": 0.1, "retry_base_seconds": 0.1, "threads": 1, **settings}
     section = "\n".join(f"{key} = {str(value).lower()}" for key, value in values.items())
     config = folder / "osteo.toml"
-    config.write_text(models + settings_text(folder / "state", 1, extra=f"[screener]\n{section}\n"))
+    config.write_text(models + settings_text(folder / "state", 1, extra=f"[screener]\n{section}\n{extra}"))
     loaded = load_settings(config, {})
     role = RoleProcess(["run", "screener", "--config", str(config)], folder / "screener.log", module=module)
     role.start(prefix)

@@ -28,6 +28,7 @@ from osteo_daemon.domain.completeness import (
     OPEN_ASSOCIATION_FACTOR,
     Count,
     Evidence,
+    Lacks,
     Lists,
     Outcome,
     QuietLimits,
@@ -53,7 +54,7 @@ from tests.stores import new_sqlite
 CT, SR = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.88.33"
 ENHANCED = "1.2.840.10008.5.1.4.1.1.2.1"
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
-LIMITS = QuietLimits(60, 20, 300, 10, 900)
+LIMITS = QuietLimits(60, 20, 300, 10, 900, 300)
 RHYTHM = Rhythm(60, 10)
 START = datetime(2026, 1, 2, 3, tzinfo=UTC)
 
@@ -170,6 +171,7 @@ def test_the_rhythm_of_a_source_is_learnt_within_bounds_and_outliers_do_not_coun
 
 
 DONE = Lists("MPPS", ended=True, listed=60, here=60)
+ABSENT = Lists("MPPS", ended=True, listed=90, here=60, absent=1)
 HOLE = Slices(SliceOrder.HOLE, "a hole")
 EVEN = Slices(SliceOrder.EVEN, "60 images")
 COUNTED = Slices(SliceOrder.COUNTED, "all 60 images")
@@ -182,8 +184,12 @@ COUNTED = Slices(SliceOrder.COUNTED, "all 60 images")
         (Evidence(0, True, "CT"), 60 * OPEN_ASSOCIATION_FACTOR, Outcome.COMPLETE),
         (Evidence(0, True, "CT", DONE), 0, Outcome.COMPLETE),
         (Evidence(0, False, "CT", Lists("MPPS", ended=True, listed=60, here=60, unlisted=1)), 60, Outcome.COMPLETE),
-        # a series that was listed and of which nothing came: perhaps it is not sent here
-        (Evidence(0, False, "CT", Lists("MPPS", ended=True, listed=90, here=60)), 60, Outcome.COMPLETE),
+        # a series that was listed and of which nothing came: perhaps it comes yet, perhaps it is not sent here
+        (Evidence(0, False, "CT", ABSENT), 300, Outcome.INCOMPLETE),
+        (Evidence(0, True, "CT", ABSENT), 60 * OPEN_ASSOCIATION_FACTOR, Outcome.INCOMPLETE),
+        (Evidence(0, False, "CT", ABSENT, EVEN), 300, Outcome.INCOMPLETE),
+        (Evidence(0, False, "CT", slices=COUNTED, count=Count(0, "60", absent=2)), 300, Outcome.INCOMPLETE),
+        (Evidence(0, False, "CT", slices=HOLE, count=Count(0, "60", absent=2)), 900, Outcome.INCOMPLETE),
         (Evidence(0, False, "CT", Lists("MPPS", ended=True, listed=60, here=59, missing=1)), 900, Outcome.INCOMPLETE),
         (Evidence(0, False, "CT", Lists("MPPS", in_progress=True, listed=60, here=60)), 900, Outcome.INCOMPLETE),
         (Evidence(0, False, "CT", Lists("MPPS", True, True, 60, 60)), 900, Outcome.INCOMPLETE),
@@ -205,6 +211,23 @@ def test_verdicts(evidence: Evidence, complete_after: float, outcome: Outcome) -
     verdict = judge(_quiet(evidence, complete_after), RHYTHM, LIMITS)
     assert verdict.outcome is outcome
     assert verdict.reason
+    assert (verdict.lacks is None) == (outcome is Outcome.COMPLETE)
+
+
+@pytest.mark.parametrize(
+    ("evidence", "complete_after"),
+    [
+        (Evidence(0, False, "CT", ABSENT), 60),
+        (Evidence(0, False, "CT", ABSENT, EVEN), 10),
+        (Evidence(0, False, "CT", slices=EVEN, count=Count(0, "60", absent=2)), 10),
+        (Evidence(0, False, "CT", count=Count(0, "60", absent=2)), 60),  # a count of some series proves nothing
+    ],
+)
+def test_a_site_that_gets_some_series_only_waits_for_no_other(evidence: Evidence, complete_after: float) -> None:
+    limits = QuietLimits(60, 20, 300, 10, 900, 0)
+    assert judge(_quiet(evidence, complete_after - 0.001), RHYTHM, limits).outcome is Outcome.WAIT
+    verdict = judge(_quiet(evidence, complete_after), RHYTHM, limits)
+    assert (verdict.outcome, verdict.lacks) == (Outcome.COMPLETE, None)
 
 
 def _quiet(evidence: Evidence, seconds: float) -> Evidence:
@@ -213,9 +236,9 @@ def _quiet(evidence: Evidence, seconds: float) -> Evidence:
 
 def _evidence() -> st.SearchStrategy[Evidence]:
     few = st.integers(0, 3)
-    lists = st.builds(Lists, st.just("MPPS"), st.booleans(), st.booleans(), few, few, few, few)
+    lists = st.builds(Lists, st.just("MPPS"), st.booleans(), st.booleans(), few, few, few, few, few)
     slices = st.sampled_from([Slices(), HOLE, EVEN, COUNTED])
-    count = st.none() | st.builds(Count, few, st.just("n"))
+    count = st.none() | st.builds(Count, few, st.just("n"), few)
     return st.builds(Evidence, st.floats(0, 5000), st.booleans(), st.just("CT"), lists, slices, count, st.booleans())
 
 
@@ -229,6 +252,7 @@ def test_every_wait_ends_and_what_is_missing_is_waited_for(evidence: Evidence, g
         or evidence.slices.order is SliceOrder.HOLE
         or (evidence.count is not None and evidence.count.missing)
     )
+    absent = evidence.lists.absent or (evidence.count is not None and evidence.count.absent)
     if verdict.outcome is Outcome.WAIT:
         # the time that is named is the time at which it ends, if nothing more is learnt
         assert 0 < verdict.wait_seconds <= LIMITS.maximum_seconds * OPEN_ASSOCIATION_FACTOR
@@ -240,8 +264,11 @@ def test_every_wait_ends_and_what_is_missing_is_waited_for(evidence: Evidence, g
             looks += 1
         assert looks <= 2  # once when headers and counts are worth looking at, once at the end
     elif lacks:
-        assert verdict.outcome is Outcome.INCOMPLETE
+        assert (verdict.outcome, verdict.lacks) == (Outcome.INCOMPLETE, Lacks.IMAGES)
         assert evidence.quiet_seconds >= LIMITS.missing_seconds
+    elif absent:
+        assert (verdict.outcome, verdict.lacks) == (Outcome.INCOMPLETE, Lacks.SERIES)
+        assert evidence.quiet_seconds >= LIMITS.series_seconds
     else:
         assert verdict.outcome is Outcome.COMPLETE
 
@@ -254,8 +281,10 @@ def test_every_wait_ends_and_what_is_missing_is_waited_for(evidence: Evidence, g
         (SourceCount({"1": 60}, None), {"1": 61}, 61, Count(0, "61 images of 1 series are here")),
         # one does not make up for another
         (SourceCount({"1": 60, "2": 5}, None), {"1": 61, "2": 4}, 65, Count(1, "65 images of 2 series are here")),
-        (SourceCount({"1": 60, "2": 5}, None), {"1": 60}, 60, None),
-        (SourceCount({"1": 60, "2": 5}, None), {"1": 59}, 59, Count(1, "59 images of 1 series are here")),
+        (SourceCount({"1": 60, "2": 5}, None), {"1": 60}, 60, Count(0, "60 images of 1 series are here", 1)),
+        (SourceCount({"1": 60, "2": 5}, None), {"1": 59}, 59, Count(1, "59 images of 1 series are here", 1)),
+        (SourceCount({"1": 60, "2": None}, None), {"1": 60}, 60, Count(0, "60 images of 1 series are here", 1)),
+        (SourceCount({"1": 60, "2": 0}, None), {"1": 60}, 60, Count(0, "60 images of 1 series are here")),
         (SourceCount({"1": None}, None), {"1": 60}, 60, None),
         (SourceCount({}, 61), {"1": 60}, 60, Count(1, "60 objects are here")),
         (SourceCount({}, 60), {"1": 59}, 60, Count(0, "60 objects are here")),
@@ -310,7 +339,7 @@ def test_lists_are_compared_with_what_is_here(store: JobStore) -> None:
     # a change brings all there is
     whole = (*listed("7.1.1", "7.1.2"), *listed("7.2.1", series="7.2"), *listed("7.3.9", series="7.3", sop_class=SR))
     assert store.amend_announcement("9", "CT1", StepState.COMPLETED, whole, now=at(3)) is AnnounceOutcome.DONE
-    assert store.lists("7", [CT]) == Lists("MPPS", False, True, listed=3, here=2)
+    assert store.lists("7", [CT]) == Lists("MPPS", False, True, listed=3, here=2, absent=1)
     assert not store.lists("7", [CT]).complete
     receive(store, "7.2.1", 4, series="7.2")
     assert store.lists("7", [CT]).complete

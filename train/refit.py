@@ -332,7 +332,7 @@ def _judge(
         "strength": fitted.strength,
         "outer_folds": config.outer_folds,
     }
-    return figures, decide(at_site["differences"], others["differences"], notes)
+    return figures, decide(at_site, others, notes)
 
 
 def _groups(site: SiteData) -> dict[str, Index]:
@@ -425,7 +425,9 @@ def main() -> None:
     parser.add_argument("--site", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--replay", type=Path, help="of train.replay, where the parent carries none")
-    parser.add_argument("--seed", type=int, default=0)
+    whole = ("steps", "batch_size", "outer_folds", "inner_folds", "seed")
+    for name in whole:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(FitConfig(), name))
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     torch.set_num_threads(1)  # so little work at a time that threads would only wait for each other
@@ -435,7 +437,7 @@ def main() -> None:
             read_bundle(given.parent),
             given.site,
             given.out,
-            FitConfig(seed=given.seed),
+            FitConfig(**{name: getattr(given, name) for name in whole}),
             torch.device(given.device),
             given.replay,
         )

@@ -70,8 +70,8 @@ class Replay:
         )
 
     def halves(self) -> tuple[Replay, Replay]:
-        """Two thirds of the patients to rehearse, one third to judge with: no patient lies in both."""
-        held = self.patient % 3 == 0
+        """One half of the patients to rehearse, the other to judge with: no patient lies in both."""
+        held = self.patient % 2 == 0
         return self.take((~held).nonzero().squeeze(1)), self.take(held.nonzero().squeeze(1))
 
     def to_bytes(self) -> bytes:

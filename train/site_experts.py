@@ -19,6 +19,7 @@ from osteo_daemon.network.multitask import MultitaskMoE
 
 _NEW_LOGIT: Final = -3.0
 """Of a new expert's gate, before the temperature: below the others of an undecided gate."""
+_PULL_OF_GATES: Final = 0.01
 
 
 def grown(parent: MultitaskMoE, copied: Sequence[int | None]) -> MultitaskMoE:
@@ -74,8 +75,13 @@ def trained_parameters(network: MultitaskMoE, experts: Sequence[int], classes: b
     return {f"{name}.{key}": value for name, module in moved.items() for key, value in module.named_parameters()}
 
 
-def is_intercept(name: str) -> bool:
-    """True for the constants that shrinkage leaves free, as in ridge regression: a site's offset is no overfitting."""
-    return name in ("bmd_head.hidden.2.bias", "class_head.first", "class_head.linear.bias") or (
-        name.startswith("routers.") and name.endswith("linear.bias")
-    )
+def pull_share(name: str, experts: Sequence[int]) -> float:
+    """How much of the pull towards the parent a weight feels.
+
+    None for the constants, as in ridge regression: a site's offset is no overfitting. Nearly none for the gates: which
+    scanner a vertebra comes from is supervised by every vertebra of the site and of the replay set.
+    """
+    free = ("bmd_head.hidden.2.bias", "class_head.first", "class_head.linear.bias")
+    if name in free or name in {f"experts.experts.{e}.2.bias" for e in experts}:
+        return 0.0
+    return _PULL_OF_GATES if name.startswith("routers.") else 1.0

@@ -3,8 +3,8 @@
 The loss has three parts: the site's readings; what the parent says of the replay set, which the refitted network shall
 go on saying (distillation, as in Li and Hoiem 2016 and Buzzega 2020, but of features instead of images); and the
 squared distance of the weights to the parent's (L2-SP, Li, Grandvalet and Davoine 2018). How strong that pull is, is
-chosen on inner folds of the same patients: the strongest one that is no worse than the best by more than one standard
-error (Breiman's rule). Endlessly strong is among the choices: then the parent's weights come back untouched.
+chosen on inner folds of the same patients. Endlessly strong is among the choices: the parent's weights come back
+untouched unless another choice is better by more than one standard error over patients.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from train.losses import bmd_loss, diagnosis_loss
 from train.optim import learning_rate_at
 from train.replay import Replay
 from train.site_data import Index, deal
-from train.site_experts import grown, is_intercept, trained_parameters
+from train.site_experts import grown, pull_share, trained_parameters
 
 _CLIP: Final = 1.0
 
@@ -61,7 +61,7 @@ class FitConfig:
     batch_size: int = 64
     learning_rate: float = 5e-3
     replay: float = 2.0
-    gate: float = 0.3
+    gate: float = 1.0
     level: float = 0.25
     hide_level: float = 0.15
     outer_folds: int = 5
@@ -171,6 +171,8 @@ def fit(pool: Pool, chosen: Index, strength: float, config: FitConfig, seed: Seq
     for parameter in moved.values():
         parameter.requires_grad_(True)
     start = {name: value.detach().clone() for name, value in moved.items()}
+    shares = {name: pull_share(name, pool.site_experts) for name in moved}
+    share = {name: value for name, value in shares.items() if value > 0}
     said = _parent_says(pool)
     optimiser = torch.optim.Adam(moved.values(), lr=config.learning_rate)
     classes = pool.classes[torch.as_tensor(chosen)]
@@ -183,9 +185,7 @@ def fit(pool: Pool, chosen: Index, strength: float, config: FitConfig, seed: Seq
         old = rng.choice(len(pool.rehearsed), min(config.batch_size, len(pool.rehearsed)), replace=False)
         loss = _site_loss(network, pool, own, prior, config, rng)
         loss = loss + config.replay * _replay_loss(network, pool, old, said, config, rng)
-        pull = torch.stack(
-            [(value - start[name]).square().sum() for name, value in moved.items() if not is_intercept(name)]
-        ).sum()
+        pull = torch.stack([share[name] * (moved[name] - start[name]).square().sum() for name in share]).sum()
         loss = loss + strength * pull
         optimiser.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
@@ -295,7 +295,7 @@ def scores(raw: Raw, target: Vec, classes: Tensor, scale: float, with_classes: b
 
 
 def choose_strength(by_strength: dict[float, Vec], patients: np.ndarray[tuple[int], np.dtype[np.str_]]) -> float:
-    """The strongest pull that is no worse than the best one by more than one standard error over patients."""
+    """The best pull over patients; the parent where that isn't worse by more than one standard error of the gap."""
     names, inverse = np.unique(patients, return_inverse=True)
 
     def per_patient(values: Vec) -> Vec:
@@ -303,10 +303,10 @@ def choose_strength(by_strength: dict[float, Vec], patients: np.ndarray[tuple[in
 
     means = {strength: per_patient(values) for strength, values in by_strength.items()}
     best = min(means, key=lambda strength: float(means[strength].mean()))
-    for strength in sorted(means, reverse=True):
-        excess = means[strength] - means[best]
-        if excess.mean() <= excess.std(ddof=1) / math.sqrt(len(names)):
-            return strength
+    if math.inf in means:
+        gap = means[math.inf] - means[best]
+        if gap.mean() <= gap.std(ddof=1) / math.sqrt(len(names)):
+            return math.inf
     return best
 
 

@@ -26,7 +26,6 @@ from train.metrics import (
 Verdict = Literal["better", "equal", "worse", "not_enough_data"]
 Choice = Literal["refit", "affine", "parent"]
 Interval = Mapping[str, float]
-Figures = Mapping[str, Mapping[str, Interval]]
 
 SCHEMA: Final = "osteo-verdict/1"
 MARGIN_G_CM2: Final = 0.01
@@ -35,6 +34,8 @@ MARGIN_AUC: Final = 0.02
 COMPARED: Final = ("mae", "absolute_bias", "screening_auc", "diagnosis_auc", "class_ece")
 IN_SUBGROUPS: Final = ("mae", "bias")
 SUBGROUP_PATIENTS: Final = 8
+MINIMUM_TO_ORDER: Final = 5
+"""Patients with and without the finding; with fewer an AUC is one patient's rank."""
 REPEATS: Final = 500
 _SUBGROUP_REPEATS: Final = 200
 
@@ -79,7 +80,8 @@ def compare(
     """Every model's figures and the differences of pairs, with 95 % intervals over patients.
 
     Returns:
-        ``models`` by name and ``differences`` by "first minus second".
+        ``models`` by name, ``differences`` by "first minus second", and in ``ordered`` the settings that have enough
+        patients of either kind for an AUC to mean something.
     """
     metrics = {name: metrics_against(judged, target, classes) for name, judged in models.items()}
     flat: dict[str, Metric] = {f"{name}|{key}": metric for name, own in metrics.items() for key, metric in own.items()}
@@ -94,9 +96,14 @@ def compare(
         "vertebrae": len(target),
         "patients": len(np.unique(patients)),
         "vertebrae_by_class": [int((classes == k).sum()) for k in range(3)],
+        "ordered": [name for name, least in SETTINGS.items() if _can_be_ordered(classes >= least, patients)],
         "models": {name: found[name] for name in models},
         "differences": {f"{a} minus {b}": found[f"{a} minus {b}"] for a, b in pairs},
     }
+
+
+def _can_be_ordered(positive: npt.NDArray[np.bool_], patients: npt.NDArray[np.str_]) -> bool:
+    return min(len(np.unique(patients[positive])), len(np.unique(patients[~positive]))) >= MINIMUM_TO_ORDER
 
 
 def in_subgroups(
@@ -145,10 +152,10 @@ def _text(value: Interval, digits: int = 3) -> str:
     return f"{value['value']:+.{digits}f} [{value['low']:+.{digits}f}, {value['high']:+.{digits}f}]"
 
 
-def _at_site(change: Mapping[str, Interval]) -> Verdict:
+def _at_site(change: Mapping[str, Interval], ordered: Sequence[str]) -> Verdict:
     """A model against another one: error of BMD first, then the order of patients."""
     mae = change["mae"]
-    orders = [change[f"{setting}_auc"] for setting in SETTINGS]
+    orders = [change[f"{setting}_auc"] for setting in ordered]
     if mae["low"] > 0 or any(order["high"] < 0 for order in orders):
         return "worse"
     if mae["high"] < 0:
@@ -158,18 +165,18 @@ def _at_site(change: Mapping[str, Interval]) -> Verdict:
     return "not_enough_data"
 
 
-def harms_others(change: Mapping[str, Interval]) -> list[str]:
+def harms_others(change: Mapping[str, Interval], ordered: Sequence[str]) -> list[str]:
     """Which figures on other devices are not shown to be within the margin; empty when all are."""
     found = []
     if not change["mae"]["high"] <= MARGIN_G_CM2:
         found.append(f"MAE {_text(change['mae'])} g/cm2, margin {MARGIN_G_CM2:g}")
-    for setting in SETTINGS:
+    for setting in ordered:
         if not change[f"{setting}_auc"]["low"] >= -MARGIN_AUC:
             found.append(f"AUC of {setting} {_text(change[f'{setting}_auc'])}, margin {MARGIN_AUC:g}")
     return found
 
 
-def decide(site: Figures, others: Figures, notes: Sequence[str] = ()) -> Decision:
+def decide(at_site: Mapping[str, Any], elsewhere: Mapping[str, Any], notes: Sequence[str] = ()) -> Decision:
     """The rule.
 
     A refit is "better" when its error at the site is smaller than the deployed bundle's with the whole interval (or as
@@ -178,24 +185,28 @@ def decide(site: Figures, others: Figures, notes: Sequence[str] = ()) -> Decisio
     recommended wherever it is better than the deployed bundle and the refit is not shown to be better still.
 
     Args:
-        site: "refit minus parent", "affine minus parent" and "refit minus affine" on the site's held-out patients.
-        others: "refit minus parent" and "affine minus parent" on held-out patients of other devices.
+        at_site: of `compare`: "refit minus parent", "affine minus parent" and "refit minus affine" on held-out patients
+            of the site.
+        elsewhere: of `compare`: "refit minus parent" and "affine minus parent" on held-out patients of other devices.
+        notes: further reasons.
     """
-    refit, affine = _at_site(site["refit minus parent"]), _at_site(site["affine minus parent"])
+    site, others = at_site["differences"], elsewhere["differences"]
+    refit = _at_site(site["refit minus parent"], at_site["ordered"])
+    affine = _at_site(site["affine minus parent"], at_site["ordered"])
     reasons = [
         f"refit minus deployed at the site: MAE {_text(site['refit minus parent']['mae'])} g/cm2: {refit}",
         f"recalibrated BMD minus deployed at the site: MAE {_text(site['affine minus parent']['mae'])} g/cm2: {affine}",
     ]
-    harm = harms_others(others["refit minus parent"])
+    harm = harms_others(others["refit minus parent"], elsewhere["ordered"])
     if harm:
         reasons.append("the refit is not shown to keep other devices: " + "; ".join(harm))
         refit = "worse"
     else:
         reasons.append("the refit keeps other devices within the margins")
-    moved = harms_others(others["affine minus parent"])
+    moved = harms_others(others["affine minus parent"], elsewhere["ordered"])
     versus = site["refit minus affine"]
     beats = versus["mae"]["high"] < 0 or (
-        versus["mae"]["high"] <= MARGIN_G_CM2 and any(versus[f"{s}_auc"]["low"] > 0 for s in SETTINGS)
+        versus["mae"]["high"] <= MARGIN_G_CM2 and any(versus[f"{s}_auc"]["low"] > 0 for s in at_site["ordered"])
     )
     reasons.append(
         f"refit minus recalibrated BMD: MAE {_text(versus['mae'])} g/cm2: "

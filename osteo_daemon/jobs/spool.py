@@ -12,7 +12,6 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,6 @@ _NAME_LENGTH = 32
 _CONTENT_LENGTH = 16
 _PLACE_ATTEMPTS = 20
 _KNOWN_FOLDERS = 1024
-_FOLDERS_AT_ONCE = 16
 _ROOM_TO_COMMIT_BYTES = 16 << 20  # the row of a report must find room, too
 
 
@@ -61,7 +59,6 @@ class Spool:
         self._minimum_free_bytes = minimum_free_bytes
         self._temporary = self.root / "tmp"
         self._known_folders: set[Path] = set()
-        self._folder_syncs = ThreadPoolExecutor(_FOLDERS_AT_ONCE, "folder-sync")
         try:
             for folder in (self._temporary, *(self.root / area for area in AREAS)):
                 self._make_durable_folder(folder)
@@ -213,12 +210,9 @@ class Spool:
             sha256 = incoming.sha256
             path = folder / f"{_digest(sop_instance_uid)}-{sha256[:_CONTENT_LENGTH]}.dcm"
             if self._place(incoming.take_name, path):
-                # bytes and name wait for the same commit of the file system's journal: together, not in turn
-                named = self._folder_syncs.submit(sync_folder, folder)
-                try:
-                    incoming.sync()
-                finally:
-                    named.result()
+                # where the file system has a journal, this commits the name as well: the folder's sync is short
+                incoming.sync()
+                sync_folder(folder)
                 incoming.keep()
                 return StoredFile(path, incoming.size_bytes, sha256)
             incoming.sync()

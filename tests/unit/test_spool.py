@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import stat
 import subprocess
 from pathlib import Path
 
@@ -114,3 +115,62 @@ def test_a_folder_that_cannot_be_used_is_said_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ConfigurationError, match="spool"):
         Spool(tmp_path / "file" / "spool")
+
+
+def test_a_taken_name_is_replaced_by_durable_bytes_only(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    honest = os.fsync, Path.rename
+
+    def fsync(handle: int) -> None:
+        order.append("fsync of the folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "fsync of the file")
+        honest[0](handle)
+
+    def rename(path: Path, target: Path) -> Path:
+        order.append("rename")
+        return honest[1](path, target)
+
+    first = spool.store_instance("1.2", "1.2.3", "1.2.3.4", [b"a"])
+    first.path.write_bytes(b"")  # what a power cut left
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", rename)
+    assert spool.store_instance("1.2", "1.2.3", "1.2.3.4", [b"a"]) == first
+    assert order == ["fsync of the file", "rename", "fsync of the folder"]
+    assert first.path.read_bytes() == b"a"
+
+
+def test_a_failed_sync_gives_up_its_own_file_and_no_other(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = os.fsync
+
+    def broken(handle: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    known = spool.store_instance("1.2", "1.2.3", "1.2.3.9", [b"a"])  # its folder is known
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        spool.store_instance("1.2", "1.2.3", "1.2.3.4", [b"a"])
+    with pytest.raises(OSError, match="Input/output"):
+        spool.store_instance("1.2", "1.2.3", "1.2.3.9", [b"a"])  # the same again: the durable one stays
+    assert [path for path in spool.root.rglob("*") if path.is_file()] == [known.path]
+
+    def overtaken(handle: int) -> None:
+        monkeypatch.setattr(os, "fsync", honest)
+        spool.store_instance("1.2", "1.2.3", "1.2.3.5", [b"a"])  # another sender of the same object, meanwhile
+        broken(handle)
+
+    monkeypatch.setattr(os, "fsync", overtaken)
+    with pytest.raises(OSError, match="Input/output"):
+        spool.store_instance("1.2", "1.2.3", "1.2.3.5", [b"a"])
+    assert sorted(path.read_bytes() for path in spool.root.rglob("*") if path.is_file()) == [b"a", b"a"]
+
+
+def test_a_name_in_a_folder_of_another_maker_counts_only_when_the_folders_own_name_does(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool.store_instance("1.2", "1.2.3", "1.2.3.4", [b"a"])
+    synced: list[Path] = []
+    monkeypatch.setattr("osteo_daemon.jobs.spool.sync_folder", synced.append)
+    other = Spool(spool.root)  # knows nothing of those that are there
+    synced.clear()
+    path = other.store_instance("1.2", "1.2.3", "1.2.3.5", [b"b"]).path
+    # every name from the area down to the file's
+    assert set(synced) == {path.parent, *list(path.parent.parents)[:3]}

@@ -15,6 +15,7 @@ from osteo_daemon.commands.audit import audit
 from osteo_daemon.commands.conformance import conformance
 from osteo_daemon.commands.deliveries import deliveries
 from osteo_daemon.commands.drift import drift
+from osteo_daemon.commands.labels import labels
 from osteo_daemon.commands.models import models
 from osteo_daemon.commands.options import config_option, not_blank
 from osteo_daemon.commands.pull import pull
@@ -54,6 +55,7 @@ def cli() -> None:
     osteo backup   copy store and spool while the node runs; osteo restore brings them back
     osteo archive  vertebrae kept under pseudonyms for refits
     osteo refit    refit the network channel for this site's densitometers
+    osteo labels   densitometry of those vertebrae: import, status
     osteo report   read our reports as text
     osteo conformance  the DICOM conformance statement of this node
     osteo demo     a virtual patient through the whole node
@@ -142,6 +144,7 @@ cli.add_command(conformance)
 cli.add_command(deliveries)
 cli.add_command(drift)
 cli.add_command(archive)
+cli.add_command(labels)
 cli.add_command(models)
 cli.add_command(pull)
 for command in (studies, fsck, backup, restore, schedule, audit, refit):

@@ -307,7 +307,7 @@ def _judge(
     config: FitConfig,
     notes: tuple[str, ...],
 ) -> tuple[dict[str, Any], Decision]:
-    at_site = compare(models, site.target, site.classes, site.patients, _PAIRS)
+    at_site = compare(models, site.target, site.classes, site.patients, _PAIRS, config.repeats)
     measured = held.take(torch.isfinite(held.sbmd).nonzero().squeeze(1))
     rows = np.arange(len(measured))
     before = raw_of(pool.parent, measured.features, rows)
@@ -320,14 +320,14 @@ def _judge(
     }
     truth = measured.sbmd.double().numpy()
     classes, names = measured.diagnosis.numpy(), np.array([str(n) for n in measured.patient.tolist()])
-    others = compare(elsewhere, truth, classes, names, _PAIRS[:2])
+    others = compare(elsewhere, truth, classes, names, _PAIRS[:2], config.repeats)
     by_device = {f"device {d}": np.flatnonzero(measured.device.numpy() == d) for d in measured.device.unique().tolist()}
     groups = _groups(site)
     figures = {
         "site": at_site,
         "others": others,
-        "others_by_device": in_subgroups(elsewhere, truth, classes, names, by_device),
-        "subgroups": in_subgroups(models, site.target, site.classes, site.patients, groups),
+        "others_by_device": in_subgroups(elsewhere, truth, classes, names, by_device, config.repeats // 4),
+        "subgroups": in_subgroups(models, site.target, site.classes, site.patients, groups, config.repeats // 4),
         "devices": list(site.devices),
         "strength": fitted.strength,
         "outer_folds": config.outer_folds,
@@ -425,7 +425,7 @@ def main() -> None:
     parser.add_argument("--site", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--replay", type=Path, help="of train.replay, where the parent carries none")
-    whole = ("steps", "batch_size", "outer_folds", "inner_folds", "seed")
+    whole = ("steps", "batch_size", "outer_folds", "inner_folds", "repeats", "seed")
     for name in whole:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(FitConfig(), name))
     parser.add_argument("--device", default="cpu")

@@ -4,7 +4,7 @@
 
 renders virtual patients that nobody trained on, runs the parent's encoder over them and keeps the features with the
 truth. A bundle may carry the file (`REPLAY_NAME`); since a refit leaves the encoder as it is, the file stays right for
-every later generation. There is no patient in it (docs/decisions/0009-site-refit.md).
+every later generation. There is no patient in it (docs/decisions/0010-site-refit.md).
 """
 
 from __future__ import annotations

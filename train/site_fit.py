@@ -53,6 +53,7 @@ class FitConfig:
         hide_level: share of samples whose level is withheld.
         outer_folds: for the verdict.
         inner_folds: for the strength and the calibration.
+        repeats: of the bootstrap behind the verdict's intervals; a quarter of it in subgroups.
         seed: of everything random.
     """
 
@@ -66,6 +67,7 @@ class FitConfig:
     hide_level: float = 0.15
     outer_folds: int = 5
     inner_folds: int = 3
+    repeats: int = 500
     seed: int = 0
 
     @property

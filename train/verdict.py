@@ -1,7 +1,7 @@
 """Is a refitted bundle better at its site than the deployed one, and does it harm others? A rule, no opinion.
 
 Everything is judged against the readings of patients that no fit behind the judged value has seen, with intervals that
-resample patients. The rule stands in `decide` and in docs/decisions/0009-site-refit.md.
+resample patients. The rule stands in `decide` and in docs/decisions/0010-site-refit.md.
 """
 
 from __future__ import annotations
@@ -36,8 +36,6 @@ IN_SUBGROUPS: Final = ("mae", "bias")
 SUBGROUP_PATIENTS: Final = 8
 MINIMUM_TO_ORDER: Final = 5
 """Patients with and without the finding; with fewer an AUC is one patient's rank."""
-REPEATS: Final = 500
-_SUBGROUP_REPEATS: Final = 200
 
 
 def metrics_against(judged: Judged, target: npt.NDArray[np.float64], classes: Index) -> dict[str, Metric]:
@@ -75,7 +73,7 @@ def compare(
     classes: Index,
     patients: npt.NDArray[np.str_],
     pairs: Sequence[tuple[str, str]],
-    repeats: int = REPEATS,
+    repeats: int,
 ) -> dict[str, Any]:
     """Every model's figures and the differences of pairs, with 95 % intervals over patients.
 
@@ -112,6 +110,7 @@ def in_subgroups(
     classes: Index,
     patients: npt.NDArray[np.str_],
     groups: Mapping[str, Index],
+    repeats: int,
 ) -> dict[str, Any]:
     """MAE and bias of every model in each subgroup of at least `SUBGROUP_PATIENTS` patients, with intervals."""
     found: dict[str, Any] = {}
@@ -126,7 +125,7 @@ def in_subgroups(
             for key in IN_SUBGROUPS:
                 flat[f"{name}|{key}"] = lambda k, m=metrics[key], c=chosen: m(c[k])  # type: ignore[misc]
         own: dict[str, Any] = {}
-        for label, value in cluster_bootstrap(names, flat, repeats=_SUBGROUP_REPEATS).items():
+        for label, value in cluster_bootstrap(names, flat, repeats=repeats).items():
             model, key = label.split("|")
             own.setdefault(model, {})[key] = value
         found[group] = {"patients": count, "vertebrae": len(chosen), **own}

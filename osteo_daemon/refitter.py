@@ -70,13 +70,15 @@ class Refitter:
 
     Args:
         settings: of the node.
+        options: further arguments of ``python -m train.refit``.
 
     Raises:
         StoreUnavailable: the job store does not answer.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, options: Sequence[str] = ()) -> None:
         self._settings = settings
+        self._options = options
         self._jobs = JobStore(settings.database_url)
         self._registry = Registry(settings, self._jobs)
         self._name = f"{_WHO}-{socket.gethostname()}-{os.getpid()}"
@@ -132,7 +134,7 @@ class Refitter:
         if replay is None:
             return
         command = [sys.executable, "-m", "train.refit", "--data", str(data), "--parent", str(parent.path)]
-        command += ["--site", refit.site, "--out", str(folder / "out"), "--replay", str(replay)]
+        command += ["--site", refit.site, "--out", str(folder / "out"), "--replay", str(replay), *self._options]
         status = self._watch(work, command)
         if status is None:
             return

@@ -70,7 +70,8 @@ def read_file(data: bytes, mapping: LabelMapping) -> list[Reading]:
 
 
 def _with_constants(reading: Reading, constants: Mapping[str, str]) -> Reading:
-    return replace(reading, **{name: text for name, text in constants.items() if not getattr(reading, name)})
+    told: dict[str, Any] = {name: text for name, text in constants.items() if not getattr(reading, name)}
+    return replace(reading, **told)
 
 
 def _csv(data: bytes, mapping: LabelMapping) -> list[list[Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import queue
 import signal
 import threading
 from types import FrameType
@@ -128,11 +129,11 @@ def run(settings: Settings) -> int:
         ConfigurationError: folder or port cannot be used.
     """
     configure_logging(settings.log, "receiver")
-    ended = threading.Event()
+    # a handler runs where this thread just is, inside a wait's lock too: an Event it sets there would wait for itself
+    ended: queue.SimpleQueue[int] = queue.SimpleQueue()
 
     def end(signum: int, _frame: FrameType | None) -> None:
-        get_logger().info("stopping", signal=signal.Signals(signum).name)
-        ended.set()
+        ended.put(signum)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
@@ -152,7 +153,7 @@ def run(settings: Settings) -> int:
     )
     if receiver.tls_port:
         get_logger().info("receiver_listening_tls", address=settings.receiver.address, port=receiver.tls_port)
-    ended.wait()
+    get_logger().info("stopping", signal=signal.Signals(ended.get()).name)
     receiver.stop()
     get_logger().info("stopped")
     return 0

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import multiprocessing
 import sqlite3
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -10,12 +12,14 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine
 from sqlalchemy.exc import IntegrityError
 
 from osteo_daemon.domain.job import TRANSITIONS, Job, JobState, Priority
 from osteo_daemon.domain.study import SopInstance
 from osteo_daemon.errors import ConfigurationError, IllegalTransition, LeaseLost, StoreUnavailable
+from osteo_daemon.jobs import database
 from osteo_daemon.jobs.inventory import LIFT
 from osteo_daemon.jobs.records import DeliveryState, NewDelivery, RecordOutcome, ReportKind, ReportObject
 from osteo_daemon.jobs.schema import Base
@@ -113,6 +117,23 @@ def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     connection.close()
     with pytest.raises(ConfigurationError, match="9999"):
         JobStore(f"sqlite:///{path}")
+
+
+def test_the_names_of_migrations_tell_their_order() -> None:
+    """A role knows by them whether the store is up to date, without what is needed to change it."""
+    script = ScriptDirectory(str(Path(database.__file__).parent / "migrations"))
+    assert script.get_heads() == [database.revisions()[-1]]
+    assert [entry.revision for entry in script.walk_revisions()][::-1] == database.revisions()
+
+
+def test_an_up_to_date_store_needs_no_alembic(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'jobs.sqlite'}"
+    JobStore(url).close()
+    code = (
+        f"import sys; from osteo_daemon.jobs.store import JobStore; JobStore({url!r}); print('alembic' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def _open(url: str) -> None:

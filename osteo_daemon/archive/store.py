@@ -15,13 +15,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from osteo_daemon.archive.key import Identity, LinkKey, read_key
-from osteo_daemon.archive.record import StudyVois
 from osteo_daemon.errors import ConfigurationError, Damaged, SpoolFull
 from osteo_daemon.jobs.archive_rows import ArchivedEntry, ArchiveRows, NewEntry, new_pseudonym
 from osteo_daemon.settings import Settings
+
+if TYPE_CHECKING:
+    # resampling needs scipy: a second and 50 MB that retention does without
+    from osteo_daemon.archive.record import StudyVois
 
 SUFFIX: Final = ".safetensors"
 _PART: Final = ".part"
@@ -134,6 +137,8 @@ class VoiArchive:
             raise Damaged(f"the archive's file of {entry.entry} cannot be read ({error.strerror})") from error
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise Damaged(f"the archive's file of {entry.entry} has changed since it was written")
+        from osteo_daemon.archive.record import StudyVois
+
         return StudyVois.from_bytes(data)
 
     def identities(self) -> Iterator[tuple[ArchivedEntry, Identity]]:

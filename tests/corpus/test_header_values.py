@@ -19,7 +19,7 @@ from osteo_daemon.imaging.selection import other_series, refusal, select_series
 from osteo_daemon.imaging.slices import ct_slices, one_study, read_headers
 from osteo_daemon.imaging.study_files import StudyFiles
 from osteo_daemon.inference.patient import Patient
-from tests.corpus.mutations import element, encoded
+from tests.corpus.mutations import Encoded, element, encoded
 from tests.fakes import write_ct
 
 _READ = (
@@ -41,10 +41,17 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return write_ct(tmp_path_factory.mktemp("series"), count=28, size=8)
 
 
-def _with(dataset: Dataset, keyword: str, value: bytes) -> bytes:
+def _around(dataset: Dataset, keyword: str) -> tuple[Encoded, Encoded]:
+    """What stands before an element and behind it."""
+    tag = Tag(keyword)
+    before, after = (encoded(part, ExplicitVRLittleEndian) for part in (dataset[:tag], dataset[tag + 1 :]))
+    return before, after
+
+
+def _with(around: tuple[Encoded, Encoded], keyword: str, value: bytes) -> bytes:
     """The data set's bytes with one element replaced, whatever pydicom thinks of its value."""
     tag, vr = Tag(keyword), dictionary_VR(keyword).partition(" ")[0]
-    before, after = (encoded(part, ExplicitVRLittleEndian) for part in (dataset[:tag], dataset[tag + 1 :]))
+    before, after = around
     return (
         before.body + element((tag.group, tag.element), vr.encode(), value + bytes(len(value) % 2), before) + after.body
     )
@@ -73,13 +80,15 @@ def _judge(paths: list[Path], *, decode: bool) -> str:
 def test_a_value_that_is_none(files: list[Path], tmp_path: Path, keyword: str) -> None:
     values = _NUMBERS if dictionary_VR(keyword) in ("US", "UL", "SS", "US or SS") else _TEXTS
     datasets = [dcmread(path) for path in files]
+    changed = range(0, len(files), 1 if keyword in _READ else 10)
+    around = {number: _around(datasets[number], keyword) for number in changed}
     for value in values:
         paths = list(files)
-        for number in range(0, len(files), 1 if keyword in _READ else 10):
+        for number in changed:
             dataset = datasets[number]
             paths[number] = tmp_path / files[number].name
             header = file_header(dataset.SOPClassUID, dataset.SOPInstanceUID, EXPLICIT_VR_LITTLE_ENDIAN)
-            paths[number].write_bytes(header + _with(dataset, keyword, value))
+            paths[number].write_bytes(header + _with(around[number], keyword, value))
         # where images share their positions, other attributes are asked
         twice = [*paths[:3], *(_moved(path, tmp_path) for path in paths[:3])] if keyword == "InstanceNumber" else []
         assert _judge([*paths, *twice], decode=keyword in _OF_PIXELS) != "says what it was sent"

@@ -31,7 +31,7 @@ EXIT_DAMAGED = 3
 PRIVATE_UMASK = 0o077
 """What the node writes holds patients' images: for its own user alone."""
 
-ROLES = ("receiver", "dicomweb", "scheduler", "screener", "deliverer", "refitter")
+ROLES = ("receiver", "dicomweb", "puller", "scheduler", "screener", "deliverer", "refitter")
 
 _EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -87,6 +87,8 @@ def run(role: str, config: Path | None) -> None:
         from osteo_daemon.receiver import run as entry
     elif role == "dicomweb":
         from osteo_daemon.dicomweb_receiver import run as entry
+    elif role == "puller":
+        from osteo_daemon.pull_runner import run as entry
     elif role == "scheduler":
         from osteo_daemon.scheduler import run as entry
     elif role == "screener":

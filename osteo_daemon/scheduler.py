@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -39,7 +40,8 @@ from osteo_daemon.jobs.spool import Spool
 from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.log import configure_logging, get_logger
 from osteo_daemon.promises import Promises
-from osteo_daemon.settings import Settings
+from osteo_daemon.pull.schedule import STEP_PREFIX, enqueue
+from osteo_daemon.settings import NamedPullSettings, Settings
 
 _MISFIRE_GRACE_SECONDS = 24 * 3600
 _LEASE_SWEEP_SECONDS = 10.0
@@ -114,6 +116,12 @@ class Scheduler:
             self._add("commitment_requests", promises.run, settings.commitment_scp.poll_seconds, last)
         if settings.refit.enabled and settings.refit.site:
             self._add_cron("scheduled_refit", self.ask_for_refit, settings.refit.cron, last)
+        for entry in settings.pulls:
+            name, act = f"{STEP_PREFIX}{entry.name}", partial(self.enqueue_pull, entry)
+            if entry.cron:
+                self._add_cron(name, act, entry.cron, last)
+            else:
+                self._add(name, act, entry.every_hours * 3600, last)
         if settings.backup.folder is not None:
             self._add("backup", self.back_up, settings.backup.every_hours * 3600, last)
         if settings.drift.enabled:
@@ -243,6 +251,12 @@ class Scheduler:
         if detail:
             get_logger().info("retention_done", detail=detail)
         return detail
+
+    def enqueue_pull(self, entry: NamedPullSettings) -> str:
+        """Write a pull down; the puller does it."""
+        said = enqueue(entry, self._jobs, self._clock().astimezone().date())
+        get_logger().info("pull_due", kind=entry.name, detail=said)
+        return said
 
     def back_up(self) -> str:
         """Copy store and spool as the settings say; only the newest copies stay."""

@@ -56,6 +56,18 @@ class Pulls(Database):
             rows = connection.execute(select(PullRow.__table__).order_by(PullRow.pull_id.desc()).limit(limit))
             return [_pull(row) for row in rows]
 
+    def latest_pull(self, name: str) -> Pull | None:
+        """The newest pull of a ``[[pulls]]`` entry; None when there was none."""
+        query = (
+            select(PullRow.__table__)
+            .where(PullRow.criteria["name"].as_string() == name)
+            .order_by(PullRow.pull_id.desc())
+            .limit(1)
+        )
+        with self._reading() as connection:
+            row = connection.execute(query).one_or_none()
+        return None if row is None else _pull(row)
+
     def pull_found(self, pull_id: int, study_instance_uids: Iterable[str], *, now: datetime | None = None) -> int:
         """Note some hundred studies that the archive has; those noted before stay as they are.
 

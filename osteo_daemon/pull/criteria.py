@@ -19,6 +19,7 @@ class Criteria:
         listed: how many patients or orders were listed; 0 without a list.
         limit: fetch at most so many studies of which nothing is here; 0 for all.
         again: fetch studies too whose images were here and are removed.
+        name: of the ``[[pulls]]`` entry; empty for a pull that a person started.
     """
 
     wanted: Wanted = field(default_factory=Wanted)
@@ -26,6 +27,7 @@ class Criteria:
     listed: int = 0
     limit: int = 0
     again: bool = False
+    name: str = ""
 
     def document(self) -> dict[str, Any]:
         """As JSON."""
@@ -40,6 +42,7 @@ class Criteria:
             "listed": self.listed,
             "limit": self.limit,
             "again": self.again,
+            "name": self.name,
         }
 
     @classmethod
@@ -54,4 +57,4 @@ class Criteria:
             document["description"],
             document["whole_study"],
         )
-        return cls(wanted, span, document["listed"], document["limit"], document["again"])
+        return cls(wanted, span, document["listed"], document["limit"], document["again"], document.get("name", ""))

@@ -63,6 +63,7 @@ def _is_overheard(url: str) -> bool:
 AETitle = Annotated[str, AfterValidator(_ae_title)]
 CertificateIdentity = Annotated[str, AfterValidator(_certificate_identity)]
 Network = Annotated[str, AfterValidator(_network)]
+Hours = Annotated[str, Field(pattern=r"^((?:[01]\d|2[0-3]):[0-5]\d-(?:[01]\d|2[0-3]):[0-5]\d)?$")]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -221,7 +222,7 @@ class DestinationSettings(PeerTlsSettings):
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
     kind: Literal["dicom", "dicomweb", "hl7", "fhir"] = "dicom"
-    ae_title: AETitle = ""
+    ae_title: AETitle | Literal[""] = ""
     host: str = ""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     objects: tuple[Literal["sr", "seg", "sc", "kos", "pdf"], ...] = ("seg", "sr", "sc")
@@ -319,7 +320,7 @@ class VoiArchiveSettings(_Section):
 class PullSettings(_Section):
     """How gently studies are fetched; each command may say otherwise."""
 
-    between: Annotated[str, Field(pattern=r"^((?:[01]\d|2[0-3]):[0-5]\d-(?:[01]\d|2[0-3]):[0-5]\d)?$")] = ""
+    between: Hours = ""
     studies_per_hour: int = Field(default=0, ge=0)
     maximum_waiting: int = Field(default=20, ge=0)
     maximum_attempts: int = Field(default=5, ge=1)
@@ -327,6 +328,29 @@ class PullSettings(_Section):
     retry_maximum_seconds: Seconds = 3600
     connect_timeout_seconds: Seconds = 10
     answer_timeout_seconds: Seconds = 300
+
+
+class NamedPullSettings(_Section):
+    """A pull that begins by itself: what it asks for, when, and how gently where ``[pull]`` is not meant."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
+    archive: str
+    cron: Annotated[str, AfterValidator(_crontab)] | Literal[""] = ""
+    every_hours: float = Field(default=0, ge=0)
+    days: int = Field(default=3, ge=1)
+    modalities: tuple[str, ...] = ("CT",)
+    body_parts: tuple[str, ...] = ()
+    description: str = ""
+    whole_study: bool = False
+    limit: int = Field(default=0, ge=0)
+    between: Hours | None = None
+    studies_per_hour: int | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _when(self) -> NamedPullSettings:
+        if bool(self.cron) == bool(self.every_hours):
+            raise ValueError(f"pull {self.name}: either cron or every_hours")
+        return self
 
 
 class DicomwebSettings(_Section):
@@ -510,6 +534,7 @@ class Settings(_Section):
     archives: tuple[ArchiveSettings, ...] = ()
     archive: VoiArchiveSettings = VoiArchiveSettings()
     pull: PullSettings = PullSettings()
+    pulls: tuple[NamedPullSettings, ...] = ()
     dicomweb: DicomwebSettings = DicomwebSettings()
     store: StoreSettings = StoreSettings()
     retention: RetentionSettings = RetentionSettings()
@@ -535,6 +560,11 @@ class Settings(_Section):
         archives = [archive.name for archive in self.archives]
         if len(set(archives)) != len(archives):
             raise ValueError("two archives share one name; give each [[archives]] entry a name of its own")
+        pulls = [pull.name for pull in self.pulls]
+        if len(set(pulls)) != len(pulls):
+            raise ValueError("two pulls share one name; give each [[pulls]] entry a name of its own")
+        if nowhere := [pull for pull in self.pulls if pull.archive not in archives]:
+            raise ValueError(f"pull {nowhere[0].name}: no archive {nowhere[0].archive} among [[archives]]")
         if self.screener.vertebrae == "segmentation" and self.accompanying.segmentations == "discard":
             raise ValueError('screener.vertebrae = "segmentation" needs accompanying.segmentations = "keep"')
         if (key := self.archive.key_file) is not None and key.resolve().is_relative_to(self.archive_dir.resolve()):
@@ -552,6 +582,13 @@ class Settings(_Section):
             if peer is not None and peer.tls and not (peer.ca_file or self.tls.ca_file):
                 raise ValueError(f"{name} with tls = true needs a ca_file, its own or that of [tls]")
         return self
+
+    def document(self) -> dict[str, Any]:
+        """As JSON values, for another process of this node: the store's password is in them, so never for a log."""
+        values = self.model_dump(mode="json")
+        if self.store.password is not None:
+            values["store"]["password"] = self.store.password.get_secret_value()
+        return values
 
     @property
     def database_url(self) -> str:

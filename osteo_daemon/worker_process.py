@@ -32,7 +32,7 @@ class WorkerProcess:
             self._process: subprocess.Popen[bytes] = start_child(command, signal.SIGKILL, pass_fds=[theirs.fileno()])
         self._link = Link(ours)
         self.started_at = time.monotonic()
-        self._link.send({"type": "settings", "settings": settings.model_dump(mode="json")})
+        self._link.send({"type": "settings", "settings": settings.document()})
 
     @property
     def pid(self) -> int:

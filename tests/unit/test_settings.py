@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,21 @@ def test_a_url_that_is_refused_is_not_quoted(url: str) -> None:
     with pytest.raises(ConfigurationError, match="url: ") as caught:
         load_settings(None, {"OSTEO_STORE__URL": url})
     assert "geheim" not in str(caught.value)
+
+
+def test_settings_survive_the_way_to_the_screening_worker(tmp_path: Path) -> None:
+    """The screener hands them on as JSON: every kind of peer must come out as it went in, defaults included."""
+    (tmp_path / "osteo.toml").write_text(
+        "[tls]\nca_file = '/ca.pem'\n"
+        "[[sources]]\nae_title = 'A'\naddresses = ['10.0.0.1']\n"
+        "query = { ae_title = 'A', host = 'a', port = 104, tls = true }\n"
+        "[[destinations]]\nname = 'pacs'\nae_title = 'PACS'\nhost = 'h'\nport = 104\n"
+        "[[destinations]]\nname = 'web'\nkind = 'dicomweb'\nurl = 'https://h/dicom-web'\n"
+        "[[destinations]]\nname = 'ris'\nkind = 'hl7'\nhost = 'h'\nport = 2575\n"
+        "[[destinations]]\nname = 'fhir'\nkind = 'fhir'\nurl = 'https://h/r4'\n"
+        "[[archives]]\nname = 'pacs'\nretrieve = 'dicomweb'\nurl = 'https://h/dicom-web'\n"
+        "[[pulls]]\nname = 'nightly'\narchive = 'pacs'\ncron = '0 19 * * *'\n"
+        "[[pulls]]\nname = 'hourly'\narchive = 'pacs'\nevery_hours = 1\nbetween = '20:00-06:00'\n"
+    )
+    settings = load_settings(tmp_path / "osteo.toml", {"OSTEO_STORE__PASSWORD": "a/b"})
+    assert Settings.model_validate(json.loads(json.dumps(settings.document()))) == settings

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,7 +28,7 @@ from osteo_daemon.archive.export import export_dataset
 from osteo_daemon.archive.store import VoiArchive
 from osteo_daemon.child import start_child
 from osteo_daemon.domain.job import JobState
-from osteo_daemon.domain.refit import Refit, RefitState
+from osteo_daemon.domain.refit import OPEN, Refit, RefitState
 from osteo_daemon.errors import BundleError, ConfigurationError, Damaged, LeaseLost, Transient
 from osteo_daemon.imaging.preprocess import VoiSpec
 from osteo_daemon.inference.bundle import ModelBundle, read_bundle
@@ -121,7 +122,16 @@ class Refitter:
             self._end(refit, RefitState.FAILED, detail=error.detail)
         except OSError as error:
             self._again(refit, f"{error.strerror or type(error).__name__}")
+        self._sweep()
         return True
+
+    def _sweep(self) -> None:
+        """Remove what ended refits worked on: vertebrae stay in the archive alone, candidates in the registry."""
+        open_ones = {refit.refit_id for refit in self._jobs.refits() if refit.state in OPEN}
+        for folder in self._settings.refits_dir.glob("[0-9]*-*"):
+            if int(folder.name.partition("-")[0]) not in open_ones:
+                for name in ("data", "out/work", "out/refit", "out/affine"):
+                    shutil.rmtree(folder / name, ignore_errors=True)
 
     def _work(self, refit: Refit) -> None:
         parent = read_bundle(self._registry.deployed(self._settings.screener.network_bundle).path)

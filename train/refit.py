@@ -307,7 +307,8 @@ def _judge(
     config: FitConfig,
     notes: tuple[str, ...],
 ) -> tuple[dict[str, Any], Decision]:
-    at_site = compare(models, site.target, site.classes, site.patients, _PAIRS, config.repeats)
+    folds = deal(pool.patients, site.classes, config.outer_folds, config.seed)
+    at_site = compare(models, site.target, site.classes, site.patients, _PAIRS, config.repeats, folds)
     measured = held.take(torch.isfinite(held.sbmd).nonzero().squeeze(1))
     rows = np.arange(len(measured))
     before = raw_of(pool.parent, measured.features, rows)

@@ -38,12 +38,14 @@ MINIMUM_TO_ORDER: Final = 5
 """Patients with and without the finding; with fewer an AUC is one patient's rank."""
 
 
-def metrics_against(judged: Judged, target: npt.NDArray[np.float64], classes: Index) -> dict[str, Metric]:
+def metrics_against(judged: Judged, target: npt.NDArray[np.float64], classes: Index, folds: Index) -> dict[str, Metric]:
     """Figures as functions of chosen samples.
 
     Args:
         target: (N,) what counts as true, in g/cm2: readings at a site.
         classes: (N,) its classes.
+        folds: (N,) which model of several said it: an AUC compares only what one of them said, since each has a
+            calibration of its own (Forman and Scholz 2010).
     """
     error = judged.bmd - target
     found: dict[str, Metric] = {
@@ -60,11 +62,22 @@ def metrics_against(judged: Judged, target: npt.NDArray[np.float64], classes: In
         score, positive = judged.score(setting), classes >= least
         flag = score >= judged.operating[place]
         found |= {
-            f"{setting}_auc": lambda k, s=score, p=positive: auc(s[k], p[k]),
+            f"{setting}_auc": lambda k, s=score, p=positive: auc_within(s[k], p[k], folds[k]),
             f"{setting}_sensitivity": lambda k, f=flag, p=positive: sensitivity_specificity(f[k], p[k])[0],
             f"{setting}_specificity": lambda k, f=flag, p=positive: sensitivity_specificity(f[k], p[k])[1],
         }
     return found
+
+
+def auc_within(score: npt.NDArray[np.float64], positive: npt.NDArray[np.bool_], folds: Index) -> float:
+    """Mean AUC of the folds, weighted by their pairs of a positive and a negative; NaN when there are none."""
+    total, pairs = 0.0, 0
+    for fold in np.unique(folds):
+        own = folds == fold
+        count = int(positive[own].sum()) * int((~positive[own]).sum())
+        if count:
+            total, pairs = total + count * auc(score[own], positive[own]), pairs + count
+    return total / pairs if pairs else float("nan")
 
 
 def compare(
@@ -74,6 +87,7 @@ def compare(
     patients: npt.NDArray[np.str_],
     pairs: Sequence[tuple[str, str]],
     repeats: int,
+    folds: Index | None = None,
 ) -> dict[str, Any]:
     """Every model's figures and the differences of pairs, with 95 % intervals over patients.
 
@@ -81,7 +95,8 @@ def compare(
         ``models`` by name, ``differences`` by "first minus second", and in ``ordered`` the settings that have enough
         patients of either kind for an AUC to mean something.
     """
-    metrics = {name: metrics_against(judged, target, classes) for name, judged in models.items()}
+    folds = np.zeros(len(target), dtype=np.int64) if folds is None else folds
+    metrics = {name: metrics_against(judged, target, classes, folds) for name, judged in models.items()}
     flat: dict[str, Metric] = {f"{name}|{key}": metric for name, own in metrics.items() for key, metric in own.items()}
     for first, second in pairs:
         for key, metric in difference(metrics[first], metrics[second], COMPARED).items():
@@ -121,7 +136,7 @@ def in_subgroups(
             continue
         flat: dict[str, Metric] = {}
         for name, judged in models.items():
-            metrics = metrics_against(judged, target, classes)
+            metrics = metrics_against(judged, target, classes, np.zeros(len(target), dtype=np.int64))
             for key in IN_SUBGROUPS:
                 flat[f"{name}|{key}"] = lambda k, m=metrics[key], c=chosen: m(c[k])  # type: ignore[misc]
         own: dict[str, Any] = {}

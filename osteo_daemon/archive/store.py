@@ -103,20 +103,25 @@ class VoiArchive:
         data = study.to_bytes()
         name = new_pseudonym()
         self._write(name, data, today)
-        old = self._rows.keep_entry(
-            NewEntry(
-                study_key=identity.study_key(key),
-                patient_key=identity.patient_key(key),
-                revision=revision,
-                archived_on=today,
-                file=name,
-                size_bytes=len(data),
-                sha256=hashlib.sha256(data).hexdigest(),
-                vertebrae=len(study.vertebrae),
-                seal=lambda entry: key.seal(entry, identity.study),
-                seal_patient=lambda patient: key.seal(patient, identity.patient),
-            )
+        new = NewEntry(
+            fingerprint=key.fingerprint,
+            study_key=identity.study_key(key),
+            patient_key=identity.patient_key(key),
+            revision=revision,
+            archived_on=today,
+            file=name,
+            size_bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            vertebrae=len(study.vertebrae),
+            seal=lambda entry: key.seal(entry, identity.study),
+            seal_patient=lambda patient: key.seal(patient, identity.patient),
         )
+        try:
+            old = self._rows.keep_entry(new)
+        except ConfigurationError:
+            self._key = None  # the next study asks for the key anew
+            self._remove([name])
+            raise
         if old is not None:
             self._remove([old])
         return old != name
@@ -195,7 +200,8 @@ class VoiArchive:
             and entry.archived_on < (now - timedelta(days=days)).date()
         ]
         gone["too old"] = self._drop(old)
-        left = [entry for entry in entries if entry not in old]
+        going = {entry.entry for entry in old}
+        left = [entry for entry in entries if entry.entry not in going]
         size = sum(entry.size_bytes for entry in left)
         beyond = []
         for entry in sorted(left, key=lambda each: bool(each.labels)):

@@ -9,7 +9,7 @@ from datetime import date, datetime
 
 from sqlalchemy import Connection, delete, func, insert, select, update
 
-from osteo_daemon.errors import Damaged
+from osteo_daemon.errors import ConfigurationError, Damaged
 from osteo_daemon.jobs.archive_schema import (
     ArchiveEntryRow,
     ArchiveImportRow,
@@ -49,6 +49,7 @@ class ArchivedEntry:
 class NewEntry:
     """What is to be kept of a study. The keys are keyed digests; ``seal`` and ``seal_patient`` seal for a pseudonym."""
 
+    fingerprint: str
     study_key: str
     patient_key: str
     revision: int
@@ -135,9 +136,15 @@ class ArchiveRows(Database):
         Returns:
             The file that is not needed any more: the older revision's, the given one when a newer revision is there or
             the patient objected, or None.
+
+        Raises:
+            ConfigurationError: the archive has got another key than this entry was sealed with.
         """
         with self._writing() as connection:
             self._alone(connection, "archive")
+            sealed_with = select(ArchiveStateRow.text).where(ArchiveStateRow.name == FINGERPRINT)
+            if connection.execute(sealed_with).scalar_one_or_none() != new.fingerprint:
+                raise ConfigurationError("the archive's key was exchanged meanwhile")
             patient = connection.execute(
                 select(ArchivePatientRow.patient, ArchivePatientRow.objected).where(
                     ArchivePatientRow.patient_key == new.patient_key

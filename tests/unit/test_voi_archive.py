@@ -207,6 +207,18 @@ def test_keys_are_exchanged(archive: VoiArchive, settings: Settings, tmp_path: P
         LinkKey(before).open(fresh.entries()[0].entry, fresh.entries()[0].link)
 
 
+def test_a_running_node_takes_up_an_exchanged_key(archive: VoiArchive, settings: Settings) -> None:
+    archive.add(study(), identity(1), 1, TODAY)
+    path = settings.archive.key_file
+    assert path is not None
+    VoiArchive(settings, JobStore(settings.database_url)).rotate(make_key(new_key_path(path)))
+    with pytest.raises(ConfigurationError, match="exchanged"):
+        archive.add(study(), identity(2), 1, TODAY)
+    assert archive.add(study(), identity(2), 1, TODAY)
+    assert {who.study_instance_uid for _, who in archive.identities()} == {"1.2.3.1", "1.2.3.2"}
+    assert len(files(settings.archive_dir)) == 2
+
+
 def test_age_and_size_decide_what_goes_and_labels_keep(settings: Settings) -> None:
     size = len(study().to_bytes())
     limits = {"retention_days": 100, "labelled_retention_days": 0, "maximum_gb": 2.5 * size / 1e9}

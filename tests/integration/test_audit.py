@@ -69,7 +69,7 @@ def spool(tmp_path: Path) -> AuditSpool:
     return AuditSpool(tmp_path / "audit", ROOM)
 
 
-def transport(authority: Authority, port: int, seconds: float = 5.0) -> TlsTransport:
+def transport(authority: Authority, port: int, seconds: float = 60.0) -> TlsTransport:
     ours = authority.issue("osteo")
     return TlsTransport(LOOPBACK, port, PeerTls(authority.file, ours.certificate, ours.key), seconds)
 

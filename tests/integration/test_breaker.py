@@ -200,7 +200,7 @@ def test_an_association_cut_amid_an_object_is_resumed_with_the_same_bytes(
     tmp_path: Path, built: BuiltReport, bytes_before_the_cut: int
 ) -> None:
     with CountingScp() as pacs, cutting_proxy(pacs.port, [bytes_before_the_cut] * 2) as port:
-        settings = settings_for(tmp_path, port, dimse_timeout_seconds=5.0, breaker_failures=5)
+        settings = settings_for(tmp_path, port, dimse_timeout_seconds=60.0, breaker_failures=5)
         store = commit(settings, built)
         with lanes(settings, store):
             delivery = until(lambda: ended(store), PATIENCE_S)

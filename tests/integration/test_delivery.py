@@ -393,7 +393,7 @@ def test_a_silent_peer_is_transient(tmp_path: Path, built: BuiltReport) -> None:
     entry = spooled(tmp_path, built)[0]
     with peer(ALL_CLASSES, status=lambda _event: time.sleep(3) or 0x0000) as (port, _stored):
         verdicts = send_objects(
-            RemoteAE("PACS", LOOPBACK, port), "OSTEO", [entry], connect_timeout_seconds=5, dimse_timeout_seconds=0.5
+            RemoteAE("PACS", LOOPBACK, port), "OSTEO", [entry], connect_timeout_seconds=60, dimse_timeout_seconds=0.5
         )
     assert [type(verdict.error) for verdict in verdicts] == [PeerUnavailable]
 
@@ -447,14 +447,14 @@ def test_a_rejection_that_comes_before_its_asker_wakes_is_one(monkeypatch: pytes
     made = AssociationSocket.__init__
     monkeypatch.setattr(AssociationSocket, "__init__", connect_and_sleep)
     with CountingScp() as pacs, pytest.raises(Refused, match="rejected"):
-        echo(RemoteAE("OTHER", LOOPBACK, pacs.port), "OSTEO", timeout_seconds=5)
+        echo(RemoteAE("OTHER", LOOPBACK, pacs.port), "OSTEO", timeout_seconds=60)
 
 
 def test_echo(free_port: Callable[[], int]) -> None:
     with CountingScp() as pacs:
         assert 0 < echo(RemoteAE("PACS", LOOPBACK, pacs.port), "OSTEO", timeout_seconds=5) < 5
         with pytest.raises(Refused, match="OTHER"):
-            echo(RemoteAE("OTHER", LOOPBACK, pacs.port), "OSTEO", timeout_seconds=5)
+            echo(RemoteAE("OTHER", LOOPBACK, pacs.port), "OSTEO", timeout_seconds=60)
     with pytest.raises(PeerUnavailable):
         echo(RemoteAE("PACS", LOOPBACK, free_port()), "OSTEO", timeout_seconds=2)
 

@@ -91,13 +91,13 @@ def mllp_over_tls(context: ssl.SSLContext, *, resets: bool = False) -> Iterator[
 
 
 def over_dicom(port: int, tls: PeerTls) -> None:
-    echo(RemoteAE("PACS", LOOPBACK, port, tls), "OSTEO", timeout_seconds=10)
+    echo(RemoteAE("PACS", LOOPBACK, port, tls), "OSTEO", timeout_seconds=60)
 
 
 def over_mllp(port: int, tls: PeerTls) -> None:
     send = mllp.send_message
     assert (
-        send(LOOPBACK, port, b"MSH", "1", connect_timeout_seconds=10, answer_timeout_seconds=10, security=tls) == "AA"
+        send(LOOPBACK, port, b"MSH", "1", connect_timeout_seconds=60, answer_timeout_seconds=60, security=tls) == "AA"
     )
 
 

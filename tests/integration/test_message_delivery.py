@@ -207,7 +207,7 @@ def test_what_an_acknowledgement_means(answer: str, expected: type[Exception] | 
     with MllpServer(lambda _count: answer) as server:
         call = lambda: mllp.send_message(  # noqa: E731
             LOOPBACK, server.port, b"MSH|^~\\&|||||||ORU|ID1|P|2.5.1\r", "ID1",
-            connect_timeout_seconds=2, answer_timeout_seconds=2,
+            connect_timeout_seconds=60, answer_timeout_seconds=60,
         )  # fmt: skip
         if expected is None:
             assert call() == answer
@@ -222,7 +222,7 @@ def test_silence_and_an_answer_to_another_message_are_transient() -> None:
             with pytest.raises(PeerUnavailable):
                 mllp.send_message(
                     LOOPBACK, server.port, b"MSH|^~\\&|||||||ORU|ID1|P|2.5.1\r", control,
-                    connect_timeout_seconds=2, answer_timeout_seconds=0.3,
+                    connect_timeout_seconds=60, answer_timeout_seconds=0.3,
                 )  # fmt: skip
 
 
@@ -261,7 +261,7 @@ def test_a_fhir_transaction_arrives_and_a_repeat_doubles_nothing(tmp_path: Path,
         assert posts[0][1]["Authorization"] == "Bearer secret"
         assert posts[0][1]["Content-Type"] == "application/fhir+json"
         assert len(kept) == 3
-        fhir_client.post_transaction(url, built.objects[-1].data, None, timeout_seconds=5)
+        fhir_client.post_transaction(url, built.objects[-1].data, None, timeout_seconds=60)
         assert len(kept) == 3
         store.close()
 
@@ -272,7 +272,7 @@ def test_a_fhir_transaction_arrives_and_a_repeat_doubles_nothing(tmp_path: Path,
 )
 def test_what_a_fhir_status_means(status: int, expected: type[Exception]) -> None:
     with fhir_server(lambda _count: status) as (url, _, _), pytest.raises(expected, match=str(status)):
-        fhir_client.post_transaction(url, b"{}", None, timeout_seconds=5)
+        fhir_client.post_transaction(url, b"{}", None, timeout_seconds=60)
 
 
 def test_probes(tmp_path: Path) -> None:
@@ -284,6 +284,6 @@ def test_probes(tmp_path: Path) -> None:
     with pytest.raises(PeerUnavailable, match="token file"):
         fhir_client.post_transaction(f"http://{LOOPBACK}:{port}", b"{}", tmp_path / "none", timeout_seconds=1)
     with MllpServer() as server:
-        mllp.probe(LOOPBACK, server.port, connect_timeout_seconds=1)
+        mllp.probe(LOOPBACK, server.port, connect_timeout_seconds=60)
     with fhir_server() as (url, _, _):
-        fhir_client.probe(url, timeout_seconds=5)
+        fhir_client.probe(url, timeout_seconds=60)

@@ -34,7 +34,7 @@ KINDS = (REPORTED, REPORTED, *EXCLUSIONS)
 
 MOMENTS = ("any", "any", "receiving", "screening", "sending")
 _MOMENT_SECONDS = 8.0
-_ROLE_SECONDS = 20.0  # how long a round waits for a role that is being started
+_ROLE_SECONDS = 60.0  # how long a round waits for a role that is being started
 _LATE = 14  # the slice in the middle: without it the study is another one
 
 

@@ -41,7 +41,7 @@ def _receiver(folder: Path, port: int, mutation: str, prefix: Sequence[str] = ()
             stderr=sink,
             cwd=ROOT,
         )
-    until(lambda: log.read_bytes().count(b"receiver_listening") > seen, 30)
+    until(lambda: log.read_bytes().count(b"receiver_listening") > seen)
     return process
 
 
@@ -55,7 +55,7 @@ def _killed_while_receiving(folder: Path, mutation: str) -> list[str]:
         modality.send(*write_ct(folder / "ct", count=120))
         for _ in range(3):
             before = len(read_ledger(modality.ledger))
-            until(lambda before=before: len(read_ledger(modality.ledger)) > before + 5, 30)
+            until(lambda before=before: len(read_ledger(modality.ledger)) > before + 5)
             time.sleep(rng.uniform(0, 0.05))
             receiver.kill()
             receiver.wait()
@@ -175,7 +175,7 @@ def _stopped_while_screening(folder: Path, module: str) -> list[str]:
         assert other is not None
         bench.wait_until_computed()  # so that the commit, not the heartbeat, meets the new token
         role.resume()
-        until(lambda: "screening_ended" in bench.log, 20)
+        until(lambda: "screening_ended" in bench.log)
         with connect(folder / "state" / "jobs.sqlite") as store:
             (state,) = store.execute("SELECT state FROM jobs WHERE job_id = ?", (other.job_id,)).fetchone()
             faults = history_faults(other.job_id, store)

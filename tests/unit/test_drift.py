@@ -95,7 +95,7 @@ def test_tails_are_those_of_the_predictive_distribution() -> None:
     assert mean_tails(np.full(50, lower), values, 1.0)[0] == pytest.approx(0.01)
 
 
-def test_a_flag_that_the_reference_never_had_is_no_sure_alarm_and_many_are() -> None:
+def test_one_study_with_a_new_flag_is_no_alarm_and_ten_are() -> None:
     never = np.zeros(1000)
     assert rate_tails(np.array([1.0] + [0.0] * 49), never, 1.0)[1] > 0.01
     assert rate_tails(np.array([1.0] * 10 + [0.0] * 40), never, 1.0)[1] < 1e-9

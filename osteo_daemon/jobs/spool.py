@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from osteo_daemon.errors import ConfigurationError, SpoolFull
+from osteo_daemon.jobs.beside import Beside
 from osteo_daemon.jobs.incoming import Buffer, IncomingFile
 from osteo_daemon.jobs.room import give_up_reserve
 
@@ -59,6 +60,7 @@ class Spool:
         self._minimum_free_bytes = minimum_free_bytes
         self._temporary = self.root / "tmp"
         self._known_folders: set[Path] = set()
+        self._beside = Beside()
         try:
             for folder in (self._temporary, *(self.root / area for area in AREAS)):
                 self._make_durable_folder(folder)
@@ -210,9 +212,9 @@ class Spool:
             sha256 = incoming.sha256
             path = folder / f"{_digest(sop_instance_uid)}-{sha256[:_CONTENT_LENGTH]}.dcm"
             if self._place(incoming.take_name, path):
-                # where the file system has a journal, this commits the name as well: the folder's sync is short
-                incoming.sync()
-                sync_folder(folder)
+                # bytes and name wait for one commit of the file system's journal: together, not in turn
+                with self._beside.doing(lambda: sync_folder(folder)):
+                    incoming.sync()
                 incoming.keep()
                 return StoredFile(path, incoming.size_bytes, sha256)
             incoming.sync()

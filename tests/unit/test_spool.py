@@ -5,6 +5,7 @@ import hashlib
 import os
 import stat
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,8 @@ def test_a_failed_sync_gives_up_its_own_file_and_no_other(spool: Spool, monkeypa
     assert [path for path in spool.root.rglob("*") if path.is_file()] == [known.path]
 
     def overtaken(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            return
         monkeypatch.setattr(os, "fsync", honest)
         spool.store_instance("1.2", "1.2.3", "1.2.3.5", [b"a"])  # another sender of the same object, meanwhile
         broken(handle)
@@ -174,3 +177,32 @@ def test_a_name_in_a_folder_of_another_maker_counts_only_when_the_folders_own_na
     path = other.store_instance("1.2", "1.2.3", "1.2.3.5", [b"b"]).path
     # every name from the area down to the file's
     assert set(synced) == {path.parent, *list(path.parent.parents)[:3]}
+
+
+def test_what_fails_beside_is_heard(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool.store_instance("1.2", "1.2.3", "1.2.3.4", [b"a"])
+    honest = os.fsync
+
+    def broken(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EIO, "Input/output error")
+        honest(handle)
+
+    for _ in range(3):  # and the thread that met it works on
+        monkeypatch.setattr(os, "fsync", broken)
+        with pytest.raises(OSError, match="Input/output"):
+            spool.store_instance("1.2", "1.2.3", "1.2.3.5", [b"a"])
+        monkeypatch.setattr(os, "fsync", honest)
+        assert len([path for path in spool.root.rglob("*") if path.is_file()]) == 1
+    spool.store_instance("1.2", "1.2.3", "1.2.3.5", [b"a"])
+
+
+def test_many_threads_keep_files_at_once(spool: Spool) -> None:
+    def send(sender: int) -> list[Path]:
+        return [spool.store_instance("1.2", f"1.2.{sender % 3}", f"9.{n}", [b"a"]).path for n in range(20)]
+
+    with ThreadPoolExecutor(24) as threads:
+        found = list(threads.map(send, range(24)))
+    assert len({path for paths in found for path in paths}) == 60
+    assert all(path.read_bytes() == b"a" for paths in found for path in paths)
+    assert not list((spool.root / "tmp").iterdir())

@@ -244,6 +244,8 @@ def plot(sizes: dict[str, dict[str, Any]], path: Path) -> None:
                 np.array(counts) * 1.04**shift, middle, spans, marker="o", markersize=3, label=MODELS.get(model, model)
             )
         axis.set(xscale="log", xlabel="labelled vertebrae", ylabel=f"{name}, g/cm2")
+        axis.set_xticks(counts, [str(count) for count in counts])
+        axis.minorticks_off()
     figure.axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=100)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from osteo_daemon.archive.key import read_key
 from osteo_daemon.audit.courier import transport_of
 from osteo_daemon.certificates import read_certificates, whole_days_left
 from osteo_daemon.delivery.transport import TRANSPORTS, remote_ae
@@ -59,6 +60,8 @@ def check_node(settings: Settings) -> list[Finding]:
     checks.append(("device", lambda: str(choose_device(settings.screener.device))))
     if settings.audit.enabled and settings.audit.host:
         checks.append(("audit repository", lambda: _audit_repository(settings)))
+    if settings.archive.enabled and (key_file := settings.archive.key_file) is not None:
+        checks.append(("archive of VOIs", lambda: _voi_archive(settings, key_file)))
     if not settings.destinations:
         checks.append(("destinations", _no_destination))
     for destination in settings.destinations:
@@ -121,6 +124,16 @@ def _store(settings: Settings) -> str:
         return "will be created on the first start"
     counts = JobStore(settings.database_url).counts_by_state()
     return ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "empty"
+
+
+def _voi_archive(settings: Settings, key_file: Path) -> str:
+    where = _writable(settings.archive_dir)
+    key = read_key(key_file)
+    if settings.database_file is None or settings.database_file.exists():
+        began_with = JobStore(settings.database_url).archive_fingerprint()
+        if began_with not in (None, key.fingerprint):
+            raise ConfigurationError(f"{key_file} is not the key of this archive; bring back its own")
+    return where
 
 
 def _audit_repository(settings: Settings) -> str:

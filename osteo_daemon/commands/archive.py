@@ -51,10 +51,12 @@ def init_archive(config: Path | None) -> None:
 def show_status(as_json: bool, config: Path | None) -> None:
     """How much is kept, since when, and what could not be kept."""
     status = open_archive(config).status()
+    settings = load_settings(config).archive
     if as_json:
-        values = asdict(status)
+        values = {"enabled": settings.enabled, "consent": settings.consent, **asdict(status)}
         print_json({**values, **{name: values[name] and str(values[name]) for name in ("oldest", "newest")}})
         return
+    click.echo(f"on, by {settings.consent}" if settings.enabled else "off: nothing new is kept")
     click.echo(
         f"{status.studies} studies of {status.patients} patients, {status.vertebrae} vertebrae, "
         f"{status.size_bytes / _MB:.1f} MB, {status.oldest or 'never'} to {status.newest or 'never'}"

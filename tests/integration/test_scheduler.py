@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from osteo_daemon.archive.key import make_key
+from osteo_daemon.archive.store import VoiArchive
 from osteo_daemon.cli import cli
 from osteo_daemon.domain.job import JobState
 from osteo_daemon.domain.study import SopInstance
@@ -20,6 +22,8 @@ from osteo_daemon.scheduler import Scheduler
 from osteo_daemon.settings import Settings
 from tests.fakes import RoleProcess, settings_text, until
 from tests.stores import new_sqlite
+from tests.unit.test_voi_archive import identity as voi_identity
+from tests.unit.test_voi_archive import study as voi_study
 
 PAST = datetime.now(UTC) - timedelta(days=40)
 
@@ -130,6 +134,26 @@ def test_nothing_is_removed_while_the_clock_is_wrong(tmp_path: Path) -> None:
     assert scheduler.retain() == "1 images"  # it started so: sixty days have really passed
     assert not young.path.exists()
     store.close()
+
+
+def test_the_archive_has_limits_of_its_own(tmp_path: Path) -> None:
+    make_key(tmp_path / "link.key")
+    settings = Settings.model_validate(
+        {
+            "state_dir": tmp_path / "state",
+            "archive": {"enabled": True, "consent": "vote", "key_file": tmp_path / "link.key", "retention_days": 30},
+            "receiver": {"minimum_free_bytes": 0, "low_free_bytes": 1},
+            "retention": {"images_days": 0},
+        }
+    )
+    archive = VoiArchive(settings, JobStore(settings.database_url))
+    today = datetime.now(UTC).date()
+    for number, days in enumerate((31, 29)):
+        assert archive.add(voi_study(number), voi_identity(number), 1, today - timedelta(days=days))
+    # what is kept has its limits though the archive is off meanwhile
+    off = settings.model_copy(update={"archive": settings.archive.model_copy(update={"enabled": False})})
+    assert Scheduler(off).retain() == "1 archived studies too old"
+    assert [who.study_instance_uid for _, who in archive.identities()] == ["1.2.3.1"]
 
 
 def test_reports_that_nobody_gets_stay_and_are_told_of(tmp_path: Path) -> None:

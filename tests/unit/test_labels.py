@@ -455,6 +455,8 @@ def test_the_commands(node: Settings, rows: JobStore, tmp_path: Path) -> None:
     status = osteo("labels", "status", "--plot", str(picture))
     assert "Hologic Horizon A: 159" in status
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "159 labels on 40 studies" in osteo("archive", "status")
+    kept = osteo("archive", "status")
+    assert "on, by x" in kept
+    assert "159 labels on 40 studies" in kept
     ((number, _),) = rows.label_imports()
     assert "159 labels removed" in osteo("labels", "forget", str(number))

@@ -22,6 +22,7 @@ from osteo_daemon.errors import ConfigurationError, Damaged, SpoolFull
 from osteo_daemon.imaging.preprocess import VoiSpec
 from osteo_daemon.jobs.archive_rows import Label, LabelImport
 from osteo_daemon.jobs.store import JobStore
+from osteo_daemon.readiness import check_node
 from osteo_daemon.settings import Settings
 
 TODAY = date(2026, 11, 23)
@@ -314,3 +315,16 @@ def test_a_kill_at_any_moment_leaves_no_row_without_its_file(settings: Settings,
     stray.write_bytes(b"x")
     assert archive.retain(NOW)["leftovers"] == 0
     assert os.path.exists(stray)
+
+
+def test_a_node_with_a_wrong_key_is_not_ready(settings: Settings, archive: VoiArchive, tmp_path: Path) -> None:
+    found = {finding.name: finding for finding in check_node(settings)}
+    assert found["archive of VOIs"].ok
+    archive.add(study(), identity(1), 1, TODAY)
+    path = settings.archive.key_file
+    assert path is not None
+    path.unlink()
+    make_key(path)
+    found = {finding.name: finding for finding in check_node(settings)}
+    assert not found["archive of VOIs"].ok
+    assert "not the key of this archive" in found["archive of VOIs"].detail

@@ -1,4 +1,4 @@
-"""Empty job stores, quickly: the migrations run once in a process, every further store is a copy of that file."""
+"""Empty job stores, quickly (migrations run once in a process, further stores are copies of that file), and studies in them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import atexit
 import functools
 import shutil
 import tempfile
+from datetime import datetime
 from pathlib import Path
 
+from osteo_daemon.domain.completeness import Evidence, Outcome, QuietLimits, judge, rhythm_of
+from osteo_daemon.domain.job import Job
 from osteo_daemon.jobs.store import JobStore
 from tests.postgres import SHARED_MEMORY
 
@@ -25,3 +28,16 @@ def new_sqlite(folder: Path) -> JobStore:
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(_template(), folder / "jobs.sqlite")
     return JobStore(f"sqlite:///{folder / 'jobs.sqlite'}")
+
+
+def complete_quiet(store: JobStore, quiet_seconds: float, *, now: datetime) -> list[Job]:
+    """RECEIVING to READY by a fixed quiet time alone, as if nothing else were known of any study."""
+    limits = QuietLimits(quiet_seconds, quiet_seconds, quiet_seconds, quiet_seconds, quiet_seconds)
+    done = []
+    for study in store.receiving_studies(quiet_seconds, now=now):
+        evidence = Evidence(study.quiet_seconds(now), study.open_association, study.source_ae)
+        verdict = judge(evidence, rhythm_of((), limits), limits)
+        if verdict.outcome is Outcome.COMPLETE:
+            job = store.complete_study(study, event="study_complete", reason=verdict.reason, now=now)
+            done += [] if job is None else [job]
+    return done

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Connection, exists, func, insert, or_, select, update
 
-from osteo_daemon.domain.completeness import Evidence, Lacks, Outcome, QuietLimits, judge, rhythm_of, with_gap
+from osteo_daemon.domain.completeness import Lacks, with_gap
 from osteo_daemon.domain.job import Job, JobState
 from osteo_daemon.domain.study import SopInstance
 from osteo_daemon.jobs.database import Database
@@ -112,19 +112,6 @@ class Completeness(Database):
                 reason=reason,
                 revision=study.revision,
             )
-
-    def complete_quiet_studies(self, quiet_seconds: float, *, now: datetime | None = None) -> Sequence[Job]:
-        """RECEIVING to READY by a fixed quiet time alone, as if nothing else were known of any study."""
-        now = now or utc_now()
-        limits = QuietLimits(quiet_seconds, quiet_seconds, quiet_seconds, quiet_seconds, quiet_seconds)
-        rhythm = rhythm_of((), limits)
-        done = []
-        for study in self.receiving_studies(quiet_seconds, now=now):
-            verdict = judge(Evidence(study.quiet_seconds(now), study.open_association, study.source_ae), rhythm, limits)
-            if verdict.outcome is Outcome.COMPLETE:
-                job = self.complete_study(study, event="study_complete", reason=verdict.reason, now=now)
-                done += [] if job is None else [job]
-        return done
 
     def mark_complete(self, study_instance_uid: str, *, who: str, reason: str, now: datetime | None = None) -> None:
         """RECEIVING to READY at once, on other evidence than the quiet time.

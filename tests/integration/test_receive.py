@@ -43,6 +43,7 @@ from tests.fakes import (
     write_ct,
 )
 from tests.peers import rejection
+from tests.stores import complete_quiet
 
 
 @pytest.fixture(scope="module")
@@ -440,14 +441,12 @@ def test_an_open_association_is_known_until_it_ends_however_it_ends(tmp_path: Pa
                 data_set.SOPInstanceUID = f"{data_set.SOPInstanceUID}.{len(end)}"[-64:].lstrip(".")
                 data_set.file_meta.MediaStorageSOPInstanceUID = data_set.SOPInstanceUID
                 assert association.send_c_store(data_set).Status == 0x0000, number
-            assert store.complete_quiet_studies(100, now=later) == []
+            assert complete_quiet(store, 100, now=later) == []
             if end == "drop":
                 association.dul.socket.socket.shutdown(socket.SHUT_RDWR)
             else:
                 getattr(association, end)()
-            assert [job.study_instance_uid for job in until(lambda: store.complete_quiet_studies(100, now=later))] == [
-                study
-            ]
+            assert [job.study_instance_uid for job in until(lambda: complete_quiet(store, 100, now=later))] == [study]
         store.close()
 
 

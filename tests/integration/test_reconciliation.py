@@ -19,6 +19,7 @@ from osteo_daemon.jobs.spool import Spool
 from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.reconciliation import UNKNOWN_SOURCE, Reconciliation
 from tests.fakes import local_receiver, receiver_process, storescu, until, write_ct
+from tests.stores import complete_quiet
 
 
 class Node:
@@ -77,7 +78,7 @@ def test_a_study_received_after_the_backup_is_screened_after_its_restore(node: N
     with local_receiver(tmp_path):
         store = node.store()
         until(lambda: (job := store.job(second)) is not None and len(store.instances(job)) == 5)
-        ready = store.complete_quiet_studies(100, now=datetime.now(UTC) + timedelta(seconds=200))
+        ready = complete_quiet(store, 100, now=datetime.now(UTC) + timedelta(seconds=200))
         assert {job.study_instance_uid for job in ready} == {first, second}
         jobs = [store.claim("test", 60), store.claim("test", 60)]
         assert {job.study_instance_uid for job in jobs if job is not None} == {first, second}

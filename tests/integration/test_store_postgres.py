@@ -22,6 +22,7 @@ from osteo_daemon.jobs.records import RecordOutcome
 from osteo_daemon.jobs.schema import Base
 from osteo_daemon.jobs.store import JobStore
 from tests.postgres import Cluster
+from tests.stores import complete_quiet
 from tests.unit.test_jobs_store import at, instance, ready
 
 
@@ -176,7 +177,7 @@ def test_an_arrival_and_the_sweep_do_not_cross(postgres: Cluster) -> None:
     swept: list[object] = []
     with store._writing() as connection:
         store._alone(connection, "1.2.3")
-        sweeper = threading.Thread(target=lambda: swept.extend(store.complete_quiet_studies(5, now=at(10))))
+        sweeper = threading.Thread(target=lambda: swept.extend(complete_quiet(store, 5, now=at(10))))
         sweeper.start()
         sweeper.join(0.3)
         connection.exec_driver_sql(

@@ -34,7 +34,7 @@ from osteo_daemon.jobs.schema import JobRow
 from osteo_daemon.jobs.spool import Spool
 from osteo_daemon.jobs.store import JobStore
 from tests.postgres import Cluster
-from tests.stores import new_sqlite
+from tests.stores import complete_quiet, new_sqlite
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 LEASE_SECONDS = 60.0
@@ -119,7 +119,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def sweep(self) -> None:
-        self.store.complete_quiet_studies(20, now=self.now)
+        complete_quiet(self.store, 20, now=self.now)
 
     @rule(target=jobs, worker=st.sampled_from(["w1", "w2"]))
     def claim(self, worker: str) -> object:

@@ -25,7 +25,7 @@ from osteo_daemon.jobs.records import DeliveryState, NewDelivery, RecordOutcome,
 from osteo_daemon.jobs.schema import Base
 from osteo_daemon.jobs.store import JobStore
 from tests.postgres import Cluster
-from tests.stores import new_sqlite
+from tests.stores import complete_quiet, new_sqlite
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 STUDY = "1.2.3"
@@ -73,7 +73,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[JobStore]:
 
 def ready(store: JobStore, study: str = STUDY, seconds: float = 0) -> None:
     store.record_instance(instance(1, study), "CT1", now=at(seconds))
-    store.complete_quiet_studies(1, now=at(seconds + 2))
+    complete_quiet(store, 1, now=at(seconds + 2))
 
 
 def claimed(store: JobStore, seconds: float = 10, study: str = STUDY, worker: str = "w") -> Job:
@@ -197,27 +197,27 @@ def test_duplicates_and_conflicts_change_nothing(store: JobStore) -> None:
 def test_a_study_is_complete_when_it_was_quiet(store: JobStore) -> None:
     store.record_instance(instance(1), "CT1", now=START)
     store.record_instance(instance(2), "CT1", now=at(50))
-    assert store.complete_quiet_studies(60, now=at(109)) == []
-    (job,) = store.complete_quiet_studies(60, now=at(110))
+    assert complete_quiet(store, 60, now=at(109)) == []
+    (job,) = complete_quiet(store, 60, now=at(110))
     assert job.state is JobState.READY
-    assert store.complete_quiet_studies(60, now=at(200)) == []
+    assert complete_quiet(store, 60, now=at(200)) == []
 
 
 def test_an_open_association_keeps_its_study_incomplete_for_a_bounded_time(store: JobStore) -> None:
     store.record_instance(instance(1), "CT1", association_id="a", now=START)
     store.record_instance(instance(1, "1.9"), "CT1", association_id="b", now=START)
-    assert store.complete_quiet_studies(10, now=at(50)) == []
+    assert complete_quiet(store, 10, now=at(50)) == []
     store.association_closed("b")
-    assert [job.study_instance_uid for job in store.complete_quiet_studies(10, now=at(50))] == ["1.9"]
-    assert [job.study_instance_uid for job in store.complete_quiet_studies(10, now=at(100))] == [STUDY]
+    assert [job.study_instance_uid for job in complete_quiet(store, 10, now=at(50))] == ["1.9"]
+    assert [job.study_instance_uid for job in complete_quiet(store, 10, now=at(100))] == [STUDY]
 
 
 def test_an_association_speaks_only_for_the_study_it_stored_last(store: JobStore) -> None:
     store.record_instance(instance(1), "CT1", association_id="a", now=START)
     store.record_instance(instance(1, "1.9"), "CT1", association_id="a", now=START)
-    assert [job.study_instance_uid for job in store.complete_quiet_studies(10, now=at(50))] == [STUDY]
+    assert [job.study_instance_uid for job in complete_quiet(store, 10, now=at(50))] == [STUDY]
     store.forget_associations()
-    assert [job.study_instance_uid for job in store.complete_quiet_studies(10, now=at(50))] == ["1.9"]
+    assert [job.study_instance_uid for job in complete_quiet(store, 10, now=at(50))] == ["1.9"]
 
 
 def test_nothing_is_claimed_before_it_is_ready(store: JobStore) -> None:
@@ -584,7 +584,7 @@ def test_lists_filter_and_page(store: JobStore) -> None:
     for number in range(1, 6):
         store.record_instance(instance(1, f"1.{number}"), f"CT{number % 2}", now=at(number))
         store.record_instance(instance(2, f"1.{number}"), f"CT{number % 2}", now=at(number))
-    store.complete_quiet_studies(1, now=at(4))
+    complete_quiet(store, 1, now=at(4))
     assert [job.study_instance_uid for job in store.recent(limit=2)] == ["1.5", "1.4"]
     page = store.recent(limit=2)
     assert [job.study_instance_uid for job in store.recent(before_job_id=page[-1].job_id)] == ["1.3", "1.2", "1.1"]

@@ -17,7 +17,7 @@ from osteo_daemon.jobs.records import DeliveryState, NewDelivery, RecordOutcome,
 from osteo_daemon.jobs.spool import Spool, StoredFile
 from osteo_daemon.jobs.store import JobStore
 from tests.postgres import SHARED_MEMORY, Cluster
-from tests.stores import new_sqlite
+from tests.stores import complete_quiet, new_sqlite
 from tests.unit.test_jobs_store import RESULT, at
 
 STUDY = "1.2.3"
@@ -56,7 +56,7 @@ def receive(store: JobStore, spool: Spool, number: int, study: str = STUDY) -> S
 def claimed(store: JobStore, spool: Spool, count: int = 3, study: str = STUDY) -> Job:
     for number in range(count):
         receive(store, spool, number, study)
-    store.complete_quiet_studies(1, now=at(2))
+    complete_quiet(store, 1, now=at(2))
     job = store.claim("w", 60, now=at(3))
     assert job is not None
     return job
@@ -107,7 +107,7 @@ def test_a_file_that_a_later_header_replaced_goes_too(store: JobStore, spool: Sp
     receive(store, spool, 1)
     other = write(spool, 1, content=b"other header")
     assert store.replace_instance(other, "CT1", now=at(0)) is RecordOutcome.REPLACED
-    store.complete_quiet_studies(1, now=at(2))
+    complete_quiet(store, 1, now=at(2))
     job = store.claim("w", 60, now=at(3))
     assert job is not None
     store.exclude(job, "no_ct_series", "none", RESULT, now=at(4))
@@ -122,7 +122,7 @@ def test_nothing_unfinished_ever_goes_by_itself(store: JobStore, spool: Spool, s
         receive(store, spool, 1)
     elif state == "READY":
         receive(store, spool, 1)
-        store.complete_quiet_studies(1, now=at(2))
+        complete_quiet(store, 1, now=at(2))
     else:
         job = claimed(store, spool, 1)
         if state == "REPORTED":
@@ -230,7 +230,7 @@ def test_arrivals_and_purges_at_once_lose_nothing_acknowledged(store: JobStore, 
     sender = threading.Thread(target=send)
     sender.start()
     while not ended.is_set():
-        store.complete_quiet_studies(0, now=at(1))
+        complete_quiet(store, 0, now=at(1))
         if (job := store.claim("w", 60, now=at(2))) is not None:
             with suppress(LeaseLost):  # a further slice came meanwhile
                 store.exclude(job, "no_ct_series", "none", RESULT, now=at(3))

@@ -1,4 +1,4 @@
-"""Empty job stores, quickly (migrations run once in a process, further stores are copies of that file), and studies in them."""
+"""Empty job stores, quickly (migrations run once in a process, others are copies of that file), and studies in them."""
 
 from __future__ import annotations
 

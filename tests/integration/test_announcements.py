@@ -21,6 +21,7 @@ from pynetdicom.dimse_primitives import N_CREATE
 from osteo_daemon.completeness import CompletenessSweep
 from osteo_daemon.dicom.instance_availability import INSTANCE_AVAILABILITY_CLASS_UID
 from osteo_daemon.dicom.performed_procedure import PERFORMED_PROCEDURE_STEP_CLASS_UID
+from osteo_daemon.domain.completeness import Lacks
 from osteo_daemon.domain.job import JobState
 from osteo_daemon.jobs.completeness import Receiving
 from osteo_daemon.jobs.store import JobStore
@@ -188,6 +189,31 @@ def test_what_never_comes_is_waited_for_and_noted(node: Node, tmp_path: Path) ->
     (*_, waits, incomplete) = node.store.events(study)
     assert (waits.event, waits.reason) == ("study_waits", reason)
     assert (incomplete.event, incomplete.to_state) == ("study_incomplete", JobState.READY)
+
+
+def test_a_listed_series_that_never_begins_is_waited_for_and_told(node: Node, tmp_path: Path) -> None:
+    first = write_ct(tmp_path / "first", count=4)
+    study, uid = study_of(first[0]), generate_uid()
+    second = write_ct(tmp_path / "second", count=3, study_uid=study, series_uid=generate_uid(), seed=1)
+    with scu(node.port, MPPS) as link:
+        link.send_n_create(begun(study), MPPS, uid)
+        changes = ended(first)
+        changes.PerformedSeriesSequence.append(series_item(second))
+        link.send_n_set(changes, MPPS, uid)
+    assert storescu(node.port, first).returncode == 0
+    assert node.swept(61) == node.swept(295) == []  # its quiet time is over, and what is listed may come yet
+    reason = "MPPS lists 1 more series of which nothing came"
+    assert node.store.events(study)[-1].reason == reason
+    assert node.swept(301) == [f"{reason}; nothing came for 300 s"]
+    job = node.store.job(study)
+    assert job is not None
+    assert (job.state, job.revision, job.lacks) == (JobState.READY, 1, Lacks.SERIES)
+    # it comes after all: a revision that lacks nothing
+    assert storescu(node.port, second).returncode == 0
+    assert node.swept(0) == ["all 7 images listed by MPPS are here"]
+    job = node.store.job(study)
+    assert job is not None
+    assert (job.revision, job.lacks) == (2, None)
 
 
 def test_steps_are_answered_as_the_standard_says(node: Node, tmp_path: Path) -> None:

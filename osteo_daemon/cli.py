@@ -23,6 +23,7 @@ from osteo_daemon.commands.refit import refit
 from osteo_daemon.commands.studies import studies
 from osteo_daemon.commands.upkeep import backup, fsck, restore, schedule
 from osteo_daemon.errors import ConfigurationError, OsteoError
+from osteo_daemon.quick_imports import quick_imports
 from osteo_daemon.settings import Settings, load_settings
 
 EXIT_DAMAGED = 3
@@ -83,21 +84,22 @@ def run(role: str, config: Path | None) -> None:
     os.umask(PRIVATE_UMASK)
     _let_idle_threads_sleep()
     entry: Callable[[Settings], int]
-    if role == "receiver":
-        from osteo_daemon.receiver import run as entry
-    elif role == "dicomweb":
-        from osteo_daemon.dicomweb_receiver import run as entry
-    elif role == "puller":
-        from osteo_daemon.pull_runner import run as entry
-    elif role == "scheduler":
-        from osteo_daemon.scheduler import run as entry
-    elif role == "screener":
-        from osteo_daemon.screener import run as entry
-    elif role == "refitter":
-        from osteo_daemon.refitter import run as entry
-    else:
-        from osteo_daemon.deliverer import run as entry
-    from osteo_daemon.audit import trail
+    with quick_imports():
+        if role == "receiver":
+            from osteo_daemon.receiver import run as entry
+        elif role == "dicomweb":
+            from osteo_daemon.dicomweb_receiver import run as entry
+        elif role == "puller":
+            from osteo_daemon.pull_runner import run as entry
+        elif role == "scheduler":
+            from osteo_daemon.scheduler import run as entry
+        elif role == "screener":
+            from osteo_daemon.screener import run as entry
+        elif role == "refitter":
+            from osteo_daemon.refitter import run as entry
+        else:
+            from osteo_daemon.deliverer import run as entry
+        from osteo_daemon.audit import trail
 
     with trail.application(settings, role):
         status = entry(settings)
@@ -115,7 +117,8 @@ def screen(folder: Path, out: Path, config: Path | None) -> None:
     (an excluded study: result.json and manifest.json).
     """
     _let_idle_threads_sleep()
-    from osteo_daemon.folder import screen_folder
+    with quick_imports():
+        from osteo_daemon.folder import screen_folder
 
     screen_folder(load_settings(config), folder, out)
 

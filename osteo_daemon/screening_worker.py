@@ -16,7 +16,6 @@ import os
 import queue
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -321,7 +320,3 @@ def main(descriptor: int) -> int:
     except EOFError:
         pass  # the screener has gone
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))

@@ -14,6 +14,14 @@ from osteo_daemon.errors import ConfigurationError, WorkerDied
 from osteo_daemon.link import Link
 from osteo_daemon.settings import Settings
 
+_WORKER = "osteo_daemon.screening_worker"  # told so that lists of processes show what this one is
+_START = f"""
+import sys
+from osteo_daemon.quick_imports import quick_imports
+with quick_imports():
+    from {_WORKER} import main
+sys.exit(main(int(sys.argv[2])))
+"""
 _END_SECONDS = 10.0
 _REAP_SECONDS = 2.0  # the socket closes a moment before the process can be waited for
 
@@ -28,7 +36,7 @@ class WorkerProcess:
     def __init__(self, settings: Settings) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-m", "osteo_daemon.screening_worker", str(theirs.fileno())]
+            command = [sys.executable, "-c", _START, _WORKER, str(theirs.fileno())]
             self._process: subprocess.Popen[bytes] = start_child(command, signal.SIGKILL, pass_fds=[theirs.fileno()])
         self._link = Link(ours)
         self.started_at = time.monotonic()

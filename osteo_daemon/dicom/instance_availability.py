@@ -11,9 +11,8 @@ from pydicom.dataset import Dataset
 from osteo_daemon.dicom.normalized import (
     DUPLICATE_INSTANCE,
     INVALID_INSTANCE,
-    MAXIMUM_ITEMS,
-    RESOURCE_LIMITATION,
     Service,
+    announced_instances,
     calling,
     content,
     items_of,
@@ -22,7 +21,6 @@ from osteo_daemon.dicom.normalized import (
 )
 from osteo_daemon.dicom.performed_procedure import Announce
 from osteo_daemon.domain.announcement import (
-    AnnouncedInstance,
     Announcement,
     AnnouncementKind,
     AnnounceOutcome,
@@ -44,9 +42,7 @@ def instance_availability_service(announce: Announce) -> Service:
             raise Declined(INVALID_INSTANCE, "malformed SOP Instance UID")
         attributes = event.attribute_list
         study = uid_in(attributes, "StudyInstanceUID")
-        instances = tuple(_walk(items_of(attributes, "ReferencedSeriesSequence")))
-        if len(instances) > MAXIMUM_ITEMS:
-            raise Declined(RESOURCE_LIMITATION, "too many instances")
+        instances = announced_instances(items_of(attributes, "ReferencedSeriesSequence"), _available)
         outcome = announce(
             Announcement(
                 announcement_uid=uid,
@@ -68,13 +64,10 @@ def instance_availability_service(announce: Announce) -> Service:
     return Service(INSTANCE_AVAILABILITY_CLASS_UID, create=create)
 
 
-def _walk(series: Iterable[Dataset]) -> Iterable[AnnouncedInstance]:
-    for item in series:
-        for reference in items_of(item, "ReferencedSOPSequence"):
-            if reference.get("InstanceAvailability") == "UNAVAILABLE":
-                continue  # nobody can send it
-            yield AnnouncedInstance(
-                series_instance_uid=uid_in(item, "SeriesInstanceUID"),
-                sop_class_uid=uid_in(reference, "ReferencedSOPClassUID"),
-                sop_instance_uid=uid_in(reference, "ReferencedSOPInstanceUID"),
-            )
+def _available(series: Dataset) -> Iterable[Dataset]:
+    # what is unavailable nobody can send
+    return [
+        reference
+        for reference in items_of(series, "ReferencedSOPSequence")
+        if reference.get("InstanceAvailability") != "UNAVAILABLE"
+    ]

@@ -17,6 +17,7 @@ from pynetdicom import build_context, evt
 from pynetdicom.presentation import PresentationContext
 
 from osteo_daemon.dicom.received import printable
+from osteo_daemon.domain.announcement import AnnouncedInstance
 from osteo_daemon.errors import Declined, OsteoError, Transient
 from osteo_daemon.log import get_logger, where
 
@@ -159,3 +160,29 @@ def _status(status: int, comment: str, error_id: int | None) -> Dataset:
     if error_id is not None:
         answer.ErrorID = error_id
     return answer
+
+
+def announced_instances(
+    series: Iterable[Dataset], references: Callable[[Dataset], Iterable[Dataset]]
+) -> tuple[AnnouncedInstance, ...]:
+    """The objects that a list of series names.
+
+    Args:
+        series: items with a Series Instance UID.
+        references: gives the items of one series that name an object.
+
+    Raises:
+        Declined: a UID is missing or malformed, or there are too many.
+    """
+    found = tuple(
+        AnnouncedInstance(
+            series_instance_uid=uid_in(item, "SeriesInstanceUID"),
+            sop_class_uid=uid_in(reference, "ReferencedSOPClassUID"),
+            sop_instance_uid=uid_in(reference, "ReferencedSOPInstanceUID"),
+        )
+        for item in series
+        for reference in references(item)
+    )
+    if len(found) > MAXIMUM_ITEMS:
+        raise Declined(RESOURCE_LIMITATION, "too many instances")
+    return found

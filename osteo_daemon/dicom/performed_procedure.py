@@ -14,13 +14,12 @@ from osteo_daemon.dicom.normalized import (
     DUPLICATE_INSTANCE,
     INVALID_ATTRIBUTE_VALUE,
     INVALID_INSTANCE,
-    MAXIMUM_ITEMS,
     MISSING_ATTRIBUTE,
     NO_SUCH_INSTANCE,
     NOT_AUTHORISED,
     PROCESSING_FAILURE,
-    RESOURCE_LIMITATION,
     Service,
+    announced_instances,
     calling,
     content,
     items_of,
@@ -119,18 +118,9 @@ def _instances(attributes: Dataset) -> tuple[AnnouncedInstance, ...] | None:
     """
     if "PerformedSeriesSequence" not in attributes:
         return None
-    found = tuple(_walk(items_of(attributes, "PerformedSeriesSequence")))
-    if len(found) > MAXIMUM_ITEMS:
-        raise Declined(RESOURCE_LIMITATION, "too many instances")
-    return found
+    return announced_instances(items_of(attributes, "PerformedSeriesSequence"), _references)
 
 
-def _walk(series: Iterable[Dataset]) -> Iterable[AnnouncedInstance]:
-    for item in series:
-        for keyword in ("ReferencedImageSequence", "ReferencedNonImageCompositeSOPInstanceSequence"):
-            for reference in items_of(item, keyword):
-                yield AnnouncedInstance(
-                    series_instance_uid=uid_in(item, "SeriesInstanceUID"),
-                    sop_class_uid=uid_in(reference, "ReferencedSOPClassUID"),
-                    sop_instance_uid=uid_in(reference, "ReferencedSOPInstanceUID"),
-                )
+def _references(series: Dataset) -> Iterable[Dataset]:
+    for keyword in ("ReferencedImageSequence", "ReferencedNonImageCompositeSOPInstanceSequence"):
+        yield from items_of(series, keyword)

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from osteo_daemon.errors import ConfigurationError, Damaged
+from osteo_daemon.jobs.spool import sync_folder
 
 _SECRET_BYTES = 32
 _NONCE_BYTES = 12
@@ -137,7 +138,7 @@ def make_key(path: Path) -> LinkKey:
             os.link(part, path)
         finally:
             part.unlink()
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except FileExistsError as error:
         raise ConfigurationError(f"{path} exists; a key is never written over") from error
     except OSError as error:
@@ -166,13 +167,35 @@ def read_key(path: Path) -> LinkKey:
     return LinkKey(secret)
 
 
+def new_key_path(path: Path) -> Path:
+    """Where the next key lies while keys are exchanged."""
+    return path.with_name(path.name + ".new")
+
+
+def take_over_new_key(path: Path) -> None:
+    """The next key becomes the key."""
+    new_key_path(path).replace(path)
+    sync_folder(path.parent)
+
+
+def key_that_fits(path: Path, fingerprint: str | None) -> LinkKey:
+    """The key; when an exchange of keys was interrupted after the store had changed, the next one.
+
+    Args:
+        path: of the key.
+        fingerprint: of the key that sealed what the store holds, None before the first.
+
+    Raises:
+        ConfigurationError: it is not there, others may read it, or it is none of ours.
+    """
+    following = new_key_path(path)
+    if fingerprint is not None and following.exists():
+        key = read_key(following)
+        if key.fingerprint == fingerprint:
+            take_over_new_key(path)
+            return key
+    return read_key(path)
+
+
 def _derived(secret: bytes, purpose: bytes) -> bytes:
     return HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=purpose).derive(secret)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

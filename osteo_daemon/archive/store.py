@@ -17,9 +17,10 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from osteo_daemon.archive.key import Identity, LinkKey, read_key
+from osteo_daemon.archive.key import Identity, LinkKey, key_that_fits
 from osteo_daemon.errors import ConfigurationError, Damaged, SpoolFull
 from osteo_daemon.jobs.archive_rows import ArchivedEntry, ArchiveRows, NewEntry, new_pseudonym
+from osteo_daemon.jobs.spool import sync_folder
 from osteo_daemon.settings import Settings
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class VoiArchive:
             path = self._settings.archive.key_file
             if path is None:
                 raise ConfigurationError("archive.key_file is not set; osteo archive init makes the key")
-            key = _first_that_fits(path, self._rows.archive_fingerprint())
+            key = key_that_fits(path, self._rows.archive_fingerprint())
             if self._rows.set_archive_fingerprint(key.fingerprint) != key.fingerprint:
                 raise ConfigurationError(f"{path} is not the key of this archive; bring back its own")
             self._key = key
@@ -286,7 +287,7 @@ class VoiArchive:
             os.utime(part, (midnight, midnight))
             part.rename(path)
             for folder in (path.parent, self._root):
-                _sync(folder)
+                sync_folder(folder)
         except OSError as error:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
@@ -329,42 +330,12 @@ class VoiArchive:
             path.unlink(missing_ok=True)
         for folder in {path.parent for path in paths}:
             if folder.is_dir():
-                _sync(folder)
+                sync_folder(folder)
         return paths
 
     def _path(self, name: str) -> Path:
         return self._root / name[:2] / f"{name}{SUFFIX}"
 
 
-def new_key_path(path: Path) -> Path:
-    """Where the next key lies while keys are exchanged."""
-    return path.with_name(path.name + ".new")
-
-
-def take_over_new_key(path: Path) -> None:
-    """The next key becomes the key."""
-    new_key_path(path).replace(path)
-    _sync(path.parent)
-
-
-def _first_that_fits(path: Path, fingerprint: str | None) -> LinkKey:
-    """The key; when an exchange of keys was interrupted after the store had changed, the next one."""
-    following = new_key_path(path)
-    if fingerprint is not None and following.exists():
-        key = read_key(following)
-        if key.fingerprint == fingerprint:
-            take_over_new_key(path)
-            return key
-    return read_key(path)
-
-
 def _sealer(key: LinkKey, identity: Identity) -> Callable[[str], bytes]:
     return lambda pseudonym: key.seal(pseudonym, identity.patient)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -134,8 +134,7 @@ def verify(repair: bool, quick: bool, as_json: bool, config: Path | None) -> Non
 @config_option
 def rotate_key(config: Path | None) -> None:
     """Make a new key and seal every link with it; the node must not run. Interrupted, the next use ends it."""
-    from osteo_daemon.archive.key import make_key, read_key
-    from osteo_daemon.archive.store import new_key_path, take_over_new_key
+    from osteo_daemon.archive.key import make_key, new_key_path, read_key, take_over_new_key
 
     kept = open_archive(config)
     kept.key  # noqa: B018 - ends an exchange that was interrupted, and proves that the old key is at hand

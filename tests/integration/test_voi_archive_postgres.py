@@ -5,8 +5,8 @@ from __future__ import annotations
 from datetime import timedelta
 from pathlib import Path
 
-from osteo_daemon.archive.key import make_key
-from osteo_daemon.archive.store import VoiArchive, new_key_path
+from osteo_daemon.archive.key import make_key, new_key_path
+from osteo_daemon.archive.store import VoiArchive
 from osteo_daemon.jobs.archive_rows import Label, LabelImport
 from osteo_daemon.jobs.store import JobStore
 from tests.postgres import Cluster

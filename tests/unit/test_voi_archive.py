@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -14,9 +13,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from osteo_daemon.archive.key import Identity, LinkKey, make_key, read_key
+from osteo_daemon.archive.key import Identity, LinkKey, make_key, new_key_path, read_key
 from osteo_daemon.archive.record import MARGIN_VOXELS, Acquisition, StudyVois, VertebraRecord
-from osteo_daemon.archive.store import VoiArchive, new_key_path
+from osteo_daemon.archive.store import VoiArchive
 from osteo_daemon.cli import cli
 from osteo_daemon.errors import ConfigurationError, Damaged, SpoolFull
 from osteo_daemon.imaging.preprocess import VoiSpec
@@ -314,7 +313,7 @@ def test_a_kill_at_any_moment_leaves_no_row_without_its_file(settings: Settings,
     stray.parent.mkdir(exist_ok=True)
     stray.write_bytes(b"x")
     assert archive.retain(NOW)["leftovers"] == 0
-    assert os.path.exists(stray)
+    assert stray.exists()
 
 
 def test_a_node_with_a_wrong_key_is_not_ready(settings: Settings, archive: VoiArchive, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from osteo_daemon.network.encoder import GrainStatistics
 from osteo_daemon.network.multitask import Encoded, MultitaskMoE
 from train.data import VoiSet, batches
 
@@ -30,7 +31,8 @@ class Features:
     Attributes:
         image: (N, 2C) pooled features of the encoder.
         statistics: (N, S) standardised HU statistics, of zero width without that channel.
-        grain: (N, G) standardised statistics of noise and sharpness, of zero width without that channel.
+        grain: (N, G) statistics of noise and sharpness, not standardised, whether the network uses them or not: a refit
+            may open that channel.
         level: (N,) long, index of the true level.
     """
 
@@ -47,12 +49,13 @@ class Features:
         where = torch.as_tensor(chosen)
         return Features(*(getattr(self, name)[where] for name in Features.__dataclass_fields__))
 
-    def encoded(self, dtype: torch.dtype = torch.float32) -> Encoded:
-        """As `MultitaskMoE.decide` takes them."""
+    def encoded(self, network: MultitaskMoE) -> Encoded:
+        """As ``decide`` of this network takes them: the parent, or one that grew from it."""
+        grain = network.grain_statistics
         return Encoded(
-            self.image.to(dtype),
-            self.statistics.to(dtype) if self.statistics.shape[1] else None,
-            self.grain.to(dtype) if self.grain.shape[1] else None,
+            self.image,
+            self.statistics if self.statistics.shape[1] else None,
+            None if grain is None else (self.grain - grain.mean) / grain.sd,
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -69,16 +72,16 @@ def encode_rows(network: MultitaskMoE, data: VoiSet, index: Index, device: torch
     """Features of these rows, one vertebra at a time on a CPU: a result never depends on its company."""
     network.eval().to(device)
     size = 1 if device.type == "cpu" else CHUNK
+    grain = GrainStatistics()
     parts = []
     with torch.inference_mode():
         for batch in batches(data, index, network.config, [], size):
             found = network.encode(batch.hu.to(device))
-            nothing = torch.zeros((len(batch.level), 0))
             parts.append(
                 Features(
                     found.image.float().cpu(),
-                    nothing if found.statistics is None else found.statistics.float().cpu(),
-                    nothing if found.grain is None else found.grain.float().cpu(),
+                    torch.zeros((len(batch.level), 0)) if found.statistics is None else found.statistics.float().cpu(),
+                    grain.raw(batch.hu),
                     batch.level,
                 )
             )

@@ -357,7 +357,7 @@ def _outliers(parent: ModelBundle, network: MultitaskMoE, pool: Pool, held: Repl
     distances, entropies = [], []
     for features in (pool.features, held.features):
         with torch.inference_mode():
-            out = network.decide(features.encoded(), features.level)
+            out = network.decide(features.encoded(network), features.level)
         distances.append(float(torch.quantile(model.distance(out.encoded), model.quantile)))
         entropies.append(float(torch.quantile(gate_entropy(out.gate_weights.mean(1)).double(), model.quantile)))
     return replace(

@@ -22,14 +22,25 @@ _NEW_LOGIT: Final = -3.0
 _PULL_OF_GATES: Final = 0.01
 
 
-def grown(parent: MultitaskMoE, copied: Sequence[int | None]) -> MultitaskMoE:
-    """The parent with one expert more for each entry.
+def grown(parent: MultitaskMoE, copied: Sequence[int | None], grain: Tensor | None = None) -> MultitaskMoE:
+    """The parent with one expert more for each entry, and gates that see noise and sharpness.
 
     Args:
         copied: the parent's expert to begin from, None for a new one.
+        grain: (N, G) statistics of noise and sharpness to standardise by, for a parent whose gates don't see them yet:
+            pooled features of its encoder don't tell scanners apart.
     """
     config = parent.config
-    network = MultitaskMoE(replace(config, expert_count=config.expert_count + len(copied)))
+    opened = grain is not None and config.grain_channel == "none"
+    network = MultitaskMoE(
+        replace(
+            config,
+            expert_count=config.expert_count + len(copied),
+            grain_channel="gates" if opened else config.grain_channel,
+        )
+    )
+    if opened and network.grain_statistics is not None and grain is not None:
+        network.grain_statistics.fit(grain)
     state = dict(parent.state_dict())
     own = network.state_dict()
     for offset, source in enumerate(copied):
@@ -42,6 +53,12 @@ def grown(parent: MultitaskMoE, copied: Sequence[int | None]) -> MultitaskMoE:
                 state[key] = torch.zeros_like(own[key]) if part.startswith("2") else own[key].clone()
     for number in range(len(parent.routers)):
         _grow_router(state, f"routers.{number}", copied, config.gate_temperature)
+    # a channel that was opened says nothing until it is fitted
+    state |= {
+        key: torch.zeros_like(value) if ".by_grain.2." in key else value
+        for key, value in own.items()
+        if key not in state
+    }
     network.load_state_dict(state)
     return network.eval()
 

@@ -107,6 +107,11 @@ class Pool:
     index: Index
 
     @property
+    def grain(self) -> Tensor:
+        """Noise and sharpness of the site's vertebrae and of others, by which the gates' channel is standardised."""
+        return torch.cat([self.features.grain, self.rehearsed.features.grain])
+
+    @property
     def site_experts(self) -> list[int]:
         """Experts of the grown network that are the site's, in ascending order."""
         return sorted({int(e) for e in self.expert_of.unique() if e >= 0})
@@ -150,7 +155,7 @@ def network_with(pool: Pool, moved: dict[str, Tensor]) -> MultitaskMoE:
     """The grown network with fitted weights; the parent itself when nothing was moved."""
     if not moved:
         return pool.parent
-    network = grown(pool.parent, pool.copied)
+    network = grown(pool.parent, pool.copied, pool.grain)
     network.load_state_dict({**network.state_dict(), **moved})
     return network.eval()
 
@@ -166,7 +171,7 @@ def fit(pool: Pool, chosen: Index, strength: float, config: FitConfig, seed: Seq
     if not math.isfinite(strength):
         return {}
     torch.manual_seed(int(np.random.SeedSequence([config.seed, 81]).generate_state(1)[0]))  # a new expert's first layer
-    network = grown(pool.parent, pool.copied)
+    network = grown(pool.parent, pool.copied, pool.grain)
     moved = trained_parameters(network, pool.site_experts, pool.fits_classes)
     for parameter in network.parameters():
         parameter.requires_grad_(False)
@@ -198,7 +203,7 @@ def fit(pool: Pool, chosen: Index, strength: float, config: FitConfig, seed: Seq
 
 def _parent_says(pool: Pool) -> MoEOutput:
     with torch.no_grad():
-        return pool.parent.decide(pool.rehearsed.features.encoded(), pool.rehearsed.features.level)
+        return pool.parent.decide(pool.rehearsed.features.encoded(pool.parent), pool.rehearsed.features.level)
 
 
 def _hidden(level: Tensor, share: float, rng: np.random.Generator) -> Tensor:
@@ -211,7 +216,7 @@ def _site_loss(
 ) -> Tensor:
     where = torch.as_tensor(chosen)
     features = pool.features.take(where)
-    out = network.decide(features.encoded(), _hidden(features.level, config.hide_level, rng))
+    out = network.decide(features.encoded(network), _hidden(features.level, config.hide_level, rng))
     loss = bmd_loss(out.bmd, out.bmd_log_variance, pool.target[where], network.config.bmd_scale_g_cm2, 0.5)
     loss = loss + config.level * functional.cross_entropy(out.level_logits, features.level)
     if pool.fits_classes:
@@ -232,7 +237,7 @@ def _replay_loss(
     are given."""
     where = torch.as_tensor(chosen)
     features = pool.rehearsed.features.take(where)
-    out = network.decide(features.encoded(), features.level)
+    out = network.decide(features.encoded(network), features.level)
     scale = network.config.bmd_scale_g_cm2
     loss = ((out.bmd - said.bmd[where]) / scale).square().mean()
     loss = loss + 0.1 * (out.bmd_log_variance - said.bmd_log_variance[where]).square().mean()
@@ -266,7 +271,7 @@ def say(network: MultitaskMoE, pool: Pool, chosen: Index) -> Raw:
 def raw_of(network: MultitaskMoE, features: Features, index: Index) -> Raw:
     """Uncalibrated output for features, as arrays."""
     with torch.inference_mode():
-        out = network.eval().decide(features.encoded(), features.level)
+        out = network.eval().decide(features.encoded(network), features.level)
     return Raw(
         index=index,
         class_logits=out.class_logits.double().numpy(),

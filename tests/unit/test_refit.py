@@ -19,11 +19,13 @@ import train.replay
 from osteo_daemon.errors import ConfigurationError, RefitRefused
 from osteo_daemon.inference.bundle import ModelBundle, read_bundle
 from osteo_daemon.inference.vertebra_network import VertebraNetwork
+from osteo_daemon.network.encoder import GrainStatistics
 from osteo_daemon.network.multitask import MultitaskMoE
 from osteo_daemon.registry.version import VERDICT_NAME, version_of
 from tests.easy_vois import NETWORK
 from tests.refits import OFFSET_G_CM2, make_parts, site_rows, write_site
 from train.data import VoiRow, VoiSet
+from train.features import Features
 from train.refit import refit
 from train.replay import Replay, load_network
 from train.site_data import accept, deal
@@ -62,6 +64,17 @@ def test_a_grown_network_with_warm_experts_says_what_its_parent_says(copied: tup
     for name in ("class_logits", "bmd", "bmd_log_variance", "level_logits"):
         torch.testing.assert_close(getattr(after, name), getattr(before, name), rtol=1e-4, atol=1e-5)
     assert network.config.expert_count == parent.config.expert_count + len(copied)
+
+
+def test_gates_that_begin_to_see_noise_say_at_first_what_they_said() -> None:
+    torch.manual_seed(2)
+    parent = MultitaskMoE(NETWORK).eval()
+    hu, level = 200 * torch.randn(5, *NETWORK.voi_shape), torch.tensor([0, 1, 0, 1, -1])
+    network = grown(parent, (1,), GrainStatistics().raw(hu))
+    assert network.config.grain_channel == "gates"
+    torch.testing.assert_close(network(hu, level).bmd, parent(hu, level).bmd, rtol=1e-4, atol=1e-5)
+    features = Features(*(parent.encode(hu)[:2]), GrainStatistics().raw(hu), level)
+    torch.testing.assert_close(network.decide(features.encoded(network), level).bmd, network(hu, level).bmd)
 
 
 def test_a_new_expert_adds_nothing_of_its_own() -> None:

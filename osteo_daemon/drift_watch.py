@@ -18,6 +18,9 @@ from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.log import get_logger
 from osteo_daemon.settings import DriftSettings, Settings
 
+STEP = "drift_report"
+"""Its name among the scheduler's steps."""
+
 _MOST_STUDIES = 200_000
 """More than half a year of the busiest site; of more the newest are read."""
 

@@ -24,10 +24,14 @@ def drift() -> None:
 @config_option
 def run_drift(as_json: bool, config: Path | None) -> None:
     """Make a report now, as the scheduler does once a day; alarms that are new are raised."""
-    from osteo_daemon.drift_watch import look
+    from osteo_daemon.drift_watch import STEP, look
+    from osteo_daemon.log import configure_logging
 
     settings, store = open_store(config)
-    made = look(settings, store, datetime.now(UTC), _DAY_SECONDS)
+    configure_logging(settings.log, "command")
+    # by the limits of the scheduler's own looks: a look by hand must not raise what those would clear
+    every = next((run.interval_seconds for run in store.scheduler_runs() if run.step == STEP), _DAY_SECONDS)
+    made = look(settings, store, datetime.now(UTC), every)
     store.close()
     document = made.report.to_json()
     if as_json:

@@ -161,7 +161,7 @@ def test_the_scheduler_reports_drift_and_alarms_once(tmp_path: Path) -> None:
     assert run.next_at is not None
 
     again = CliRunner().invoke(cli, ["drift", "run", "--json", "--config", str(config)])
-    document = json.loads(again.output)
+    document = json.loads(again.stdout)
     assert document["raised"] == []
     assert document["alarms"]
     shown = CliRunner().invoke(cli, ["drift", "show", "--config", str(config)]).output
@@ -171,7 +171,7 @@ def test_the_scheduler_reports_drift_and_alarms_once(tmp_path: Path) -> None:
     assert latest["report"]["alarms"] == document["alarms"]
     for path in (state / "drift").iterdir():
         content = path.read_text()
-        assert "1.2." not in content.replace("1.2.0", "")  # no study is named
+        assert "1.2." not in content  # no study is named
     assert len(list((state / "drift").glob("*.html"))) >= 2
     store.close()
 

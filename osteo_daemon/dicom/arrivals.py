@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from osteo_daemon.dicom.data_transfer import StoreRequest
 from osteo_daemon.dicom.header import file_header
 from osteo_daemon.dicom.quota import Quota
 from osteo_daemon.dicom.received import STORED_CLASSES, Incoming, ReceivedObject, printable, received_object
 from osteo_daemon.dicom.status import StoreStatus, status_of
+from osteo_daemon.dicom.store_messages import StoreRequest
 from osteo_daemon.errors import OsteoError, UnsupportedSopClass
 from osteo_daemon.log import get_logger
 

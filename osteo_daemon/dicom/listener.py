@@ -28,11 +28,12 @@ from osteo_daemon.certificates import certificate_of
 from osteo_daemon.dicom.admission import Caller, Rejection, allowed
 from osteo_daemon.dicom.bounded_socket import BoundedSocket, ListenerLimits, hang_up
 from osteo_daemon.dicom.buffers import BufferBudget
-from osteo_daemon.dicom.data_transfer import Begin, MessageReader, stream_stores
+from osteo_daemon.dicom.data_transfer import Begin, MessageReader
 from osteo_daemon.dicom.doorway import Doorway, Turns
 from osteo_daemon.dicom.greeting import NotARequest, read_request, rejection_pdu
 from osteo_daemon.dicom.patience import Patience
 from osteo_daemon.dicom.refusals import Refusals
+from osteo_daemon.dicom.streaming import stream_stores
 from osteo_daemon.dicom.tls import ListenerTls
 from osteo_daemon.dicom.visitors import Visitor, Visitors
 from osteo_daemon.tls import reason_of

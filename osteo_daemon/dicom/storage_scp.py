@@ -23,13 +23,13 @@ from osteo_daemon.dicom.bounded_socket import ListenerLimits
 from osteo_daemon.dicom.buffers import BufferBudget
 from osteo_daemon.dicom.commitment import CommitmentReport, answer_report, commitment_context
 from osteo_daemon.dicom.contexts import supported_contexts, verification_context
-from osteo_daemon.dicom.data_transfer import is_busy
 from osteo_daemon.dicom.listener import HardenedServer
 from osteo_daemon.dicom.normalized import NormalizedServices
 from osteo_daemon.dicom.quota import Quota
 from osteo_daemon.dicom.received import Incoming, ReceivedObject, printable
 from osteo_daemon.dicom.refusals import Refusals
 from osteo_daemon.dicom.status import StoreStatus
+from osteo_daemon.dicom.streaming import is_busy
 from osteo_daemon.dicom.tls import ListenerTls, tls_files
 from osteo_daemon.dicom.uids import ASSOCIATION_VERSION_NAME, IMPLEMENTATION_CLASS_UID
 from osteo_daemon.errors import ConfigurationError

@@ -24,7 +24,8 @@ from pynetdicom.pdu import P_DATA_TF
 from pynetdicom.transport import AssociationSocket
 
 from osteo_daemon.dicom.buffers import BufferBudget
-from osteo_daemon.dicom.data_transfer import MessageReader, StoreRequest, read_store_request, store_response
+from osteo_daemon.dicom.data_transfer import MessageReader
+from osteo_daemon.dicom.store_messages import StoreRequest, read_store_request, store_response
 
 INSTANCE = "1.2.826.0.1.3680043.8.498.1"
 CONTEXT = 3

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hmac
-import signal
 import ssl
 from pathlib import Path
-from types import FrameType
 
 from osteo_daemon.dicom.quota import Quota
 from osteo_daemon.dicom.received import received_file
@@ -25,6 +23,7 @@ from osteo_daemon.jobs.spool import Spool
 from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.log import configure_logging, get_logger, where
 from osteo_daemon.settings import Settings
+from osteo_daemon.stopping import at_the_end
 from osteo_daemon.tls import TlsFiles
 
 _SHORTEST_TOKEN = 16
@@ -195,13 +194,7 @@ def run(settings: Settings) -> int:
     if not settings.dicomweb.port:
         raise ConfigurationError("dicomweb.port is 0: nothing to listen on")
     receiver = DicomwebReceiver(settings)
-
-    def end(signum: int, _frame: FrameType | None) -> None:
-        get_logger().info("stopping", signal=signal.Signals(signum).name)
-        receiver.stop()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
+    at_the_end(receiver.stop)
     get_logger().info("dicomweb_listening", address=settings.dicomweb.address, port=receiver.port)
     receiver.run()
     get_logger().info("stopped")

@@ -5,9 +5,7 @@ A pull that was in hand when this process ended goes on where it was, as with `o
 
 from __future__ import annotations
 
-import signal
 import threading
-from types import FrameType
 from typing import Final
 
 from osteo_daemon.delivery.back_off import back_off_seconds
@@ -23,6 +21,7 @@ from osteo_daemon.pull.archive import open_archive, taken_classes
 from osteo_daemon.pull.puller import Puller
 from osteo_daemon.pull.schedule import next_open, pace_of
 from osteo_daemon.settings import ArchiveSettings, NamedPullSettings, Settings
+from osteo_daemon.stopping import at_the_end
 
 _POLL_SECONDS: Final = 2.0
 
@@ -144,13 +143,7 @@ def run(settings: Settings) -> int:
     if not settings.pulls:
         raise ConfigurationError("there is no [[pulls]] entry: nothing to pull")
     ended = threading.Event()
-
-    def end(signum: int, _frame: FrameType | None) -> None:
-        get_logger().info("stopping", signal=signal.Signals(signum).name)
-        ended.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
+    at_the_end(ended.set)
     runner = PullRunner(settings)
     runner.start()
     get_logger().info("puller_started", count=len(settings.pulls))

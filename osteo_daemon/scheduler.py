@@ -9,7 +9,6 @@ once, and a missed one is logged and kept. One scheduler leads: another one on t
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import threading
 import time
@@ -17,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from types import FrameType
 from typing import Any
 
 from apscheduler.events import EVENT_JOB_ERROR, EVENT_JOB_MAX_INSTANCES, EVENT_JOB_MISSED
@@ -42,6 +40,7 @@ from osteo_daemon.log import configure_logging, get_logger
 from osteo_daemon.promises import Promises
 from osteo_daemon.pull.schedule import STEP_PREFIX, enqueue
 from osteo_daemon.settings import NamedPullSettings, Settings
+from osteo_daemon.stopping import at_the_end
 
 _MISFIRE_GRACE_SECONDS = 24 * 3600
 _LEASE_SWEEP_SECONDS = 10.0
@@ -431,13 +430,7 @@ def run(settings: Settings) -> int:
     """Schedule until SIGTERM or SIGINT; returns the exit status."""
     configure_logging(settings.log, "scheduler")
     ended = threading.Event()
-
-    def end(signum: int, _frame: FrameType | None) -> None:
-        get_logger().info("stopping", signal=signal.Signals(signum).name)
-        ended.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
+    at_the_end(ended.set)
     scheduler = Scheduler(settings)
     scheduler.start()
     # every machine's scheduler brings what lies on that machine, whoever leads

@@ -81,7 +81,7 @@ class Replay:
             for name, value in self.features.tensors().items()
         }
         own = {name: getattr(self, name).contiguous() for name in ("patient", "device", "sbmd", "diagnosis")}
-        return save({**features, **own})
+        return bytes(save({**features, **own}))
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], network: MultitaskMoE) -> Replay:

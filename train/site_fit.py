@@ -148,7 +148,7 @@ class FitStore:
             save_file(make(), temporary)
             temporary.replace(path)
         self._progress(1)
-        return load_file(path)
+        return dict(load_file(path))
 
 
 def network_with(pool: Pool, moved: dict[str, Tensor]) -> MultitaskMoE:

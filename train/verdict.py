@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -61,12 +62,22 @@ def metrics_against(judged: Judged, target: npt.NDArray[np.float64], classes: In
     for place, (setting, least) in enumerate(SETTINGS.items()):
         score, positive = judged.score(setting), classes >= least
         flag = score >= judged.operating[place]
-        found |= {
-            f"{setting}_auc": lambda k, s=score, p=positive: auc_within(s[k], p[k], folds[k]),
-            f"{setting}_sensitivity": lambda k, f=flag, p=positive: sensitivity_specificity(f[k], p[k])[0],
-            f"{setting}_specificity": lambda k, f=flag, p=positive: sensitivity_specificity(f[k], p[k])[1],
-        }
+        found[f"{setting}_auc"] = partial(_auc_of, score, positive, folds)
+        found[f"{setting}_sensitivity"] = partial(_rate_of, 0, flag, positive)
+        found[f"{setting}_specificity"] = partial(_rate_of, 1, flag, positive)
     return found
+
+
+def _auc_of(
+    score: npt.NDArray[np.float64], positive: npt.NDArray[np.bool_], folds: Index, chosen: npt.NDArray[np.int64]
+) -> float:
+    return auc_within(score[chosen], positive[chosen], folds[chosen])
+
+
+def _rate_of(
+    place: int, flag: npt.NDArray[np.bool_], positive: npt.NDArray[np.bool_], chosen: npt.NDArray[np.int64]
+) -> float:
+    return float(sensitivity_specificity(flag[chosen], positive[chosen])[place])
 
 
 def auc_within(score: npt.NDArray[np.float64], positive: npt.NDArray[np.bool_], folds: Index) -> float:

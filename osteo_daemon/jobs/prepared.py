@@ -6,6 +6,7 @@ from collections import OrderedDict
 from typing import Any
 
 from pg8000.core import make_params
+from pg8000.exceptions import InterfaceError
 from pg8000.legacy import Connection
 
 _KEPT = 200
@@ -24,6 +25,13 @@ class PreparingConnection(Connection):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._prepared: OrderedDict[str, tuple[Any, ...]] = OrderedDict()
         self.execute_simple("SET plan_cache_mode = force_custom_plan")
+
+    def handle_messages(self, context: Any) -> None:
+        """Read the server's answer; a connection it reset is the driver's error, as one it closed already is."""
+        try:
+            super().handle_messages(context)
+        except OSError as error:
+            raise InterfaceError("network error") from error  # the words by which SQLAlchemy knows a lost connection
 
     def execute_unnamed(self, statement: str, vals: Any = (), oids: Any = (), stream: Any = None) -> Any:
         """What the driver's cursor calls for a statement with parameters."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import select
+import socket
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from osteo_daemon.errors import ConfigurationError, StoreUnavailable
 from osteo_daemon.jobs.records import RecordOutcome
 from osteo_daemon.jobs.schema import Base
 from osteo_daemon.jobs.store import JobStore
+from tests.fakes import LOOPBACK
 from tests.postgres import Cluster
 from tests.stores import complete_quiet
 from tests.unit.test_jobs_store import at, instance, ready
@@ -131,6 +134,29 @@ def test_a_connection_that_ends_within_a_transaction_may_be_tried_again(postgres
             cut_off(block, said_more=said_more)
     assert store.record_instance(instance(1), "CT1", now=at(0)) is RecordOutcome.STORED
     assert [job.instances for job in store.recent()] == [1]
+    store.close()
+
+
+def test_a_connection_that_is_reset_may_be_tried_again(postgres: Cluster) -> None:
+    """What a server that dies does: its kernel answers with a reset, which the driver reads as another error."""
+    store = JobStore(postgres.new())
+
+    def close_unread(accepted: socket.socket) -> None:
+        with accepted:
+            select.select([accepted], [], [], 30.0)
+
+    def cut_off() -> None:
+        with socket.create_server((LOOPBACK, 0)) as server, store._writing() as connection:
+            driver = connection.connection.driver_connection
+            assert driver is not None
+            client = socket.create_connection(server.getsockname())
+            driver._usock, driver._sock = client, client.makefile("rwb")
+            threading.Thread(target=close_unread, args=(server.accept()[0],)).start()
+            connection.exec_driver_sql("SELECT 1")
+
+    with pytest.raises(StoreUnavailable):
+        cut_off()
+    assert store.record_instance(instance(1), "CT1", now=at(0)) is RecordOutcome.STORED
     store.close()
 
 

@@ -15,6 +15,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 from pydantic import ValidationError, model_validator
 
 from osteo_daemon.errors import ConfigurationError
+from osteo_daemon.sections.console import ConsoleSettings
 from osteo_daemon.sections.keeping import (
     POSTGRESQL,
     AuditSettings,
@@ -63,6 +64,7 @@ __all__ = [
     "BackupSettings",
     "CommitmentScpSettings",
     "CompletenessSettings",
+    "ConsoleSettings",
     "DelivererSettings",
     "DestinationSettings",
     "DicomwebSettings",
@@ -118,6 +120,7 @@ class Settings(Section):
     models: ModelsSettings = ModelsSettings()
     drift: DriftSettings = DriftSettings()
     refit: RefitSettings = RefitSettings()
+    console: ConsoleSettings = ConsoleSettings()
     site: SiteSettings = SiteSettings()
     audit: AuditSettings = AuditSettings()
     log: LogSettings = LogSettings()

@@ -19,9 +19,9 @@ from osteo_daemon.child import start_child
 from osteo_daemon.log import configure_logging, get_logger
 from osteo_daemon.settings import Settings
 
-ROLES = ("receiver", "dicomweb", "puller", "scheduler", "screener", "deliverer", "refitter")
-"""Started in this order, ended in it too: what takes work in ends first; ``dicomweb``, ``puller`` and ``refitter`` only
-where the settings want them."""
+ROLES = ("receiver", "dicomweb", "puller", "scheduler", "screener", "deliverer", "refitter", "console")
+"""Started in this order, ended in it too: what takes work in ends first; ``dicomweb``, ``puller``, ``refitter`` and
+``console`` only where the settings want them."""
 
 STOP_SECONDS = 30.0
 """How long the children may take to end before they are killed."""
@@ -145,6 +145,8 @@ def roles_of(settings: Settings) -> list[str]:
     unwanted = {"dicomweb"} if not settings.dicomweb.port else set()
     if not settings.refit.enabled:
         unwanted.add("refitter")
+    if not settings.console.port:
+        unwanted.add("console")
     if not settings.pulls:
         unwanted.add("puller")
     return [role for role in ROLES if role not in unwanted]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 from benchmarks.unpack import unpack
 from tests.ports import a_free_port
@@ -32,6 +34,20 @@ def require_command(name: str) -> str:
         missing(f"{name} is not installed (make system-packages)")
     assert found is not None
     return found
+
+
+@pytest.fixture(autouse=True)
+def log_as_it_was() -> Iterator[None]:
+    """A command called in the test process configures its log: later tests don't write to what that one wrote to."""
+    configured, before, level = structlog.is_configured(), structlog.get_config(), logging.getLogger().level
+    yield
+    if configured:
+        structlog.configure(**before)
+    else:
+        structlog.reset_defaults()
+    structlog.contextvars.clear_contextvars()
+    logging.captureWarnings(capture=False)
+    logging.getLogger().setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,13 @@ MARGIN_VOXELS: Final = 4
 
 NO_LABEL: Final = -1
 
+_BEYOND_BODY_MM: Final = (16.0, 20.0, 27.0)
+"""Half axes (caudal, posterior, left) of an ellipsoid that holds every lumbar body."""
+_SOFT_HU: Final = (-160.0, 110.0)
+_SOFT_GAIN: Final = (0.3, 1.2)
+_SOFT_SHIFT_HU: Final = (-20.0, 50.0)
+"""Fat and soft tissue, and how far they may move: from obese and unenhanced to hardly any fat and a venous phase."""
+
 CORE_SCALE: Final = 200
 """Value of ``core.npy`` in a voxel that is trabecular bone all through."""
 
@@ -174,6 +181,8 @@ class Augmentation:
         coarse: probability of taking the vertebra as a coarser series shows it, where the set has that.
         density: probability of another trabecular density with the target moved along (`train.counterfactual`). It
             changes the label, so self-supervision leaves it off.
+        surround: probability of other soft tissue around the body: leaner, fatter, with contrast medium. Textures there
+            change, so self-supervision leaves it off.
     """
 
     shift_voxels: int = 4
@@ -183,14 +192,20 @@ class Augmentation:
     cutout: float = 0.3
     coarse: float = 0.0
     density: float = 0.0
+    surround: float = 0.0
 
     def apply(
-        self, hu: npt.NDArray[np.float32], rng: np.random.Generator, shape: tuple[int, ...] | None = None
+        self,
+        hu: npt.NDArray[np.float32],
+        rng: np.random.Generator,
+        shape: tuple[int, ...] | None = None,
+        spacing_mm: float = 1.0,
     ) -> npt.NDArray[np.float32]:
         """One VOI with its margin to one VOI of the network's grid, float32 HU.
 
         Args:
             shape: of that grid; None leaves `MARGIN_VOXELS` on each side.
+            spacing_mm: of the voxels; tells where the body ends when the surroundings change.
         """
         shape = tuple(n - 2 * MARGIN_VOXELS for n in hu.shape) if shape is None else shape
         margin = (np.array(hu.shape) - shape) // 2
@@ -201,6 +216,8 @@ class Augmentation:
             out = out[:, :, ::-1].copy()
         if rng.random() < self.cutout:
             self._cut(out, rng)
+        if self.surround > 0.0 and rng.random() < self.surround:
+            self._around(out, rng, spacing_mm)
         out += np.float32(rng.normal(0.0, self.offset_hu))
         out += rng.standard_normal(out.shape, dtype=np.float32) * np.float32(rng.uniform(0, self.noise_hu))
         return out
@@ -218,6 +235,17 @@ class Augmentation:
             box = (slice(None), slice(h - depth, h), slice(None))
         hu[box] = hu[box].mean()
 
+    @staticmethod
+    def _around(hu: npt.NDArray[np.float32], rng: np.random.Generator, spacing_mm: float) -> None:
+        """Stretch and shift fat and soft tissue outside the vertebral body; bone and gas stay."""
+        axes = np.ogrid[tuple(slice(0, n) for n in hu.shape)]
+        squares = [
+            ((axis - (n - 1) / 2.0) * spacing_mm / radius) ** 2
+            for axis, n, radius in zip(axes, hu.shape, _BEYOND_BODY_MM, strict=True)
+        ]
+        outside = (squares[0] + squares[1] + squares[2] > 1.0) & (hu > _SOFT_HU[0]) & (hu < _SOFT_HU[1])
+        hu[outside] = hu[outside] * np.float32(rng.uniform(*_SOFT_GAIN)) + np.float32(rng.uniform(*_SOFT_SHIFT_HU))
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -231,6 +259,7 @@ class Batch:
         diagnosis: (B,) class.
         device: (B,) index of the densitometer, `NO_LABEL` for an unseen one.
         index: (B,) row of the data set.
+        added: (B,) g/cm2 that an augmentation's change of density added to the true BMD, also without a label.
     """
 
     hu: Tensor
@@ -240,6 +269,7 @@ class Batch:
     diagnosis: Tensor
     device: Tensor
     index: Tensor
+    added: Tensor
 
 
 def batches(
@@ -254,6 +284,7 @@ def batches(
     epoch: int = 0,
     hide_level: float = 0.0,
     keep_last: bool = True,
+    twins: bool = False,
     coarse: bool = False,
     change: DensityChange | None = None,
 ) -> Iterator[Batch]:
@@ -268,21 +299,24 @@ def batches(
     if augmentation is not None:
         order = np.random.default_rng([seed, epoch]).permutation(indices)
     centre = data.crop(config)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        if len(chosen) < batch_size and not keep_last:
+    count = batch_size // 2 if twins else batch_size
+    for start in range(0, len(order), count):
+        chosen = order[start : start + count]
+        if len(chosen) < count and not keep_last:
             return
-        vois, hidden, rows = [], [], []
-        for i in chosen:
-            rng = np.random.default_rng([seed, epoch, int(i)])
-            row = data.rows[i]
+        drawn = [(int(i), [seed, epoch, int(i), *again]) for again in ([], [1])[: 2 if twins else 1] for i in chosen]
+        vois, hidden, rows, added = [], [], [], []
+        for i, entropy in drawn:
+            rng = np.random.default_rng(entropy)
+            row, change_g_cm2 = data.rows[i], 0.0
             if augmentation is None:
-                vois.append(_plain(data, int(i), coarse, change)[centre])
+                vois.append(_plain(data, i, coarse, change)[centre])
             else:
-                voi, row = _augmented(data, int(i), augmentation, rng, config.voi_shape)
+                voi, row, change_g_cm2 = _augmented(data, i, augmentation, rng, config)
                 vois.append(voi)
             hidden.append(rng.random() < hide_level)
             rows.append(row)
+            added.append(change_g_cm2)
         level = torch.tensor([config.levels.index(row.level) for row in rows])
         yield Batch(
             hu=torch.from_numpy(np.stack(vois)),
@@ -293,7 +327,8 @@ def batches(
             ).float(),
             diagnosis=torch.tensor([row.diagnosis for row in rows]),
             device=torch.tensor([devices.index(row.device) if row.device in devices else NO_LABEL for row in rows]),
-            index=torch.from_numpy(np.asarray(chosen)),
+            index=torch.tensor([i for i, _ in drawn]),
+            added=torch.tensor(added),
         )
 
 
@@ -315,21 +350,22 @@ def _plain(data: VoiSet, i: int, coarse: bool, change: DensityChange | None) -> 
 
 
 def _augmented(
-    data: VoiSet, i: int, augmentation: Augmentation, rng: np.random.Generator, shape: tuple[int, ...]
-) -> tuple[npt.NDArray[np.float32], VoiRow]:
-    """One VOI of the network's grid and its row, whose target follows a changed density."""
+    data: VoiSet, i: int, augmentation: Augmentation, rng: np.random.Generator, config: MoEConfig
+) -> tuple[npt.NDArray[np.float32], VoiRow, float]:
+    """One VOI of the network's grid, its row, whose target follows a changed density, and what that added in g/cm2."""
     hu, core, row = data.hu, data.core, data.rows[i]
     if rng.random() < augmentation.coarse and data.coarse is not None:
         hu, core = data.coarse, data.coarse_core
-    voi = hu[i].astype(np.float32)
+    voi, added = hu[i].astype(np.float32), 0.0
     if rng.random() < augmentation.density and core is not None:
         change = DensityChange.draw(rng, row.density_mg_cm3)
         spacing_mm = float(data.config["voi_spacing_mm"])
         voi = change.apply(voi, core[i].astype(np.float32) / CORE_SCALE, row.kvp, spacing_mm)
+        added = change.sbmd_g_cm2
         if row.target_sbmd_g_cm2 is not None:
-            target = row.target_sbmd_g_cm2 + change.sbmd_g_cm2
+            target = row.target_sbmd_g_cm2 + added
             row = replace(row, target_sbmd_g_cm2=target, diagnosis=diagnosis(t_score(target, row.level)))
-    return augmentation.apply(voi, rng, shape), row
+    return augmentation.apply(voi, rng, config.voi_shape, config.voi_spacing_mm), row, added
 
 
 def epoch_rows(data: VoiSet, labelled_share: float, seed: int, epoch: int) -> npt.NDArray[np.int64]:

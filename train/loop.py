@@ -29,7 +29,7 @@ class LoopConfig:
 
     Attributes:
         epochs: at most this many.
-        batch_size: vertebrae in a step.
+        batch_size: vertebrae in a step; with twins, half as many of the data set's, each twice.
         learning_rate: peak of AdamW's.
         weight_decay: AdamW's.
         warmup_share: of all steps.
@@ -108,10 +108,12 @@ def train(
     Raises:
         ValueError: the processes can't share a batch evenly.
     """
-    ranks.check_batch(config.batch_size)
+    twins = weights.twin > 0
+    rows_of_batch = config.batch_size // 2 if twins else config.batch_size
+    ranks.check_batch(rows_of_batch)
     folder.mkdir(parents=True, exist_ok=True)
     indices = epoch_rows(data, config.labelled_share, config.seed, 0)
-    steps_per_epoch = max(1, len(indices) // config.batch_size)
+    steps_per_epoch = max(1, len(indices) // rows_of_batch)
     steps = config.epochs * steps_per_epoch
     classes = np.array([data.rows[i].diagnosis for i in indices if data.rows[i].diagnosis >= 0])
     prior = torch.tensor(np.bincount(classes, minlength=3) / max(1, len(classes)), dtype=torch.float32, device=device)
@@ -160,7 +162,8 @@ def train(
             seed=config.seed,
             epoch=state["epoch"],
             hide_level=config.hide_level,
-            keep_last=len(indices) < config.batch_size,
+            keep_last=len(indices) < rows_of_batch,
+            twins=twins,
         ):
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate_at(
@@ -238,6 +241,7 @@ def _step(
         device_count=network.config.device_count,
         progress=progress,
         variances=variances,
+        twins=weights.twin > 0,
     )
     optimiser.zero_grad(set_to_none=True)
     loss.backward()

@@ -27,6 +27,7 @@ class LossWeights:
             likelihood, 1 is like the squared error.
         logit_adjustment: tau of the prior added to the class logits in training (Menon 2021); 0 is off.
         device_epochs: share of the training after which the gate is no longer supervised.
+        twin: weight of `twin_loss`; more than 0 makes every batch one of twins (`train.data.batches`).
         learned: the tasks' weights are divided by variances that are learnt beside the network (`TaskVariances`).
     """
 
@@ -39,6 +40,7 @@ class LossWeights:
     bmd_beta: float = 0.5
     logit_adjustment: float = 0.0
     device_epochs: float = 0.7
+    twin: float = 0.0
     learned: bool = False
 
     def device_share(self, progress: float) -> float:
@@ -77,6 +79,22 @@ def bmd_loss(mean: Tensor, log_variance: Tensor, target: Tensor, scale: float, b
     variance = log_variance.exp()
     likelihood = 0.5 * (log_variance + residual.square() / variance)
     return (likelihood * variance.detach() ** beta).mean()
+
+
+def twin_loss(mean: Tensor, added: Tensor, scale: float) -> Tensor:
+    """How far twins differ by anything but their densities: mean square, in units of ``scale``.
+
+    Both show one vertebra of one patient, so the difference of their true BMD is what the changes of density added, to
+    the last digit: the patient's own residual and the densitometer's error, which drown that slope among patients,
+    cancel out. Coarser slices and other surroundings must make no difference.
+
+    Args:
+        mean: (B,) predicted BMD in g/cm2, twins ``B / 2`` apart.
+        added: (B,) what each change of density added, in g/cm2.
+    """
+    rest = (mean - added) / scale
+    first, second = rest.chunk(2)
+    return (first - second).square().mean()
 
 
 def device_loss(gate_logits: Tensor, device: Tensor, device_count: int) -> Tensor:
@@ -131,8 +149,9 @@ def total_loss(
     device_count: int,
     progress: float,
     variances: TaskVariances | None = None,
+    twins: bool = False,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The weighted sum and each part as a number for the log."""
+    """The weighted sum and each part as a number for the log; ``twins`` says that the batch is one of twins."""
     parts = {
         "diagnosis": (
             weights.diagnosis,
@@ -140,6 +159,7 @@ def total_loss(
         ),
         "bmd": (weights.bmd, bmd_loss(out.bmd, out.bmd_log_variance, batch.bmd, bmd_scale, weights.bmd_beta)),
         "level": (weights.level, functional.cross_entropy(out.level_logits, batch.level)),
+        **({"twin": (weights.twin, twin_loss(out.bmd, batch.added, bmd_scale))} if twins else {}),
         "device": (weights.device_share(progress), device_loss(out.gate_logits, batch.device, device_count)),
         "balance": (weights.balance, balance_loss(out.gate_logits, out.gate_weights, weights.balance_kind)),
     }

@@ -96,11 +96,12 @@ class Timetable:
         if coming is None:
             raise ConfigurationError(f"the cron of {name}, {crontab!r}, never comes")
         after = trigger.get_next_fire_time(coming, coming + timedelta(seconds=1)) or coming + timedelta(days=365)
+        step = _Step(name, act, (after - coming).total_seconds())
         ran = self._last.get(name)
         due = None if ran is None or ran > now else trigger.get_next_fire_time(None, ran)
         if due is not None and due < now:
             coming = min(coming, now + timedelta(seconds=MAKE_UP_SECONDS))
-        self._add(_Step(name, act, (after - coming).total_seconds()), trigger, coming)
+        self._add(step, trigger, coming)
 
     def seconds_between(self, name: str) -> float:
         """How far apart two runs of a step are."""

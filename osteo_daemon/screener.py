@@ -7,31 +7,27 @@ study that kills its worker is told from one that hangs it.
 
 from __future__ import annotations
 
-import random
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from datetime import UTC, date, datetime, timedelta
 from os import getpid
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from osteo_daemon.audit.events import process
 from osteo_daemon.control import Mode, StatusFile, read_wish
 from osteo_daemon.domain.job import Job
-from osteo_daemon.domain.observation import Scanner
-from osteo_daemon.domain.trend import EarlierValue, TrendPoint
 from osteo_daemon.errors import LeaseLost, Transient, WorkerDied
 from osteo_daemon.handling import tell_read
 from osteo_daemon.jobs.claims import WALL_CLOCK_LIMIT
-from osteo_daemon.jobs.records import NewDelivery, ReportKind, ReportObject, Shadow
+from osteo_daemon.jobs.records import ReportKind
 from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.lease import LeaseWatch
 from osteo_daemon.log import configure_logging, get_logger
+from osteo_daemon.outcome import OutcomeWriter
 from osteo_daemon.settings import Settings
 from osteo_daemon.worker_process import WorkerProcess
 
@@ -40,7 +36,6 @@ WORKER_DIED = "worker_died"
 
 _TICK_SECONDS = 0.2  # how soon a signal or a pause is noticed while the worker computes
 _CANCEL_SECONDS = 30.0  # how long a worker may go on with a study that nobody wants any more
-_COMMIT_PAUSE_SECONDS = 1.0
 _SUSPECTS = 64
 
 
@@ -67,6 +62,7 @@ class Screener:
         self._store = JobStore(settings.database_url)
         self._name = f"screener-{socket.gethostname()}-{getpid()}"
         self._stopping = threading.Event()
+        self._outcome = OutcomeWriter(self._store, settings.screener, self._stopping)
         self._status = StatusFile(settings.state_dir)
         self._worker: WorkerProcess | None = None
         self._ahead: int | None = None  # job that is, or was, read ahead of its turn
@@ -161,9 +157,10 @@ class Screener:
         watch = LeaseWatch(
             screener.lease_seconds, screener.wall_clock_seconds, screener.stop_grace_seconds, self._stopping
         )
+        answer: dict[str, Any] = {}
         try:
             answer = self._screened(worker, job, watch)
-            outcome = self._commit(job, answer, watch)
+            outcome = self._outcome.commit(job, answer, watch)
         except LeaseLost:
             outcome = "lease_lost"
         except WorkerDied as error:
@@ -173,6 +170,9 @@ class Screener:
             outcome = "not_written"
             log.warning("outcome_not_written", error=type(error).__name__)
         log.info("screening_ended", outcome=outcome, duration_s=round(time.monotonic() - start, 2))
+        if answer.get("spent"):
+            log.warning("worker_spent", pid=worker.pid)
+            self._kill(worker)
 
     def _screened(self, worker: WorkerProcess, job: Job, watch: LeaseWatch) -> dict[str, Any]:
         """The worker's answer, or the one that is given in its place.
@@ -246,24 +246,7 @@ class Screener:
                 device=message["device"], models=message["models"], refused_bundle=message["refused_bundle"]
             )
         elif message["type"] == "shadow":
-            self._keep_shadow(message)
-
-    def _keep_shadow(self, message: Mapping[str, Any]) -> None:
-        """A candidate's values, to their own table; without them nothing is amiss."""
-        shadow = Shadow(
-            job_id=message["job"],
-            revision=message["revision"],
-            sha256=message["sha256"],
-            deployed_sha256=message["deployed_sha256"],
-            at=datetime.now(UTC),
-            seconds=message["seconds"],
-            error=message["error"],
-            levels=message["levels"],
-        )
-        try:
-            self._store.save_shadow(shadow)
-        except Transient as error:
-            self._log.warning("shadow_not_written", job_id=shadow.job_id, error=type(error).__name__)
+            self._outcome.keep_shadow(message)
 
     def _cancel(self, worker: WorkerProcess) -> None:
         """Have the worker drop the study; one that does not is replaced."""
@@ -292,91 +275,11 @@ class Screener:
         if suspects:
             # from now on each of them runs alone, so that its next end is its own
             self._suspects = [*self._suspects, *suspects][-_SUSPECTS:]
-            return self._end(lambda: self._store.release(job), "released")
-        return self._retry(job, WORKER_DIED, error.detail)
+            return self._outcome.release(job)
+        return self._outcome.retry(job, WORKER_DIED, error.detail)
 
     def _tell_read(self, job: Job) -> None:
         try:
             tell_read(self._store, job, process("osteo-screener"))
         except Transient as error:
             self._log.warning("read_not_told", error=type(error).__name__)
-
-    def _commit(self, job: Job, answer: Mapping[str, Any], watch: LeaseWatch) -> str:
-        """Write what came of it. A store that does not answer is asked again as long as the lease may hold.
-
-        Raises:
-            LeaseLost: another worker has the job or its study changed: nothing was written.
-            Transient: the store did not answer in time.
-        """
-        if answer["type"] == "released":
-            return self._end(lambda: self._store.release(job), "released")
-        if answer["type"] == "cancelled":
-            return "cancelled"
-        if answer["type"] == WALL_CLOCK_LIMIT:
-            limit = self._settings.screener.wall_clock_seconds
-            return self._retry(job, WALL_CLOCK_LIMIT, f"not done within {limit:g} s")
-        if answer["type"] == "retry":
-            return self._retry(job, answer["code"], answer["detail"])
-        if answer["type"] == "held":
-            return self._end(lambda: self._store.hold(job, answer["code"], answer["detail"]), "held")
-        while True:
-            try:
-                if answer["type"] == "excluded":
-                    told = (_objects(answer), _deliveries(answer))
-                    self._store.exclude(
-                        job, answer["code"], answer["reason"], answer["result"], *told, scanner=_scanner(answer)
-                    )
-                    return str(answer["code"])
-                self._store.commit_report(
-                    job, answer["result"], _objects(answer), _deliveries(answer), scanner=_scanner(answer)
-                )
-                self._remember(job, answer.get("trend"))
-                return str(answer["summary"])
-            except Transient:
-                if watch.over() or self._stopping.wait(_COMMIT_PAUSE_SECONDS):
-                    raise
-            with suppress(Transient):
-                self._store.heartbeat(job, self._settings.screener.lease_seconds)
-
-    def _remember(self, job: Job, trend: Mapping[str, Any] | None) -> None:
-        """Keep the value for the patient's next study; the report is committed and needs nothing of it."""
-        if trend is None:
-            return
-        value = EarlierValue(date.fromisoformat(trend["study_date"]), float(trend["index_hu"]))
-        try:
-            self._store.remember_value(job.study_instance_uid, TrendPoint(str(trend["patient_key"]), value))
-        except Transient as error:
-            self._log.warning("trend_not_written", error=type(error).__name__)
-
-    def _retry(self, job: Job, code: str, detail: str) -> str:
-        screener = self._settings.screener
-        if job.attempts >= screener.maximum_attempts:
-            return self._end(lambda: self._store.fail(job, code, detail), f"failed, {code}")
-        delay = screener.retry_base_seconds * 2 ** (job.attempts - 1)
-        # jitter: several workers that failed for one reason don't come back at one moment
-        not_before = datetime.now(UTC) + timedelta(seconds=delay * random.uniform(0.8, 1.2))  # noqa: S311
-        return self._end(lambda: self._store.retry_later(job, code, detail, not_before), f"retry, {code}")
-
-    def _end(self, act: Callable[[], None], outcome: str) -> str:
-        try:
-            act()
-        except (LeaseLost, Transient) as error:
-            # the lease runs out by itself and another worker takes the study
-            self._log.warning("outcome_not_written", error=type(error).__name__)
-            return "not_written"
-        return outcome
-
-
-def _objects(answer: Mapping[str, Any]) -> list[ReportObject]:
-    return [
-        ReportObject(**{**entry, "kind": ReportKind(entry["kind"]), "path": Path(entry["path"])})
-        for entry in answer["objects"]
-    ]
-
-
-def _scanner(answer: Mapping[str, Any]) -> Scanner:
-    return Scanner(**answer["scanner"])
-
-
-def _deliveries(answer: Mapping[str, Any]) -> list[NewDelivery]:
-    return [NewDelivery(name, tuple(uids)) for name, uids in answer["deliveries"].items()]

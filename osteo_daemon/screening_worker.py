@@ -8,6 +8,8 @@ from the screener       ``settings``, ``screen``, ``prefetch``, ``cancel``
 to the screener         ``ready``, ``refused``, ``models``, ``prefetched``, ``shadow``; one answer to each ``screen``:
                         ``reported``, ``excluded``, ``held``, ``retry`` or ``cancelled``
 ======================= ====================================================================================
+
+A ``retry`` is charged to the study unless it says otherwise; with ``spent`` this process wants to be replaced.
 """
 
 from __future__ import annotations
@@ -161,7 +163,10 @@ class ScreeningWorker:
             return {"type": "cancelled"}
         except Damaged as error:
             return {"type": "held", "code": type(error).__name__, "detail": error.detail}
-        except (BundleError, ConfigurationError, Transient) as error:
+        except Transient as error:
+            # a full disk, a store that is away: every study would fail now, so this one is not to blame
+            return {"type": "retry", "code": type(error).__name__, "detail": error.detail, "charged": False}
+        except (BundleError, ConfigurationError) as error:
             return {"type": "retry", "code": type(error).__name__, "detail": error.detail}
         except MemoryError:
             return {"type": "retry", "code": MemoryError.__name__, "detail": "the study does not fit the memory"}
@@ -169,7 +174,9 @@ class ScreeningWorker:
             # only the class: a library's message may quote what it was given
             self._log.error("screening_crashed", error=type(error).__name__, detail=where(error.__traceback__))
             detail = "an error inside the program, see its log"
-            return {"type": "retry", "code": type(error).__name__, "detail": detail}
+            # a failed kernel leaves a context in which every later one fails, too: only a new process gets a new one
+            spent = self._models.device.type != "cpu"
+            return {"type": "retry", "code": type(error).__name__, "detail": detail, "spent": spent}
 
     def _shadow(self, message: Mapping[str, Any]) -> None:
         """Let a candidate look at the study, too; its report is made and no longer touched."""

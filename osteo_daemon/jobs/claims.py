@@ -251,14 +251,32 @@ class Claims(Database):
         self._finish(job, JobState.FAILED, "job_failed", code, reason, now)
 
     def retry_later(
-        self, job: Job, code: str, detail: str, not_before: datetime, *, now: datetime | None = None
+        self,
+        job: Job,
+        code: str,
+        detail: str,
+        not_before: datetime,
+        *,
+        charged: bool = True,
+        now: datetime | None = None,
     ) -> None:
-        """SCREENING to READY, not to be claimed before ``not_before``; the attempt stays counted.
+        """SCREENING to READY, not to be claimed before ``not_before``.
+
+        Args:
+            job: as claimed.
+            code, detail: why.
+            not_before: the next claim's earliest moment.
+            charged: the attempt stays counted; False when the study is not to blame.
+            now: the present, for tests.
 
         Raises:
             LeaseLost: another worker has the job.
         """
-        self._finish(job, JobState.READY, "job_retry", code, detail, now, not_before=not_before)
+        with self._writing() as connection:
+            row = claimed_row(connection, job)
+            attempts = row.attempts if charged else max(row.attempts - 1, 0)
+            values = {"not_before": not_before, "attempts": attempts}
+            _end(connection, row, JobState.READY, "job_retry", code, detail, now or utc_now(), **values)
 
     def release(self, job: Job, *, now: datetime | None = None) -> None:
         """SCREENING to READY because the worker stops, not because the study is hard: the attempt is not counted.
@@ -281,11 +299,9 @@ class Claims(Database):
                 **NO_CLAIM,
             )
 
-    def _finish(
-        self, job: Job, state: JobState, event: str, code: str, reason: str, now: datetime | None, **values: Any
-    ) -> None:
+    def _finish(self, job: Job, state: JobState, event: str, code: str, reason: str, now: datetime | None) -> None:
         with self._writing() as connection:
-            _end(connection, claimed_row(connection, job), state, event, code, reason, now or utc_now(), **values)
+            _end(connection, claimed_row(connection, job), state, event, code, reason, now or utc_now())
 
     def _anything_waits(self, now: datetime) -> bool:
         # an idle worker polls: it must not take the one write lock for that
@@ -347,7 +363,7 @@ def _end(
     now: datetime,
     *,
     who: str | None = None,
-    not_before: datetime | None = None,
+    **values: Any,
 ) -> Row[Any]:
     if state in (JobState.HELD, JobState.FAILED):
         save_observation(connection, row.job_id, row.priority, Observation(now, _UNKNOWN_SCANNER, code))
@@ -361,6 +377,5 @@ def _end(
         now=now,
         code=code,
         detail=reason,
-        not_before=not_before,
-        **NO_CLAIM,
+        **{"not_before": None, **NO_CLAIM, **values},
     )

@@ -10,9 +10,9 @@ from typing import Any
 from sqlalchemy import Connection, Row, select, update
 
 from osteo_daemon.domain.job import JobState
-from osteo_daemon.errors import LeaseLost
+from osteo_daemon.errors import IllegalTransition, LeaseLost
 from osteo_daemon.jobs.counts import count_deliveries
-from osteo_daemon.jobs.records import Delivery, DeliveryObject, DeliveryState, ReportObject
+from osteo_daemon.jobs.records import DELIVERY_TRANSITIONS, Delivery, DeliveryObject, DeliveryState, ReportObject
 from osteo_daemon.jobs.schema import DeliveryObjectRow, DeliveryRow, JobRow, ReportObjectRow
 from osteo_daemon.jobs.transitions import NO_LEASE, add_event, change_state
 
@@ -73,7 +73,11 @@ def set_values(connection: Connection, delivery_id: int, **values: Any) -> None:
 
 
 def move(connection: Connection, delivery_id: int, state: DeliveryState, now: datetime, **values: Any) -> None:
-    """To another state, without lease unless ``values`` bring one."""
+    """To another state, without lease unless ``values`` bring one.
+
+    Raises:
+        IllegalTransition: not in `DELIVERY_TRANSITIONS`.
+    """
     present = select(DeliveryRow.delivery_id, DeliveryRow.destination, DeliveryRow.state)
     row = connection.execute(present.where(DeliveryRow.delivery_id == delivery_id).with_for_update()).one()
     move_row(connection, row, state, now, **values)
@@ -82,6 +86,8 @@ def move(connection: Connection, delivery_id: int, state: DeliveryState, now: da
 def move_row(connection: Connection, row: Any, state: DeliveryState, now: datetime, **values: Any) -> None:
     """As `move`, for a row that this transaction has read and locked."""
     if row.state is not state:
+        if state not in DELIVERY_TRANSITIONS[row.state]:
+            raise IllegalTransition(f"{row.state} to {state} (delivery {row.delivery_id})")
         count_deliveries(connection, {(row.destination, row.state): -1, (row.destination, state): 1})
     set_values(connection, row.delivery_id, state=state, changed_at=now, **{**NO_LEASE, "not_before": None, **values})
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from osteo_daemon.domain.job import JobState, Priority
@@ -44,6 +45,21 @@ class DeliveryState(StrEnum):
     DELIVERED = "DELIVERED"  # the destination has every object, proven as its settings ask
     UNPROVEN = "UNPROVEN"  # accepted, and no proof to be had; a late event report still makes it DELIVERED
     REFUSED = "REFUSED"  # dead letter: the destination refused for good, or patience ended
+
+
+DELIVERY_TRANSITIONS: Mapping[DeliveryState, frozenset[DeliveryState]] = MappingProxyType(
+    {
+        # proven, given up or abandoned without being claimed: by a late event report, by patience, by a purge
+        DeliveryState.PENDING: frozenset(set(DeliveryState) - {DeliveryState.PENDING, DeliveryState.AWAITING}),
+        DeliveryState.SENDING: frozenset(set(DeliveryState) - {DeliveryState.SENDING}),
+        DeliveryState.AWAITING: frozenset(set(DeliveryState) - {DeliveryState.AWAITING}),
+        DeliveryState.DELIVERED: frozenset(),
+        # sent again by a person or because it is not kept, settled by a person or a late report
+        DeliveryState.UNPROVEN: frozenset({DeliveryState.PENDING, DeliveryState.DELIVERED, DeliveryState.REFUSED}),
+        DeliveryState.REFUSED: frozenset({DeliveryState.PENDING, DeliveryState.DELIVERED}),
+    }
+)
+"""Every legal transition of a delivery; the store refuses all others."""
 
 
 class CommitmentState(StrEnum):

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,13 +14,19 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pydicom
+import pytest
 from pydicom.uid import JPEGLSLossless
 
+from osteo_daemon import worker_process
 from osteo_daemon.domain.job import JobState
 from osteo_daemon.inference.bundle import find_bundle, write_bundle
+from osteo_daemon.jobs.spool import Spool
+from osteo_daemon.jobs.store import JobStore
+from osteo_daemon.screener import Screener
+from osteo_daemon.settings import Settings
 from tests.conftest import ROOT, require_command
 from tests.ct_series import column, write_slices
-from tests.fakes import until
+from tests.fakes import RoleProcess, until
 from tests.integration.screening import Bench, running_screener
 
 EMPTY = "no_lumbar_vertebra"
@@ -180,6 +187,54 @@ def test_sigterm_returns_the_study_in_hand_within_its_grace(tmp_path: Path) -> N
         assert bench.job(study).state is JobState.READY
         assert bench.job(study).attempts == 0
         assert bench.events(study)[-1] == "lease_released"
+
+
+_SAYS_WHAT_IT_IS_TOLD = """
+import json, os, socket, sys
+from pathlib import Path
+from osteo_daemon.link import Link
+
+link = Link(socket.socket(fileno=int(sys.argv[2])))
+answers = Path(link.receive()["settings"]["state_dir"]) / "answers"
+link.send({"type": "ready", "device": "cuda", "models": [], "refused_bundle": None})
+while True:
+    message = link.receive()
+    if message["type"] == "screen":
+        said, _, left = answers.read_text().partition("\\n")
+        answers.write_text(left)
+        link.send({"token": message["token"], "detail": f"process {os.getpid()}", **json.loads(said)})
+"""
+
+
+def test_what_a_worker_says_of_itself_is_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that asks to be replaced is; what is not charged to the study costs it no attempt, however often."""
+    monkeypatch.setattr(worker_process, "_START", _SAYS_WHAT_IT_IS_TOLD)
+    values = {"poll_seconds": 0.01, "retry_base_seconds": 0.01, "maximum_attempts": 3}
+    settings = Settings.model_validate({"state_dir": tmp_path, "screener": values})
+    full = [{"type": "retry", "code": "SpoolFull", "charged": False}] * 5
+    spent = {"type": "retry", "code": "AcceleratorError", "spent": True}
+    odd = {"type": "retry", "code": "Odd"}
+    answers = [spent, *full, odd, odd, {"type": "held", "code": "Damaged"}]
+    (tmp_path / "answers").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    screener = Screener(settings)
+    role = RoleProcess([], tmp_path)
+    bench = Bench(tmp_path, tmp_path, Spool(settings.spool_dir), JobStore(settings.database_url), role)
+    study = bench.study("first")
+    working = threading.Thread(target=screener.work)
+    working.start()
+    try:
+        found = bench.reaches(study, JobState.FAILED)
+        assert bench.reaches(bench.study("second"), JobState.HELD).code == "Damaged"
+    finally:
+        screener.stop(0, None)
+        working.join()
+    assert (found.code, found.attempts) == ("Odd", 3)
+    told = [event.reason for event in bench.store.events(study) if event.event in ("job_retry", "job_failed")]
+    codes, processes = zip(*(reason.split(": ") for reason in told), strict=True)
+    assert codes == ("AcceleratorError", *["SpoolFull"] * 5, "Odd", "Odd")
+    assert processes[0] not in processes[1:]
+    assert len(set(processes[1:])) == 1  # the others were no reason to load the models anew
+    bench.store.close()
 
 
 def _osteo(bench: Bench, *arguments: str) -> str:

@@ -40,7 +40,9 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 LEASE_SECONDS = 60.0
 MAXIMUM_ATTEMPTS = 3
 STUDIES = st.sampled_from(["1.1", "1.2"])
-ENDS = st.sampled_from(["report", "report_without_destination", "exclude", "hold", "fail", "retry", "release"])
+ENDS = st.sampled_from(
+    ["report", "report_without_destination", "exclude", "hold", "fail", "retry", "retry_uncharged", "release"]
+)
 HANDS = st.sampled_from(["hold_study", "release_study", "retry_study", "reprocess_study"])
 LIMIT_SECONDS = 100.0
 
@@ -208,8 +210,14 @@ class StoreMachine(RuleBasedStateMachine):
             self.store.hold(job, "damaged", "x", now=self.now)
         elif end == "fail":
             self.store.fail(job, "failed", "x", now=self.now)
-        elif end == "retry":
-            self.store.retry_later(job, "Transient", "x", self.now + timedelta(seconds=40), now=self.now)
+        elif end.startswith("retry"):
+            charged = end == "retry"
+            self.store.retry_later(
+                job, "Transient", "x", self.now + timedelta(seconds=40), charged=charged, now=self.now
+            )
+            present = self.store.job(job.study_instance_uid)
+            assert present is not None
+            assert present.attempts == job.attempts - (not charged)
         else:
             self.store.release(job, now=self.now)
 

@@ -1,15 +1,20 @@
-"""Reading ahead: what was read is used for just that study, revision and set of files, and for nothing else."""
+"""The computing process: what it reads ahead, and what it says of a study that it could not screen."""
 
 from __future__ import annotations
 
 import socket
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from osteo_daemon.errors import BundleError, Damaged, SpoolFull, StoreUnavailable
+from osteo_daemon.inference.resident import ResidentModels
 from osteo_daemon.link import Link
-from osteo_daemon.screening_worker import Ahead
+from osteo_daemon.screening_worker import Ahead, ScreeningWorker
+from osteo_daemon.settings import Settings
 from tests.ct_series import column, write_slices
 
 
@@ -79,3 +84,32 @@ def test_messages_arrive_whole_in_order_and_the_end_is_told(link: _Pair) -> None
         link.other.receive(1)
     with pytest.raises(EOFError):
         link.other.send({"type": "late", "paths": ["x" * 1000] * 1000})
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_who_is_charged_and_when_the_process_is_spent(
+    tmp_path: Path, link: _Pair, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings.model_validate(
+        {"state_dir": tmp_path, "site": {"trend": False}, "screener": {"device": "cpu", "network_enabled": False}}
+    )
+    worker = ScreeningWorker(link, settings)
+    monkeypatch.setattr(ResidentModels, "device", torch.device(device))  # only told: the models are on the CPU
+    names = {key: getattr(settings.screener, key) for key in ("localizer_bundle", "network_bundle")}
+    message = {**_message([]), "token": 1, "predecessors": {}, "lacks": None, **names}
+
+    def answer(error: Exception) -> dict[str, Any]:
+        def fail(*_arguments: object) -> None:
+            raise error
+
+        monkeypatch.setattr(ResidentModels, "screen", fail)
+        said = worker._answer(message, None)
+        return {key: value for key, value in said.items() if key != "detail"}
+
+    for passing in (SpoolFull("no room"), StoreUnavailable("locked")):
+        assert answer(passing) == {"type": "retry", "code": type(passing).__name__, "charged": False}
+    assert answer(BundleError("changed")) == {"type": "retry", "code": "BundleError"}
+    assert answer(Damaged("cut")) == {"type": "held", "code": "Damaged"}
+    assert answer(MemoryError()) == {"type": "retry", "code": "MemoryError"}
+    failed_kernel = RuntimeError("CUDA error: an illegal memory access was encountered")
+    assert answer(failed_kernel) == {"type": "retry", "code": "RuntimeError", "spent": device == "cuda"}

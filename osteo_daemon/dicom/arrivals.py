@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from osteo_daemon.dicom.header import file_header
+from osteo_daemon.dicom.header import file_header, read_identifiers
 from osteo_daemon.dicom.quota import Quota
 from osteo_daemon.dicom.received import STORED_CLASSES, Incoming, ReceivedObject, printable, received_object
+from osteo_daemon.dicom.refusals import Refusals, RefusedObject
 from osteo_daemon.dicom.status import StoreStatus, status_of
 from osteo_daemon.dicom.store_messages import StoreRequest
-from osteo_daemon.errors import OsteoError, UnsupportedSopClass
-from osteo_daemon.log import get_logger
+from osteo_daemon.errors import NotDicom, OsteoError, UnsupportedSopClass
+from osteo_daemon.log import get_logger, where
 
 Note = Callable[[Any, int], None]
 """Told of an association and the bytes just stored; 0: it only showed that it lives."""
@@ -29,6 +28,7 @@ class Arrivals:
         quota: what one sender may take.
         note: keeps the books of each association.
         identify: an association's id.
+        refusals: told of what is not taken.
     """
 
     def __init__(
@@ -38,12 +38,14 @@ class Arrivals:
         quota: Quota,
         note: Note,
         identify: Callable[[Any], str],
+        refusals: Refusals,
     ) -> None:
         self.begin_file = begin_file
         self.store = store
         self.note = note
         self.identify = identify
         self.quota = quota
+        self.refusals = refusals
 
     def begin(self, association: Any, request: StoreRequest) -> StoredArrival | None:
         """A data set begins to arrive; None under a presentation context that was not accepted."""
@@ -71,6 +73,7 @@ class StoredArrival:
         self._transfer_syntax_uid = str(context.transfer_syntax[0])
         self._file: Incoming | None = None
         self._refusal: tuple[StoreStatus, str] | None = None
+        self._study_instance_uid = ""
         arrivals.note(association, 0)
         with self._refusing():
             arrivals.quota.check(association.requestor.ae_title.strip(), association.requestor.address)
@@ -111,19 +114,26 @@ class StoredArrival:
                     fetched=self._request.move_originator == association.acceptor.ae_title.strip(),
                     file=self._file,
                 )
+                self._study_instance_uid = received.identifiers.study_instance_uid
                 size = sum(map(len, received.parts))
                 with self._arrivals.charged(source_ae, address, size):
                     self._arrivals.store(received)
                 stored_bytes = size
+        else:
+            self._study_instance_uid = self._study_in(data_set)
         self._arrivals.note(association, stored_bytes)
         if self._refusal is None:
             return StoreStatus.SUCCESS, ""
         status, reason = self._refusal
-        get_logger().warning(
-            "object_refused",
+        self._arrivals.refusals.tell_object(
+            RefusedObject(
+                status,
+                printable(self._request.sop_class_uid),
+                printable(self._request.sop_instance_uid),
+                self._study_instance_uid,
+            ),
+            address=address,
             ae_title=printable(source_ae),
-            sop_instance_uid=printable(self._request.sop_instance_uid),
-            status=f"0x{status:04X}",
             reason=reason,
         )
         return status, reason
@@ -133,6 +143,13 @@ class StoredArrival:
         file, self._file = self._file, None
         if file is not None:
             file.discard()
+
+    def _study_in(self, data_set: memoryview) -> str:
+        """The study of an object that was refused before it was read; empty when it cannot be read."""
+        try:
+            return read_identifiers(data_set, self._transfer_syntax_uid).study_instance_uid
+        except NotDicom:
+            return ""
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
@@ -145,12 +162,6 @@ class StoredArrival:
             self._refusal = StoreStatus.OUT_OF_RESOURCES, f"the spool failed: {error.strerror}"
         except Exception as error:  # noqa: BLE001
             # the edge of this role's loop: the sender must hear a failure, and the next object is another chance
-            get_logger().error("store_failed", error=type(error).__name__, detail=where(error))
+            get_logger().error("store_failed", error=type(error).__name__, detail=where(error.__traceback__))
             self._refusal = StoreStatus.PROCESSING_FAILURE, "an error of this node"
         self.abandon()
-
-
-def where(error: BaseException) -> str:
-    """File and line of an error, never its message: it may quote what a peer sent."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pynetdicom.transport import AssociationSocket
@@ -17,6 +18,12 @@ from osteo_daemon.dicom.admission import Network
 _LARGEST_CHUNK_BYTES = 1 << 20
 _COMMAND_BYTES = 1 << 20
 _QUEUED_MESSAGES = 2
+
+TOO_SLOW = "a PDU did not come in time"
+
+
+class BeyondLimit(OSError):
+    """A peer sends more, or more slowly, than the listener takes: its connection ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +54,27 @@ class BoundedSocket(AssociationSocket):  # type: ignore[misc]
 
     Attributes:
         greeting: the first PDU, read before: given to who reads first.
+        refuse: told why the connection ends, where it is the listener who ends it.
     """
 
     limits: ListenerLimits
     greeting: bytes
+    refuse: Callable[[str], None]
 
     def recv(self, nr_bytes: int) -> bytearray:
         """Read exactly ``nr_bytes``, fewer when the peer closes.
 
         Raises:
-            OSError: more than the bound was announced, or it did not come in time.
+            BeyondLimit: more than the bound was announced, or it did not come in time.
+            OSError: the connection broke.
         """
+        try:
+            return self._recv(nr_bytes)
+        except BeyondLimit as error:
+            self.refuse(str(error))
+            raise
+
+    def _recv(self, nr_bytes: int) -> bytearray:
         connection = self.socket
         if connection is None:
             raise OSError("closed")
@@ -66,7 +83,7 @@ class BoundedSocket(AssociationSocket):  # type: ignore[misc]
             return bytearray(given)
         # PS3.8 D.1: the maximum length is that of the variable field; senders err by their own headers
         if nr_bytes > self.limits.maximum_pdu_bytes + 4096:
-            raise OSError("the announced PDU is too long")
+            raise BeyondLimit("the announced PDU is too long")
         self._check_message()
         deadline = time.monotonic() + self.limits.pdu_seconds
         received = bytearray(nr_bytes)
@@ -77,9 +94,12 @@ class BoundedSocket(AssociationSocket):  # type: ignore[misc]
             while count < nr_bytes:
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
-                    raise TimeoutError("the PDU did not come in time")
+                    raise BeyondLimit(TOO_SLOW)
                 connection.settimeout(remaining)
-                step = connection.recv_into(view[count : count + _LARGEST_CHUNK_BYTES])
+                try:
+                    step = connection.recv_into(view[count : count + _LARGEST_CHUNK_BYTES])
+                except TimeoutError:
+                    raise BeyondLimit(TOO_SLOW) from None
                 if not step:
                     break
                 count += step
@@ -107,7 +127,9 @@ class BoundedSocket(AssociationSocket):  # type: ignore[misc]
             if connection is None:
                 raise OSError("closed")
             connection.sendall(bytestream)
-        except OSError:
+        except OSError as error:
+            if isinstance(error, (TimeoutError, BlockingIOError)):  # of Python, or of the kernel
+                self.refuse("answers that nobody reads")
             if connection is not None:
                 hang_up(connection)
             self.event_queue.put("Evt17")
@@ -124,9 +146,9 @@ class BoundedSocket(AssociationSocket):  # type: ignore[misc]
             return
         data_set = message.data_set
         if data_set is not None and data_set.tell() > self.limits.maximum_object_bytes:
-            raise OSError("the data set is too long")
+            raise BeyondLimit("the data set is too long")
         if message.encoded_command_set.tell() > _COMMAND_BYTES:
-            raise OSError("the command set is too long")
+            raise BeyondLimit("the command set is too long")
 
 
 def hang_up(connection: socket.socket) -> None:

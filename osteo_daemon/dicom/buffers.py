@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+from osteo_daemon.dicom.bounded_socket import BeyondLimit
+
 
 class BufferBudget:
     """Bytes that the buffers of one receiver process may hold together.
@@ -21,12 +23,12 @@ class BufferBudget:
         """Let ``owner``'s buffer have ``size`` bytes in place of those it has; 0 gives all back.
 
         Raises:
-            OSError: others hold the rest; what it has stays counted.
+            BeyondLimit: others hold the rest; what it has stays counted.
         """
         with self._lock:
             others = sum(self._held.values()) - self._held.get(owner, 0)
             if size > self._held.get(owner, 0) and others and others + size > self._maximum:
-                raise OSError("too many bytes under way at a time")
+                raise BeyondLimit("too many bytes under way at a time")
             if size:
                 self._held[owner] = size
             else:

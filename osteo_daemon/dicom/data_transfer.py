@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from osteo_daemon.dicom.bounded_socket import TOO_SLOW, BeyondLimit
 from osteo_daemon.dicom.buffers import BufferBudget
 from osteo_daemon.dicom.store_messages import (
     COMMAND,
@@ -40,6 +41,7 @@ _WRITTEN_AT_ONCE_BYTES = 96 << 10  # less than a fragment of the usual 128 KiB
 _RECEIVED_AT_ONCE_BYTES = 1 << 20
 WAIT_SECONDS = 0.05
 _LENT_SECONDS = 2.0
+_NO_FIT = "items that do not fit into their PDU"
 
 ABORTED = "Evt19"  # unrecognised or invalid PDU: A-P-ABORT
 CLOSED = "Evt17"  # transport connection closed
@@ -77,6 +79,7 @@ class MessageReader:
         maximum_pdu_bytes: as offered in negotiation.
         maximum_object_bytes: of one data set.
         budget: of the buffers of all associations.
+        refuse: told why the association ends, where it is this end that ends it.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class MessageReader:
         maximum_pdu_bytes: int,
         maximum_object_bytes: int,
         budget: BufferBudget,
+        refuse: Callable[[str], None],
     ) -> None:
         self._association = association
         self._begin = begin
@@ -96,6 +100,7 @@ class MessageReader:
         self._maximum_pdu_bytes = maximum_pdu_bytes + 4096
         self._maximum_object_bytes = maximum_object_bytes
         self._budget = budget
+        self.refuse = refuse
         self._headers = memoryview(bytearray(PDU_HEADER.size + PDV_HEADER.size))
         self._item_header = self._headers[PDU_HEADER.size :]
         self._prepared: Any = None
@@ -108,6 +113,7 @@ class MessageReader:
         self._arrival: Arrival | None = None
         self._deadline = 0.0
         self._lent_until = 0.0
+        self.answering = False  # all of an object has come: its sender waits for us
         self.library_works = threading.Event()
 
     @property
@@ -142,11 +148,17 @@ class MessageReader:
         try:
             return self._read_pdu()
         except (OSError, ValueError) as error:  # ValueError: the file descriptor is -1, closed by another thread
-            get_logger().info("connection_lost", detail=type(error).__name__)
             self.abandon()
+            if isinstance(error, BeyondLimit):
+                self.refuse(str(error))
+            elif isinstance(error, (TimeoutError, BlockingIOError)):  # of Python, or of the kernel
+                self.refuse(TOO_SLOW)
+            else:
+                get_logger().info("connection_lost", detail=type(error).__name__)
             return CLOSED
-        except _ProtocolError:
+        except _ProtocolError as error:
             self.abandon()
+            self.refuse(str(error))
             return ABORTED
 
     def abandon(self) -> None:
@@ -167,38 +179,38 @@ class MessageReader:
         count = self._receive(self._headers, PDU_HEADER.size)
         kind, length = PDU_HEADER.unpack_from(self._headers)
         if kind not in _KNOWN_PDUS:
-            raise _ProtocolError
+            raise _ProtocolError("a PDU of no known type")
         if length > self._maximum_pdu_bytes:
-            raise OSError("the announced PDU is too long")
+            raise BeyondLimit("the announced PDU is too long")
         if kind != P_DATA:
             self.abandon()
             begun = bytes(self._headers[:count])[: PDU_HEADER.size + length]
             return self._lend(begun + self._take(PDU_HEADER.size + length - len(begun)))
         if length < PDV_HEADER.size:
-            raise _ProtocolError
+            raise _ProtocolError(_NO_FIT)
         self._receive(self._headers[count:])
         while length:
             item_length, context_id, control = PDV_HEADER.unpack(self._item_header)
             length -= item_length + 4
             if item_length < 2 or length < 0:
-                raise _ProtocolError
+                raise _ProtocolError(_NO_FIT)
             if control & COMMAND:
                 if (event := self._command_fragment(item_length - 2, context_id, control, length)) is not None:
                     return event
             else:
                 self._data_fragment(item_length - 2, context_id, last=bool(control & LAST))
             if 0 < length < PDV_HEADER.size:
-                raise _ProtocolError
+                raise _ProtocolError(_NO_FIT)
             if length:
                 self._receive(self._item_header)
         return None
 
     def _command_fragment(self, size: int, context_id: int, control: int, rest: int) -> str | None:
         if self._arrival is not None:
-            raise _ProtocolError  # the data set of the last command has not ended
+            raise _ProtocolError("a command in the middle of a data set")
         self._command += self._take(size)
         if len(self._command) > _COMMAND_BYTES:
-            raise OSError("the command set is too long")
+            raise BeyondLimit("the command set is too long")
         if not control & LAST:
             return None
         command = bytes(self._command)
@@ -215,10 +227,10 @@ class MessageReader:
     def _data_fragment(self, size: int, context_id: int, *, last: bool) -> None:
         arrival, request = self._arrival, self._request
         if arrival is None or request is None or context_id != request.context_id:
-            raise _ProtocolError
+            raise _ProtocolError("a data set without its command")
         end = self._received + size
         if end > self._maximum_object_bytes:
-            raise OSError("the data set is too long")
+            raise BeyondLimit("the data set is too long")
         if end > len(self._buffer):
             length = max(end, 2 * len(self._buffer), _FIRST_BUFFER_BYTES)
             self._budget.hold(id(self), length)
@@ -233,7 +245,10 @@ class MessageReader:
             self._written = end
         if not last:
             return
+        self.answering = True
         status, comment = arrival.finish(view[:end])
+        self._association.dul._idle_timer.restart()
+        self.answering = False
         self._arrival = None
         if len(self._buffer) > _KEPT_BUFFER_BYTES:
             self.release()
@@ -249,7 +264,7 @@ class MessageReader:
             decoded, event = dul._decode_pdu(bytearray(pdu))
         except Exception as error:  # noqa: BLE001
             # the library's decoders raise what they like; its own reader catches the same
-            get_logger().info("pdu_unreadable", detail=type(error).__name__)
+            self.refuse(f"a PDU that cannot be read ({type(error).__name__})")
             return ABORTED
         dul._recv_pdu.put(decoded)
         return str(event)
@@ -274,7 +289,7 @@ class MessageReader:
                 raise ConnectionError("closed inside a PDU")
             count += step
             if count < needed and time.monotonic() > self._deadline:
-                raise TimeoutError("the PDU did not come in time")
+                raise TimeoutError
         return count
 
     def _connection(self) -> Any:

@@ -32,6 +32,7 @@ from osteo_daemon.dicom.data_transfer import Begin, MessageReader
 from osteo_daemon.dicom.doorway import Doorway, Turns
 from osteo_daemon.dicom.greeting import NotARequest, read_request, rejection_pdu
 from osteo_daemon.dicom.patience import Patience
+from osteo_daemon.dicom.received import printable
 from osteo_daemon.dicom.refusals import Refusals
 from osteo_daemon.dicom.streaming import stream_stores
 from osteo_daemon.dicom.tls import ListenerTls
@@ -61,6 +62,7 @@ class _BoundedRequestHandler(RequestHandler):  # type: ignore[misc]
         bounded.__class__ = BoundedSocket
         bounded.limits = limits = self.server.limits
         bounded.greeting = self._greeting
+        bounded.refuse = lambda reason: self.server.cut_off(association, reason)
         self._visitor.association = association
         if self.server.begin is not None:
             reader = MessageReader(
@@ -70,6 +72,7 @@ class _BoundedRequestHandler(RequestHandler):  # type: ignore[misc]
                 maximum_pdu_bytes=limits.maximum_pdu_bytes,
                 maximum_object_bytes=limits.maximum_object_bytes,
                 budget=self.server.budget,
+                refuse=bounded.refuse,
             )
             stream_stores(association, reader)
         return association
@@ -162,6 +165,13 @@ class HardenedServer(AssociationServer):  # type: ignore[misc]
     def refuse_later(self, address: str, reason: str) -> None:
         """Tell of a connection that is not taken, without waiting for the log."""
         self._refusals.tell_later("connection_refused", address=address, reason=reason)
+
+    def cut_off(self, association: Any, reason: str) -> None:
+        """Tell of an association that ends by what its peer sent, or did not."""
+        title, address = association.requestor.ae_title, association.requestor.address
+        self._refusals.tell(
+            "association_cut_off", address=address, reason=reason, ae_title=printable((title or "").strip())
+        )
 
     def _usher(self) -> None:
         # the start of a thread waits for that thread: who takes connections never does, and several wait at once

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Final
 
 from pydicom.dataset import Dataset
@@ -17,6 +18,7 @@ from pynetdicom import build_context, evt
 from pynetdicom.presentation import PresentationContext
 
 from osteo_daemon.dicom.received import printable
+from osteo_daemon.dicom.refusals import REQUEST_DECLINED, Refusals
 from osteo_daemon.domain.announcement import AnnouncedInstance
 from osteo_daemon.errors import Declined, OsteoError, Transient
 from osteo_daemon.log import get_logger, where
@@ -39,6 +41,8 @@ MAXIMUM_ITEMS: Final = 100_000
 """Objects in one list or request."""
 
 _MAXIMUM_BYTES: Final = 32 << 20
+_ITEM: Final = b"\xfe\xff\x00\xe0"  # (FFFE,E000), little endian as all transfer syntaxes offered here are
+TOO_MANY: Final = "more objects than one list may have"
 _UID: Final = re.compile(r"[0-9.]{1,64}")
 
 Handler = Callable[[Any], Dataset | None]
@@ -79,15 +83,23 @@ class NormalizedServices:
             if service.action is None
         ]
 
-    def handlers(self) -> list[tuple[Any, Callable[[Any], tuple[Dataset | int, Dataset | None]]]]:
-        """Event handlers for pynetdicom."""
-        return [
-            (evt.EVT_N_CREATE, lambda event: self._answer(event, "create", event.request.AffectedSOPClassUID)),
-            (evt.EVT_N_SET, lambda event: self._answer(event, "set", event.request.RequestedSOPClassUID)),
-            (evt.EVT_N_ACTION, lambda event: self._answer(event, "action", event.request.RequestedSOPClassUID)),
-        ]
+    def handlers(self, refusals: Refusals) -> list[tuple[Any, Callable[[Any], tuple[Dataset | int, Dataset | None]]]]:
+        """Event handlers for pynetdicom; ``refusals`` is told of what is not done."""
 
-    def _answer(self, event: Any, what: str, sop_class_uid: object) -> tuple[Dataset | int, Dataset | None]:
+        def create(event: Any) -> tuple[Dataset | int, Dataset | None]:
+            return self._answer(event, "create", event.request.AffectedSOPClassUID, refusals)
+
+        def change(event: Any) -> tuple[Dataset | int, Dataset | None]:
+            return self._answer(event, "set", event.request.RequestedSOPClassUID, refusals)
+
+        def act(event: Any) -> tuple[Dataset | int, Dataset | None]:
+            return self._answer(event, "action", event.request.RequestedSOPClassUID, refusals)
+
+        return [(evt.EVT_N_CREATE, create), (evt.EVT_N_SET, change), (evt.EVT_N_ACTION, act)]
+
+    def _answer(
+        self, event: Any, what: str, sop_class_uid: object, refusals: Refusals
+    ) -> tuple[Dataset | int, Dataset | None]:
         name = printable(event.assoc.requestor.ae_title.strip())
         status, detail, error_id = PROCESSING_FAILURE, "", None
         try:
@@ -106,7 +118,10 @@ class NormalizedServices:
         except Exception as error:  # noqa: BLE001 - the listener's loop edge: the peer must hear a failure
             detail = "an error of this node, or a data set that cannot be read"
             get_logger().error("request_failed", error=type(error).__name__, detail=where(error.__traceback__))
-        get_logger().warning("request_declined", ae_title=name, kind=what, status=f"0x{status:04X}", reason=detail)
+        address = event.assoc.requestor.address
+        refusals.tell(
+            REQUEST_DECLINED, address=address, reason=detail, ae_title=name, kind=what, status=f"0x{status:04X}"
+        )
         return _status(status, detail, error_id), None
 
 
@@ -116,16 +131,21 @@ def calling(event: Any) -> str:
 
 
 def content(data_set: Any) -> None:
-    """Refuse what is too long to be decoded here.
+    """Refuse what is too much to be decoded here: the role that answers scanners would stand still meanwhile.
 
     Args:
         data_set: the encoded data set of a request, as pynetdicom's primitive holds it; None for none.
 
     Raises:
-        Declined: it is.
+        Declined: it is too long, or has more items than lists of `MAXIMUM_ITEMS` objects have.
     """
-    if data_set is not None and data_set.getbuffer().nbytes > _MAXIMUM_BYTES:
+    if data_set is None:
+        return
+    if data_set.getbuffer().nbytes > _MAXIMUM_BYTES:
         raise Declined(RESOURCE_LIMITATION, "the data set is too long")
+    # each object is an item, and so are its series, its step and their codes
+    if data_set.getvalue().count(_ITEM) > 2 * MAXIMUM_ITEMS:
+        raise Declined(RESOURCE_LIMITATION, TOO_MANY)
 
 
 def uid_in(data_set: Dataset, keyword: str, status: int = MISSING_ATTRIBUTE) -> str:
@@ -180,9 +200,10 @@ def announced_instances(
             sop_class_uid=uid_in(reference, "ReferencedSOPClassUID"),
             sop_instance_uid=uid_in(reference, "ReferencedSOPInstanceUID"),
         )
-        for item in series
-        for reference in references(item)
+        for item, reference in islice(
+            ((item, reference) for item in series for reference in references(item)), MAXIMUM_ITEMS + 1
+        )
     )
     if len(found) > MAXIMUM_ITEMS:
-        raise Declined(RESOURCE_LIMITATION, "too many instances")
+        raise Declined(RESOURCE_LIMITATION, TOO_MANY)
     return found

@@ -18,6 +18,7 @@ from osteo_daemon.dicom.normalized import (
     NO_SUCH_INSTANCE,
     NOT_AUTHORISED,
     PROCESSING_FAILURE,
+    RESOURCE_LIMITATION,
     Service,
     announced_instances,
     calling,
@@ -36,6 +37,9 @@ from osteo_daemon.domain.announcement import (
 from osteo_daemon.errors import Declined
 
 PERFORMED_PROCEDURE_STEP_CLASS_UID: Final = "1.2.840.10008.3.1.2.3.3"
+
+MAXIMUM_STEPS: Final = 1000
+"""Scheduled steps that one performed step may answer; each names a study."""
 
 _MAY_NO_LONGER_BE_UPDATED: Final = 0xA710  # Error ID, PS3.4 table F.7.2-2 and F.7.2.2.3
 
@@ -65,6 +69,8 @@ def performed_procedure_service(announce: Announce, amend: Amend) -> Service:
         steps = list(items_of(attributes, "ScheduledStepAttributesSequence"))
         if not steps:
             raise Declined(MISSING_ATTRIBUTE, "no ScheduledStepAttributesSequence")
+        if len(steps) > MAXIMUM_STEPS:
+            raise Declined(RESOURCE_LIMITATION, "more scheduled steps than one procedure has")
         outcome = announce(
             Announcement(
                 announcement_uid=uid,

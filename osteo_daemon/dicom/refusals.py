@@ -1,4 +1,8 @@
-"""Every refusal is told, and none can flood the log: the first of a kind singly, the minute's rest by number."""
+"""Every refusal is told, in the log and to the audit trail: the first of a kind singly, the minute's rest by number.
+
+For connections, associations and requests the trail has a Security Alert; for an object of a known study, a DICOM
+Instances Transferred that failed (PS3.15 A.5.3).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,9 @@ from typing import Final
 
 from osteo_daemon.audit import events, trail
 from osteo_daemon.audit.codes import EventType, Outcome
-from osteo_daemon.audit.events import Peer
+from osteo_daemon.audit.events import AuditPatient, AuditStudy, Peer
+from osteo_daemon.audit.message import AuditMessage
+from osteo_daemon.dicom.received import STORED_CLASSES
 from osteo_daemon.log import get_logger
 
 TOLD_ONE_BY_ONE: Final = 20
@@ -20,6 +26,10 @@ TOLD_ONE_BY_ONE: Final = 20
 
 LINES_A_MINUTE: Final = 1200
 """Of all kinds together: one who has many addresses must not fill the disk either."""
+
+OBJECT_REFUSED: Final = "object_refused"
+REQUEST_DECLINED: Final = "request_declined"
+"""Events that are no Node Authentication."""
 
 _MINUTE_SECONDS: Final = 60.0
 _KINDS: Final = 1024
@@ -34,12 +44,36 @@ class _Kind:
     told: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class RefusedObject:
+    """What an object is that was not taken, as far as it is known; empty where it is not.
+
+    Attributes:
+        status: what its sender heard.
+    """
+
+    status: int
+    sop_class_uid: str = ""
+    sop_instance_uid: str = ""
+    study_instance_uid: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Alert:
+    """What the audit trail is to hear."""
+
+    event: str
+    text: str
+    peer: Peer
+    refused: RefusedObject | None = None
+
+
 class _Left:
     """To tell what was left for later."""
 
 
-_Work = tuple[str, Peer] | _Left | None
-"""An audit message's text and cause; None: no more will come."""
+_Work = _Alert | _Left | None
+"""None: no more will come."""
 
 
 class Refusals:
@@ -76,6 +110,18 @@ class Refusals:
         if self._count((event, address, reason), 1):
             self._line(event, address, reason, attributes)
 
+    def tell_object(self, refused: RefusedObject, *, address: str, ae_title: str, reason: str) -> None:
+        """As `tell`, of an object; none of its UIDs may hold what cannot be printed."""
+        if self._count((OBJECT_REFUSED, address, reason), 1):
+            uids = {
+                "sop_class_uid": refused.sop_class_uid,
+                "sop_instance_uid": refused.sop_instance_uid,
+                "study_instance_uid": refused.study_instance_uid,
+            }
+            known = {name: uid for name, uid in uids.items() if uid}
+            attributes = {"ae_title": ae_title, "status": f"0x{refused.status:04X}", **known}
+            self._line(OBJECT_REFUSED, address, reason, attributes, refused)
+
     def settle(self, *, at_once: bool = False) -> None:
         """Write the sums of the minutes that are over; ``at_once``: of all."""
         if not self._kinds:
@@ -94,7 +140,7 @@ class Refusals:
                     count=count,
                     duration_s=_MINUTE_SECONDS,
                 )
-                self._alert(f"{event}: {reason}; {count} more in a minute", Peer("", address))
+                self._alert(_Alert(event, f"{event}: {reason}; {count} more in a minute", Peer("", address)))
 
     def close(self) -> None:
         """Write all that is left; nothing is told afterwards."""
@@ -128,13 +174,16 @@ class Refusals:
             self._minute_lines += told
         return told
 
-    def _line(self, event: str, address: str, reason: str, attributes: dict[str, str]) -> None:
+    def _line(
+        self, event: str, address: str, reason: str, attributes: dict[str, str], refused: RefusedObject | None = None
+    ) -> None:
         get_logger().warning(event, address=address, reason=reason, **attributes)
-        self._alert(f"{event}: {reason}", Peer(attributes.get("ae_title", ""), address))
+        peer = Peer(attributes.get("ae_title", ""), address)
+        self._alert(_Alert(event, f"{event}: {reason}", peer, refused))
 
-    def _alert(self, text: str, peer: Peer) -> None:
+    def _alert(self, alert: _Alert) -> None:
         if trail.is_open():
-            self._give((text, peer))
+            self._give(alert)
 
     def _give(self, work: _Work) -> None:
         with self._lock:
@@ -151,10 +200,26 @@ class Refusals:
                 self._line(*key, {})
 
     def _write(self) -> None:
-        kind = EventType.NODE_AUTHENTICATION
         while (work := self._alerts.get()) is not None:
             if isinstance(work, _Left):
                 self._tell_left()
-                continue
-            text, peer = work
-            trail.record(events.security_alert(kind, text, performing=peer, outcome=Outcome.MINOR_FAILURE))
+            else:
+                trail.record(_audit_message(work))
+
+
+def _audit_message(alert: _Alert) -> AuditMessage:
+    refused = alert.refused
+    if refused is None or not refused.study_instance_uid:  # the other message needs a study
+        of_association = alert.event not in (OBJECT_REFUSED, REQUEST_DECLINED)
+        kind = EventType.NODE_AUTHENTICATION if of_association else EventType.USE_OF_RESTRICTED_FUNCTION
+        return events.security_alert(kind, alert.text, performing=alert.peer, outcome=Outcome.MINOR_FAILURE)
+    classes = {refused.sop_class_uid: 1} if refused.sop_class_uid in STORED_CLASSES else {}
+    return events.instances_transferred(
+        [AuditStudy(refused.study_instance_uid, classes)],
+        AuditPatient(),  # whose it is stands in what was not taken
+        alert.peer,
+        trail.node(),
+        received=True,
+        outcome=Outcome.MINOR_FAILURE,
+        reason=alert.text,
+    )

@@ -18,22 +18,23 @@ from pynetdicom import AE, _config, evt
 
 from osteo_daemon.certificates import certificate_of
 from osteo_daemon.dicom.admission import CONGESTION, LIMIT_EXCEEDED, Admission, Caller, Rejection
-from osteo_daemon.dicom.arrivals import Arrivals, where
+from osteo_daemon.dicom.arrivals import Arrivals
 from osteo_daemon.dicom.bounded_socket import ListenerLimits
 from osteo_daemon.dicom.buffers import BufferBudget
 from osteo_daemon.dicom.commitment import CommitmentReport, answer_report, commitment_context
 from osteo_daemon.dicom.contexts import supported_contexts, verification_context
 from osteo_daemon.dicom.listener import HardenedServer
+from osteo_daemon.dicom.negotiation import Negotiation
 from osteo_daemon.dicom.normalized import NormalizedServices
 from osteo_daemon.dicom.quota import Quota
 from osteo_daemon.dicom.received import Incoming, ReceivedObject, printable
-from osteo_daemon.dicom.refusals import Refusals
+from osteo_daemon.dicom.refusals import Refusals, RefusedObject
 from osteo_daemon.dicom.status import StoreStatus
 from osteo_daemon.dicom.streaming import is_busy
 from osteo_daemon.dicom.tls import ListenerTls, tls_files
 from osteo_daemon.dicom.uids import ASSOCIATION_VERSION_NAME, IMPLEMENTATION_CLASS_UID
 from osteo_daemon.errors import ConfigurationError
-from osteo_daemon.log import get_logger
+from osteo_daemon.log import get_logger, where
 from osteo_daemon.settings import DestinationSettings, QuotaSettings, ReceiverSettings, SourceSettings, TlsSettings
 
 _IDLE_SECONDS = 2.0
@@ -103,8 +104,9 @@ class StorageScp:
         self._admission = Admission(settings.ae_title, sources, reporters, secured=files is not None)
         self._quota = Quota(quotas, sources, settings.maximum_associations)
         self._refusals = Refusals()
+        self._negotiation = Negotiation(self._refusals)
         self._budget = BufferBudget(settings.maximum_buffered_bytes)
-        self._arrivals = Arrivals(begin_file, store, self._quota, self._note, _association_id)
+        self._arrivals = Arrivals(begin_file, store, self._quota, self._note, _association_id, self._refusals)
         self._senders: dict[str, _Sender] = {}
         self._lock = threading.Lock()
         self._plain = None if tls.only else self._listen(settings.port, None)
@@ -143,10 +145,11 @@ class StorageScp:
         )
         handlers = [
             (evt.EVT_REQUESTED, self._on_requested),
+            (evt.EVT_ACCEPTED, self._negotiation.accepted),
             (evt.EVT_C_STORE, self._on_unread_store),
             (evt.EVT_C_ECHO, self._on_echo),
             (evt.EVT_N_EVENT_REPORT, self._on_report),
-            *self._services.handlers(),
+            *self._services.handlers(self._refusals),
             (evt.EVT_CONN_CLOSE, self._on_closed),
             (evt.EVT_ABORTED, self._on_aborted),
         ]
@@ -247,7 +250,7 @@ class StorageScp:
                 association.acceptor.supported_contexts = [verification_context(), commitment_context()]
         except Exception as error:  # noqa: BLE001
             # the library goes on with an association when its handler raises: here it must not
-            get_logger().error("association_failed", error=type(error).__name__, detail=where(error))
+            get_logger().error("association_failed", error=type(error).__name__, detail=where(error.__traceback__))
             association.abort(block=False)
 
     def _turned_away(self, caller: Caller) -> Rejection | None:
@@ -290,7 +293,13 @@ class StorageScp:
 
     def _on_unread_store(self, event: Any) -> int:
         """A C-STORE-RQ that lacks what every one must have: all others never come to the library."""
-        get_logger().warning("object_refused", ae_title=printable(event.assoc.requestor.ae_title.strip()))
+        requestor = event.assoc.requestor
+        self._refusals.tell_object(
+            RefusedObject(StoreStatus.CANNOT_UNDERSTAND),
+            address=requestor.address,
+            ae_title=printable(requestor.ae_title.strip()),
+            reason="a request without what every C-STORE must have",
+        )
         return StoreStatus.CANNOT_UNDERSTAND
 
     def _on_aborted(self, event: Any) -> None:

@@ -13,18 +13,21 @@ from pynetdicom.dimse import DIMSEServiceProvider
 from pynetdicom.dul import DULServiceProvider
 
 from osteo_daemon.dicom.data_transfer import ABORTED, CLOSED, WAIT_SECONDS, MessageReader
-from osteo_daemon.log import get_logger
 
 
 class _StreamingDul(DULServiceProvider):  # type: ignore[misc]
     reader: MessageReader
+
+    def idle_timer_expired(self) -> bool:
+        # an object that is being stored, or compared, is no silence of its sender
+        return not self.reader.answering and bool(super().idle_timer_expired())
 
     def run(self) -> None:
         try:
             super().run()
         except Exception as error:  # noqa: BLE001
             # the edge of this thread: the library's decoders raise what they like
-            get_logger().info("message_unreadable", detail=type(error).__name__)
+            self.reader.refuse(f"a message that cannot be read ({type(error).__name__})")
         finally:
             connection = None if self.socket is None else self.socket.socket
             if connection is not None:

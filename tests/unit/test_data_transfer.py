@@ -61,6 +61,7 @@ class Line:
     reader: MessageReader
     association: Any
     arrivals: list[Recorder]
+    refused: list[str]
 
     def answer(self) -> DIMSEMessage:
         """The next response, as the library reads it."""
@@ -87,6 +88,7 @@ def line(*, pdu_seconds: float = 5.0, object_bytes: int = 1 << 20) -> Iterator[L
     association = Association(AE(), "acceptor")
     association.set_socket(AssociationSocket(association, client_socket=ours))
     arrivals: list[Recorder] = []
+    refused: list[str] = []
 
     def begin(_association: Any, request: StoreRequest) -> Recorder | None:
         if request.context_id != CONTEXT:
@@ -101,10 +103,11 @@ def line(*, pdu_seconds: float = 5.0, object_bytes: int = 1 << 20) -> Iterator[L
         maximum_pdu_bytes=16384,
         maximum_object_bytes=object_bytes,
         budget=BufferBudget(1 << 30),
+        refuse=refused.append,
     )
     peer.settimeout(5)
     try:
-        yield Line(peer, reader, association, arrivals)
+        yield Line(peer, reader, association, arrivals, refused)
     finally:
         ours.close()
         peer.close()
@@ -234,22 +237,22 @@ def test_commands_that_are_no_readable_store_request_are_left_to_the_library() -
 
 
 @pytest.mark.parametrize(
-    ("sent", "event"),
+    ("sent", "event", "reason"),
     [
-        (pdu(item(3, command())), ABORTED),  # a command in the middle of a data set
-        (pdu(item(0, b"abc", context=5)), ABORTED),  # of another presentation context
-        (pdu(struct.pack(">IBB", 1, CONTEXT, 0)), ABORTED),  # an item without control header
-        (pdu(struct.pack(">IBB", 100, CONTEXT, 0) + b"abc"), ABORTED),  # an item that leaves its PDU
-        (pdu(b"\x00\x00\x00"), ABORTED),  # half an item's header
-        (b"\x09\x00\x00\x00\x00\x04abcd", ABORTED),  # no PDU of the standard
-        (struct.pack(">BxI", 4, 1 << 31), CLOSED),  # longer than negotiated
-        (pdu(item(0, b"x" * 1001)), CLOSED),  # longer than an object may be
-        (pdu(item(0, b"abcdefgh"))[:-3], CLOSED),  # then the peer is gone
-        (pdu(b"\x00\x00\x00\x00", kind=7), A_ABORT),
-        (pdu(b"", kind=7), ABORTED),  # an abort that cannot be read
+        (pdu(item(3, command())), ABORTED, "a command in the middle of a data set"),
+        (pdu(item(0, b"abc", context=5)), ABORTED, "a data set without its command"),  # another presentation context
+        (pdu(struct.pack(">IBB", 1, CONTEXT, 0)), ABORTED, "items that do not fit"),  # without control header
+        (pdu(struct.pack(">IBB", 100, CONTEXT, 0) + b"abc"), ABORTED, "items that do not fit"),  # leaves its PDU
+        (pdu(b"\x00\x00\x00"), ABORTED, "items that do not fit"),  # half an item's header
+        (b"\x09\x00\x00\x00\x00\x04abcd", ABORTED, "a PDU of no known type"),
+        (struct.pack(">BxI", 4, 1 << 31), CLOSED, "the announced PDU is too long"),  # longer than negotiated
+        (pdu(item(0, b"x" * 1001)), CLOSED, "the data set is too long"),  # longer than an object may be
+        (pdu(item(0, b"abcdefgh"))[:-3], CLOSED, ""),  # then the peer is gone
+        (pdu(b"\x00\x00\x00\x00", kind=7), A_ABORT, ""),
+        (pdu(b"", kind=7), ABORTED, "a PDU that cannot be read"),  # an abort
     ],
 )
-def test_what_breaks_off_a_data_set(sent: bytes, event: str) -> None:
+def test_what_breaks_off_a_data_set_and_whose_doing_it_is(sent: bytes, event: str, reason: str) -> None:
     with line(object_bytes=1000) as peer:
         peer.peer.sendall(pdu(item(3, command())) + pdu(item(0, b"begun")))
         assert [peer.reader.read_pdu(), peer.reader.read_pdu()] == [None, None]
@@ -260,6 +263,8 @@ def test_what_breaks_off_a_data_set(sent: bytes, event: str) -> None:
         assert arrival.abandoned
         assert arrival.data_set is None
         assert not peer.reader.busy
+        assert len(peer.refused) == bool(reason)
+        assert "".join(peer.refused).startswith(reason)
 
 
 def test_data_without_command_is_refused() -> None:
@@ -277,6 +282,7 @@ def test_a_command_set_that_never_ends_is_refused() -> None:
             if event:
                 break
         assert event == CLOSED
+        assert peer.refused == ["the command set is too long"]
 
 
 @pytest.mark.parametrize("parts", [1, 2, 5])
@@ -315,3 +321,4 @@ def test_a_dripping_peer_holds_the_thread_for_a_bounded_time() -> None:
         assert peer.reader.read_pdu() == CLOSED
         assert time.monotonic() - begun < 2
         assert peer.arrivals[0].abandoned
+        assert peer.refused == ["a PDU did not come in time"]

@@ -8,7 +8,7 @@ import os
 import resource
 import signal
 import subprocess
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from osteo_daemon.errors import ConfigurationError
 
@@ -16,7 +16,11 @@ _PR_SET_PDEATHSIG = 1
 
 
 def start_child(
-    command: Sequence[str], death_signal: signal.Signals, *, pass_fds: Collection[int] = ()
+    command: Sequence[str],
+    death_signal: signal.Signals,
+    *,
+    pass_fds: Collection[int] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start a process in a session of its own: Ctrl-C reaches its parent alone, which ends it in its own order.
 
@@ -24,6 +28,7 @@ def start_child(
         command: argument list.
         death_signal: what the kernel sends the child when its parent ends, however that ends.
         pass_fds: descriptors that the child inherits.
+        environment: variables besides those of this process.
 
     Raises:
         ConfigurationError: the system is not Linux.
@@ -34,6 +39,7 @@ def start_child(
         preexec_fn=die_with_parent(death_signal),
         start_new_session=True,
         pass_fds=pass_fds,
+        env={**os.environ, **(environment or {})},
     )
 
 

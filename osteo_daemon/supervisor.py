@@ -38,6 +38,7 @@ _STABLE_SECONDS = 60.0
 class _Child:
     role: str
     command: Sequence[str]
+    environment: Mapping[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
     start_at: float = 0.0
@@ -51,6 +52,7 @@ class Supervisor:
 
     Attributes:
         commands: role name to argument list.
+        environments: role name to variables of its own.
         stop_seconds: as `STOP_SECONDS`.
         backoff_seconds: wait before the first, second, ... restart in a row; the last one repeats.
     """
@@ -59,6 +61,7 @@ class Supervisor:
     stop_seconds: float = STOP_SECONDS
     backoff_seconds: Sequence[float] = _BACKOFF_SECONDS
     clock: Callable[[], float] = time.monotonic
+    environments: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     _children: list[_Child] = field(default_factory=list)
     _ended_by: int = 0
 
@@ -71,7 +74,9 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._end)
         signal.signal(signal.SIGHUP, self._reload)
-        self._children = [_Child(role, command) for role, command in self.commands.items()]
+        self._children = [
+            _Child(role, command, self.environments.get(role, {})) for role, command in self.commands.items()
+        ]
         exit_code = 0
         while not self._ended_by and not exit_code:
             for child in self._children:
@@ -98,7 +103,7 @@ class Supervisor:
         if child.process is None:
             if now >= child.start_at:
                 # the kernel sends SIGTERM when the supervisor goes, however it goes
-                child.process = start_child(child.command, signal.SIGTERM)
+                child.process = start_child(child.command, signal.SIGTERM, environment=child.environment)
                 child.started_at = now
                 get_logger().info("role_started", role=child.role, pid=child.process.pid)
             return 0
@@ -152,11 +157,21 @@ def roles_of(settings: Settings) -> list[str]:
     return [role for role in ROLES if role not in unwanted]
 
 
+def screeners_of(settings: Settings) -> dict[str, dict[str, str]]:
+    """Names of the screening processes that these settings want, and variables of each: a GPU is seen by one alone."""
+    wanted = settings.screener
+    slots = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in wanted.gpus] or [{} for _ in range(wanted.processes)]
+    return {"screener" if number == 1 else f"screener-{number}": slot for number, slot in enumerate(slots, start=1)}
+
+
 def serve(settings: Settings, config_path: Path | None) -> int:
     """Run every role on this machine until SIGTERM or SIGINT; returns the exit status."""
     configure_logging(settings.log, "supervisor")
     arguments = [] if config_path is None else ["--config", str(config_path.resolve())]
+    screeners = screeners_of(settings)
     commands = {
-        role: [sys.executable, "-m", "osteo_daemon.cli", "run", role, *arguments] for role in roles_of(settings)
+        name: [sys.executable, "-m", "osteo_daemon.cli", "run", role, *arguments]
+        for role in roles_of(settings)
+        for name in (screeners if role == "screener" else [role])
     }
-    return Supervisor(commands).run()
+    return Supervisor(commands, environments=screeners).run()

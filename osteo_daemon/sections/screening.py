@@ -12,9 +12,11 @@ from osteo_daemon.sections.values import Crontab, Seconds, Section
 
 
 class ScreenerSettings(Section):
-    """The screening worker."""
+    """The screening workers."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    gpus: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    processes: int = Field(default=1, ge=1)
     localizer_bundle: str = "spine-localizer"
     network_bundle: str = "osteo-moe"
     network_enabled: bool = True
@@ -28,6 +30,12 @@ class ScreenerSettings(Section):
     stop_grace_seconds: Seconds = 15
     prefetch_maximum_bytes: int = Field(default=2 * 1024**3, ge=0)
     cpu_fallback: bool = True
+
+    @model_validator(mode="after")
+    def _one_for_each(self) -> ScreenerSettings:
+        if self.gpus and (self.device == "cpu" or self.processes > 1):
+            raise ValueError('gpus have one process each: not with device = "cpu" or processes')
+        return self
 
 
 class TotalSegmentatorSettings(Section):

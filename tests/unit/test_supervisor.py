@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from osteo_daemon.settings import Settings
+from osteo_daemon.supervisor import screeners_of
 from tests.fakes import until
 
 SUPERVISE = """
@@ -22,7 +24,9 @@ from osteo_daemon.settings import LogSettings
 from osteo_daemon.supervisor import Supervisor
 configure_logging(LogSettings(), "supervisor")
 commands = {name: [sys.executable, "-c", code] for name, code in json.loads(sys.argv[1]).items()}
-sys.exit(Supervisor(commands, stop_seconds=float(sys.argv[2]), backoff_seconds=(0.05, 0.3)).run())
+environments = {name: {"CUDA_VISIBLE_DEVICES": name} for name in commands if name.startswith("screener")}
+timing = {"stop_seconds": float(sys.argv[2]), "backoff_seconds": (0.05, 0.3)}
+sys.exit(Supervisor(commands, environments=environments, **timing).run())
 """
 
 GENTLE = """
@@ -38,6 +42,11 @@ STUBBORN = """
 import signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 open({folder!r} + "/{name}.started", "a").write("x")
+time.sleep(600)
+"""
+SEES = """
+import os, time
+open({folder!r} + "/{name}.started", "a").write(os.environ.get("CUDA_VISIBLE_DEVICES", "-") + os.environ["PATH"])
 time.sleep(600)
 """
 DIES = """
@@ -164,3 +173,28 @@ def test_sighup_reaches_the_receiver_and_ends_nobody(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
     assert started(tmp_path, "receiver") == started(tmp_path, "screener") == 1
+
+
+def test_each_gpu_is_seen_by_one_screener_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    names = ("screener", "screener-2", "other")
+    with supervisor(tmp_path, **dict.fromkeys(names, SEES)):
+        until(lambda: all(started(tmp_path, name) for name in names))
+    seen = {name: (tmp_path / f"{name}.started").read_text() for name in names}
+    path = os.environ["PATH"]  # the rest of the environment is everybody's
+    assert seen == {"screener": f"screener{path}", "screener-2": f"screener-2{path}", "other": f"-{path}"}
+
+
+def test_which_screeners_there_are() -> None:
+    def of(**screener: object) -> dict[str, dict[str, str]]:
+        return screeners_of(Settings.model_validate({"screener": screener}))
+
+    assert of() == {"screener": {}}
+    assert of(processes=2) == {"screener": {}, "screener-2": {}}
+    assert of(gpus=["0", "GPU-8f3a"]) == {
+        "screener": {"CUDA_VISIBLE_DEVICES": "0"},
+        "screener-2": {"CUDA_VISIBLE_DEVICES": "GPU-8f3a"},
+    }
+    for wrong in ({"device": "cpu", "gpus": ["0"]}, {"gpus": ["0"], "processes": 2}, {"gpus": [""]}, {"processes": 0}):
+        with pytest.raises(ValueError, match="screener"):
+            of(**wrong)

@@ -22,6 +22,7 @@ from osteo_daemon.commands.pull import pull
 from osteo_daemon.commands.refit import refit
 from osteo_daemon.commands.studies import studies
 from osteo_daemon.commands.upkeep import backup, fsck, restore, schedule
+from osteo_daemon.commands.users import users
 from osteo_daemon.errors import ConfigurationError, OsteoError
 from osteo_daemon.quick_imports import quick_imports
 from osteo_daemon.settings import Settings, load_settings
@@ -32,7 +33,7 @@ EXIT_DAMAGED = 3
 PRIVATE_UMASK = 0o077
 """What the node writes holds patients' images: for its own user alone."""
 
-ROLES = ("receiver", "dicomweb", "puller", "scheduler", "screener", "deliverer", "refitter")
+ROLES = ("receiver", "dicomweb", "puller", "scheduler", "screener", "deliverer", "refitter", "console")
 
 _EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -57,6 +58,7 @@ def cli() -> None:
     osteo archive  vertebrae kept under pseudonyms for refits
     osteo refit    refit the network channel for this site's densitometers
     osteo labels   densitometry of those vertebrae: import, status
+    osteo users    who may log in to the web console
     osteo report   read our reports as text
     osteo conformance  the DICOM conformance statement of this node
     osteo demo     a virtual patient through the whole node
@@ -97,6 +99,8 @@ def run(role: str, config: Path | None) -> None:
             from osteo_daemon.screener import run as entry
         elif role == "refitter":
             from osteo_daemon.refitter import run as entry
+        elif role == "console":
+            from osteo_daemon.console.role import run as entry
         else:
             from osteo_daemon.deliverer import run as entry
         from osteo_daemon.audit import trail
@@ -152,7 +156,7 @@ cli.add_command(archive)
 cli.add_command(labels)
 cli.add_command(models)
 cli.add_command(pull)
-for command in (studies, fsck, backup, restore, schedule, audit, refit):
+for command in (studies, fsck, backup, restore, schedule, audit, refit, users):
     cli.add_command(command)
 
 

@@ -97,6 +97,20 @@ def server_context(files: TlsFiles) -> ssl.SSLContext:
     return context
 
 
+def browser_context(certificate_file: Path, key_file: Path) -> ssl.SSLContext:
+    """A context for a server of browsers, which show no certificate.
+
+    Raises:
+        ConfigurationError: a file is missing or unreadable, or key and certificate do not belong together.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    _restrict(context)
+    context.options |= ssl.OP_CIPHER_SERVER_PREFERENCE
+    context.num_tickets = 0
+    _load(context, certificate_file, key_file)
+    return context
+
+
 def client_context(peer: PeerTls, failed: Callable[[OSError], None] = lambda _error: None) -> ssl.SSLContext:
     """A context for connections to one peer; files are read anew, so that new ones count from the next call on.
 

@@ -43,6 +43,7 @@ class EventType:
     USE_OF_RESTRICTED_FUNCTION: Final = Code("110132", "Use of Restricted Function")
     AUDIT_RECORDING_STOPPED: Final = Code("110133", "Audit Recording Stopped")
     AUDIT_RECORDING_STARTED: Final = Code("110134", "Audit Recording Started")
+    USER_SECURITY_ATTRIBUTES_CHANGED: Final = Code("110137", "User Security Attributes Changed")
 
 
 class Role:

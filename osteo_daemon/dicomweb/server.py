@@ -34,6 +34,7 @@ class HttpServer:
         context: for TLS.
         certificates: clients must show one of these; empty: any that the context accepts.
         refused: told the address and the reason when a connection is closed before its first request.
+        section: of the settings, for its error.
 
     Raises:
         ConfigurationError: the address cannot be listened on.
@@ -50,13 +51,14 @@ class HttpServer:
         context: ssl.SSLContext | None = None,
         certificates: frozenset[str] = frozenset(),
         refused: Callable[[str, str], None],
+        section: str = "dicomweb",
     ) -> None:
         try:
             family = socket.AF_INET6 if ":" in address else socket.AF_INET
             self._socket = socket.create_server((address, port), family=family, backlog=_BACKLOG)
         except OSError as error:
             raise ConfigurationError(
-                f"dicomweb: cannot listen on {address} port {port}: {error.strerror}; dicomweb.port sets another"
+                f"{section}: cannot listen on {address} port {port}: {error.strerror}; {section}.port sets another"
             ) from error
 
         class Bounded(_BoundedProtocol):

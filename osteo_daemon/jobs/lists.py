@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
@@ -91,6 +92,20 @@ class Lists(Database):
                 # both columns of the index bound the page: the next one is found as quickly as the first
                 query = query.where(tuple_(JobRow.created_at, JobRow.job_id) < tuple_(at, before_job_id))
             return [_summary(row) for row in connection.execute(query)]
+
+    def oldest_by_state(self, states: Iterable[JobState]) -> dict[JobState, datetime]:
+        """When the first image of the oldest job in each of these states came; a state without jobs is left out."""
+        found: dict[JobState, datetime] = {}
+        with self._reading() as connection:
+            for state in states:
+                # the first entry of an index for each, however many jobs there are
+                query = (
+                    select(JobRow.created_at).where(JobRow.state == state).order_by(JobRow.created_at, JobRow.job_id)
+                )
+                oldest = connection.execute(query.limit(1)).scalar_one_or_none()
+                if oldest is not None:
+                    found[state] = oldest
+        return found
 
     def events(self, study_instance_uid: str) -> list[Event]:
         """A study's history, oldest first."""

@@ -23,7 +23,6 @@ from osteo_daemon.dicom.normalized import (
     SUCCESS,
     Service,
     calling,
-    content,
     items_of,
     uid_in,
 )
@@ -48,7 +47,6 @@ def commitment_service(requesters: frozenset[str], take: Callable[[str, str, Ite
     """
 
     def act(event: Any) -> Dataset | None:
-        content(event.request.ActionInformation)
         requester = calling(event)
         if requester not in requesters:
             raise Declined(NOT_AUTHORISED, "storage commitment is not set up for this AE title")

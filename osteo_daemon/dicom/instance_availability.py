@@ -14,7 +14,6 @@ from osteo_daemon.dicom.normalized import (
     Service,
     announced_instances,
     calling,
-    content,
     items_of,
     uid_in,
     well_formed,
@@ -35,7 +34,6 @@ def instance_availability_service(announce: Announce) -> Service:
     """The service; ``announce`` makes a notification durable."""
 
     def create(event: Any) -> Dataset | None:
-        content(event.request.AttributeList)
         given = event.request.AffectedSOPInstanceUID
         uid = well_formed(given) if given else f"2.25.{uuid.uuid4().int}"
         if uid is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any, Final
 
@@ -17,10 +18,11 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import build_context, evt
 from pynetdicom.presentation import PresentationContext
 
+from osteo_daemon.dicom.quota import Quota
 from osteo_daemon.dicom.received import printable
 from osteo_daemon.dicom.refusals import REQUEST_DECLINED, Refusals
 from osteo_daemon.domain.announcement import AnnouncedInstance
-from osteo_daemon.errors import Declined, OsteoError, Transient
+from osteo_daemon.errors import Declined, OsteoError, QuotaExceeded, Transient
 from osteo_daemon.log import get_logger, where
 
 SUCCESS: Final = 0x0000
@@ -47,6 +49,27 @@ _UID: Final = re.compile(r"[0-9.]{1,64}")
 
 Handler = Callable[[Any], Dataset | None]
 """Does what an event of pynetdicom asks and gives what is answered beside the status; raises Declined or Transient."""
+
+
+Answer = tuple[Dataset | int, Dataset | None]
+"""Status, with or without more of the command, and the data set."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """One DIMSE-N operation: pynetdicom's event, the service's handler, and the names of its primitive's parts."""
+
+    event: Any
+    what: str
+    sop_class: str
+    data_set: str
+
+
+_REQUESTS: Final = (
+    _Request(evt.EVT_N_CREATE, "create", "AffectedSOPClassUID", "AttributeList"),
+    _Request(evt.EVT_N_SET, "set", "RequestedSOPClassUID", "ModificationList"),
+    _Request(evt.EVT_N_ACTION, "action", "RequestedSOPClassUID", "ActionInformation"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,33 +106,31 @@ class NormalizedServices:
             if service.action is None
         ]
 
-    def handlers(self, refusals: Refusals) -> list[tuple[Any, Callable[[Any], tuple[Dataset | int, Dataset | None]]]]:
-        """Event handlers for pynetdicom; ``refusals`` is told of what is not done."""
+    def handlers(self, refusals: Refusals, quota: Quota) -> list[tuple[Any, Callable[[Any], Answer]]]:
+        """Event handlers for pynetdicom.
 
-        def create(event: Any) -> tuple[Dataset | int, Dataset | None]:
-            return self._answer(event, "create", event.request.AffectedSOPClassUID, refusals)
+        Args:
+            refusals: told of what is not done.
+            quota: what is sent here counts as objects do.
+        """
+        return [(request.event, partial(self._answer, request, refusals, quota)) for request in _REQUESTS]
 
-        def change(event: Any) -> tuple[Dataset | int, Dataset | None]:
-            return self._answer(event, "set", event.request.RequestedSOPClassUID, refusals)
-
-        def act(event: Any) -> tuple[Dataset | int, Dataset | None]:
-            return self._answer(event, "action", event.request.RequestedSOPClassUID, refusals)
-
-        return [(evt.EVT_N_CREATE, create), (evt.EVT_N_SET, change), (evt.EVT_N_ACTION, act)]
-
-    def _answer(
-        self, event: Any, what: str, sop_class_uid: object, refusals: Refusals
-    ) -> tuple[Dataset | int, Dataset | None]:
+    def _answer(self, request: _Request, refusals: Refusals, quota: Quota, event: Any) -> Answer:
+        sop_class_uid, data_set = (getattr(event.request, name) for name in (request.sop_class, request.data_set))
+        address = event.assoc.requestor.address
         name = printable(event.assoc.requestor.ae_title.strip())
         status, detail, error_id = PROCESSING_FAILURE, "", None
         try:
             service = self._by_class.get(str(sop_class_uid))
-            handler = None if service is None else getattr(service, what)
+            handler = None if service is None else getattr(service, request.what)
             if handler is None or str(sop_class_uid) != event.context.abstract_syntax:
                 raise Declined(NO_SUCH_CLASS, "no such service under this presentation context")
+            quota.charge(calling(event), address, _measured(data_set))
             return SUCCESS, handler(event)
         except Declined as error:
             status, detail, error_id = error.status, error.detail, error.error_id
+        except QuotaExceeded as error:
+            status, detail = RESOURCE_LIMITATION, str(error)
         except Transient as error:
             detail = str(error)
         except OsteoError as error:
@@ -118,10 +139,8 @@ class NormalizedServices:
         except Exception as error:  # noqa: BLE001 - the listener's loop edge: the peer must hear a failure
             detail = "an error of this node, or a data set that cannot be read"
             get_logger().error("request_failed", error=type(error).__name__, detail=where(error.__traceback__))
-        address = event.assoc.requestor.address
-        refusals.tell(
-            REQUEST_DECLINED, address=address, reason=detail, ae_title=name, kind=what, status=f"0x{status:04X}"
-        )
+        told = {"ae_title": name, "kind": request.what, "status": f"0x{status:04X}"}
+        refusals.tell(REQUEST_DECLINED, address=address, reason=detail, **told)
         return _status(status, detail, error_id), None
 
 
@@ -130,22 +149,21 @@ def calling(event: Any) -> str:
     return str(event.assoc.requestor.ae_title).strip()
 
 
-def content(data_set: Any) -> None:
-    """Refuse what is too much to be decoded here: the role that answers scanners would stand still meanwhile.
-
-    Args:
-        data_set: the encoded data set of a request, as pynetdicom's primitive holds it; None for none.
+def _measured(data_set: Any) -> int:
+    """Bytes of a request's data set, unless it is too much to be decoded: scanners would wait for their answers.
 
     Raises:
         Declined: it is too long, or has more items than lists of `MAXIMUM_ITEMS` objects have.
     """
     if data_set is None:
-        return
-    if data_set.getbuffer().nbytes > _MAXIMUM_BYTES:
+        return 0
+    encoded = data_set.getvalue()
+    if len(encoded) > _MAXIMUM_BYTES:
         raise Declined(RESOURCE_LIMITATION, "the data set is too long")
     # each object is an item, and so are its series, its step and their codes
-    if data_set.getvalue().count(_ITEM) > 2 * MAXIMUM_ITEMS:
+    if encoded.count(_ITEM) > 2 * MAXIMUM_ITEMS:
         raise Declined(RESOURCE_LIMITATION, TOO_MANY)
+    return len(encoded)
 
 
 def uid_in(data_set: Dataset, keyword: str, status: int = MISSING_ATTRIBUTE) -> str:

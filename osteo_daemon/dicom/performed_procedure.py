@@ -22,7 +22,6 @@ from osteo_daemon.dicom.normalized import (
     Service,
     announced_instances,
     calling,
-    content,
     items_of,
     uid_in,
     well_formed,
@@ -38,7 +37,7 @@ from osteo_daemon.errors import Declined
 
 PERFORMED_PROCEDURE_STEP_CLASS_UID: Final = "1.2.840.10008.3.1.2.3.3"
 
-MAXIMUM_STEPS: Final = 1000
+MAXIMUM_STEPS: Final = 100
 """Scheduled steps that one performed step may answer; each names a study."""
 
 _MAY_NO_LONGER_BE_UPDATED: Final = 0xA710  # Error ID, PS3.4 table F.7.2-2 and F.7.2.2.3
@@ -56,7 +55,6 @@ def performed_procedure_service(announce: Announce, amend: Amend) -> Service:
     """
 
     def create(event: Any) -> Dataset | None:
-        content(event.request.AttributeList)
         uid = well_formed(event.request.AffectedSOPInstanceUID)
         if uid is None:
             raise Declined(INVALID_INSTANCE, "the step has no well-formed SOP Instance UID")  # PS3.4 F.7.2.1.2
@@ -86,7 +84,6 @@ def performed_procedure_service(announce: Announce, amend: Amend) -> Service:
         return None
 
     def change(event: Any) -> Dataset | None:
-        content(event.request.ModificationList)
         uid = well_formed(event.request.RequestedSOPInstanceUID)
         if uid is None:
             raise Declined(NO_SUCH_INSTANCE, "no well-formed SOP Instance UID")

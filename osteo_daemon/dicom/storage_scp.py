@@ -149,7 +149,7 @@ class StorageScp:
             (evt.EVT_C_STORE, self._on_unread_store),
             (evt.EVT_C_ECHO, self._on_echo),
             (evt.EVT_N_EVENT_REPORT, self._on_report),
-            *self._services.handlers(self._refusals),
+            *self._services.handlers(self._refusals, self._quota),
             (evt.EVT_CONN_CLOSE, self._on_closed),
             (evt.EVT_ABORTED, self._on_aborted),
         ]

@@ -77,6 +77,7 @@ class ByHand(Database):
         *,
         localizer_bundle: str | None = None,
         network_bundle: str | None = None,
+        priority: Priority | None = None,
         now: datetime | None = None,
     ) -> None:
         """A person wants a new report: a higher revision, screened again.
@@ -87,6 +88,7 @@ class ByHand(Database):
             reason: why.
             localizer_bundle: for this revision, instead of the settings'.
             network_bundle: likewise.
+            priority: in which it waits from now on; None leaves it.
             now: the present, for tests.
 
         Raises:
@@ -108,6 +110,7 @@ class ByHand(Database):
             not_before=None,
             localizer_bundle=localizer_bundle,
             network_bundle=network_bundle,
+            **({} if priority is None else {"priority": priority.value}),
         )
 
     def prioritise_study(

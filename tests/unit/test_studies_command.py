@@ -158,3 +158,53 @@ def test_purge_asks_refuses_and_leaves_its_trace(run: Run, store: JobStore, tmp_
     assert (held["state"], held["code"]) == ("HELD", "purged_by_hand")
     gone = run("reprocess", "1.2", "--reason", "x")
     assert "images were removed" in str(gone.exception)
+
+
+def test_many_at_once_by_what_they_have_in_common(run: Run, store: JobStore) -> None:
+    for arguments in ([], ["1.1", "--state", "EXCLUDED"]):
+        result = run("retry", *arguments, "--reason", "x")
+        assert result.exit_code == 2
+        assert "name studies, or tell by --state" in result.output
+
+    def states() -> list[str]:
+        return [job.state.value for job in store.recent()][::-1]  # of 1.1 to 1.5
+
+    asked = run("retry", "--code", "no_ct_series", "--until", "2026-01-05", "--reason", "now", answer="n\n")
+    assert asked.exit_code == 1
+    assert "retry: 2 studies?" in asked.output
+    assert states() == ["EXCLUDED", "RECEIVING", "EXCLUDED", "RECEIVING", "EXCLUDED"]
+    done = run("retry", "--code", "no_ct_series", "--until", "2026-01-05", "--reason", "now", answer="y\n")
+    assert done.exit_code == 0
+    assert done.stdout.endswith("retry: 1.1\nretry: 1.3\n")  # the oldest first
+    assert states() == ["READY", "RECEIVING", "READY", "RECEIVING", "EXCLUDED"]
+
+    # of many, those that cannot be acted on are told and passed by; of those that are named, the first ends it
+    held = run("hold", "--since", "2026-01-01", "--reason", "wrong scanner", "--yes")
+    assert held.exit_code == 0
+    assert "hold is not possible for 1.5 now" in held.stderr
+    assert held.stderr.endswith("hold: 4 of 5 studies\n")
+    assert states() == ["HELD"] * 4 + ["EXCLUDED"]
+    assert run("hold", "--state", "DELIVERED", "--reason", "x").stderr == "hold: 0 of 0 studies\n"
+    named = run("release", "1.1", "1.5", "1.3", "--reason", "was right")
+    assert isinstance(named.exception, IllegalTransition)
+    assert states() == ["RECEIVING", "HELD", "HELD", "HELD", "EXCLUDED"]
+    assert run("retry", "1.2", "1.3", "--reason", "both").exit_code == 0
+    assert states() == ["RECEIVING", "READY", "READY", "HELD", "EXCLUDED"]
+    assert store.events("1.3")[-1].reason == "both"
+
+
+def test_many_reprocessed_stand_behind_all_that_is_new(run: Run, store: JobStore) -> None:
+    assert run("reprocess", "--state", "EXCLUDED", "--reason", "rules", "--yes").exit_code == 0
+    waiting = {job.study_instance_uid: (job.revision, job.priority) for job in store.recent(state=JobState.READY)}
+    assert waiting == dict.fromkeys(("1.1", "1.3", "1.5"), (2, Priority.BACKFILL))
+    store.mark_complete("1.4", who="test", reason="test")
+    following = store.claim("w", 60)
+    assert following is not None
+    assert following.study_instance_uid == "1.4"
+
+
+def test_a_page_ends_no_filter(run: Run, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("osteo_daemon.commands.study_choice.MOST_ROWS", 2)
+    done = run("prioritise", "--since", "2026-01-01", "--priority", "stat", "--reason", "x", "--yes")
+    assert done.stdout.splitlines() == ["prioritise: 1.2", "prioritise: 1.4"]  # the others are finished
+    assert done.stderr.endswith("prioritise: 2 of 5 studies\n")

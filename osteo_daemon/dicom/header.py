@@ -119,6 +119,8 @@ def _inflate(view: memoryview) -> tuple[memoryview, bool]:
         head = engine.decompress(view, _INFLATED_HEADER_BYTES)
     except zlib.error as error:
         raise NotDicom("the deflated data set cannot be inflated") from error
+    if len(head) < _INFLATED_HEADER_BYTES and not engine.eof:
+        raise NotDicom("the deflated data set ends early")
     return memoryview(head), engine.eof
 
 

@@ -14,8 +14,6 @@ from typing import Any
 from xml.etree.ElementTree import Element
 
 import pytest
-from pydicom.dataset import Dataset
-from pynetdicom import AE
 from structlog.testing import capture_logs
 
 from osteo_daemon.audit import trail
@@ -36,7 +34,6 @@ from tests.peers import (
     context,
     element,
     established,
-    item,
     p_data,
     pdu,
     read_pdu,
@@ -48,6 +45,15 @@ from tests.peers import (
 
 MR = "1.2.840.10008.5.1.4.1.1.4"
 MPPS = PERFORMED_PROCEDURE_STEP_CLASS_UID
+CREATE = command(
+    element(2, MPPS.encode() + b"\0"),
+    element(0x100, us(0x140)),
+    element(0x110, us(1)),
+    element(0x800, us(0)),
+    element(0x1000, b"1.2.9\0"),
+)
+"""An N-CREATE-RQ."""
+
 MEBI = 1 << 20
 SMALL = 1000
 """Bytes in an hour of two senders."""
@@ -255,11 +261,8 @@ def a_command_too_early(siege: Siege, address: str) -> None:
 @refused((CUT_OFF, "the data set is too long", NODE))
 def a_list_without_end(siege: Siege, address: str) -> None:
     """As the library assembles it, which reads all but objects."""
-    proposed = item(0x20, b"\x01\0\0\0" + item(0x30, MPPS.encode()) + item(0x40, b"1.2.840.10008.1.2"))
-    sop_class = MPPS.encode() + b"\0" * (len(MPPS) % 2)
-    request = (element(2, sop_class), element(0x100, us(0x140)), element(0x110, us(1)), element(0x800, us(0)))
-    with established(siege.port, address, contexts=proposed) as peer:
-        peer.sendall(p_data(command(*request), 3))
+    with established(siege.port, address, contexts=context(1, MPPS)) as peer:
+        peer.sendall(p_data(CREATE, 3))
         send_what_is_taken(peer, p_data(b"x" * 65000, 0), 20)
         assert closed_within(peer, 30)
 
@@ -320,13 +323,10 @@ def _store_until_refused(peer: socket.socket, study: bytes) -> int:
 
 @refused(("request_declined", "no PerformedProcedureStepStatus", RESTRICTED))
 def a_list_that_lacks_something(siege: Siege, address: str) -> None:
-    entity = AE(ae_title=CALLING)
-    entity.add_requested_context(MPPS)
-    link = entity.associate(LOOPBACK, siege.port, ae_title=CALLED, bind_address=(address, 0))
-    attributes = Dataset()
-    attributes.PerformedProcedureStepID = "1"
-    assert link.send_n_create(attributes, MPPS, "1.2.9")[0].Status == 0x0120
-    link.release()
+    with established(siege.port, address, contexts=context(1, MPPS)) as peer:
+        peer.settimeout(30)
+        peer.sendall(p_data(CREATE, 3) + p_data(struct.pack("<HHI", 0x40, 0x253, 2) + b"1 ", 2))
+        assert element(0x900, us(0x120)) in read_pdu(peer)[1]
 
 
 SETTINGS = f"""

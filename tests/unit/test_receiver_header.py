@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+import zlib
 from io import BytesIO
 from pathlib import Path
 
 import pydicom.data
 import pytest
 from pydicom import dcmread
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from osteo_daemon.dicom.contexts import TRANSFER_SYNTAXES
 from osteo_daemon.dicom.header import Identifiers, file_header, read_identifiers
@@ -50,6 +51,19 @@ def test_every_cut_is_seen(ct: Path) -> None:
         # whole elements up to here: nothing in the bytes tells that more was meant
         assert dcmread(BytesIO(file_header("1.2", "1.2", syntax) + body[:end])) is not None
         assert end < pixels
+
+
+def test_every_cut_of_a_deflated_data_set_is_seen(ct: Path) -> None:
+    """The stream itself tells its end, between elements too."""
+    body, _syntax = _body(ct)
+    engine = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    deflated = engine.compress(body) + engine.flush()
+    whole = read_identifiers(deflated, DeflatedExplicitVRLittleEndian)
+    assert whole == read_identifiers(body, ExplicitVRLittleEndian)
+    assert read_identifiers(deflated + b"\x00", DeflatedExplicitVRLittleEndian) == whole  # padded to an even length
+    for end in range(len(deflated)):
+        with pytest.raises(NotDicom):
+            read_identifiers(deflated[:end], DeflatedExplicitVRLittleEndian)
 
 
 def test_files_of_pydicom_agree_with_pydicom() -> None:

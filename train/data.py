@@ -18,12 +18,13 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 from osteo_daemon.network.config import MoEConfig
 from train.counterfactual import DensityChange
 from train.splits import Part, check_disjoint
-from train.truth import diagnosis, t_score
+from train.truth import diagnosis, size_adds_g_cm2, t_score
 
 MARGIN_VOXELS: Final = 4
 """Stored around the network's grid on every side: room for a random shift."""
@@ -36,6 +37,8 @@ _SOFT_HU: Final = (-160.0, 110.0)
 _SOFT_GAIN: Final = (0.3, 1.2)
 _SOFT_SHIFT_HU: Final = (-20.0, 50.0)
 """Fat and soft tissue, and how far they may move: from obese and unenhanced to hardly any fat and a venous phase."""
+
+_SIZE_FACTOR: Final = (0.87, 1.15)
 
 CORE_SCALE: Final = 200
 """Value of ``core.npy`` in a voxel that is trabecular bone all through."""
@@ -183,6 +186,8 @@ class Augmentation:
             changes the label, so self-supervision leaves it off.
         surround: probability of other soft tissue around the body: leaner, fatter, with contrast medium. Textures there
             change, so self-supervision leaves it off.
+        size: probability of a larger or smaller person, with the target moved along: bones of one level differ by more
+            between people than those of neighbouring levels do in one. It changes the label, too.
     """
 
     shift_voxels: int = 4
@@ -193,6 +198,7 @@ class Augmentation:
     coarse: float = 0.0
     density: float = 0.0
     surround: float = 0.0
+    size: float = 0.0
 
     def apply(
         self,
@@ -259,7 +265,7 @@ class Batch:
         diagnosis: (B,) class.
         device: (B,) index of the densitometer, `NO_LABEL` for an unseen one.
         index: (B,) row of the data set.
-        added: (B,) g/cm2 that an augmentation's change of density added to the true BMD, also without a label.
+        added: (B,) g/cm2 that an augmentation's change of density or size added to the true BMD, also without a label.
     """
 
     hu: Tensor
@@ -352,7 +358,7 @@ def _plain(data: VoiSet, i: int, coarse: bool, change: DensityChange | None) -> 
 def _augmented(
     data: VoiSet, i: int, augmentation: Augmentation, rng: np.random.Generator, config: MoEConfig
 ) -> tuple[npt.NDArray[np.float32], VoiRow, float]:
-    """One VOI of the network's grid, its row, whose target follows a changed density, and what that added in g/cm2."""
+    """One VOI of the network's grid, its row, whose target follows its changes, and what these added in g/cm2."""
     hu, core, row = data.hu, data.core, data.rows[i]
     if rng.random() < augmentation.coarse and data.coarse is not None:
         hu, core = data.coarse, data.coarse_core
@@ -361,11 +367,24 @@ def _augmented(
         change = DensityChange.draw(rng, row.density_mg_cm3)
         spacing_mm = float(data.config["voi_spacing_mm"])
         voi = change.apply(voi, core[i].astype(np.float32) / CORE_SCALE, row.kvp, spacing_mm)
-        added = change.sbmd_g_cm2
-        if row.target_sbmd_g_cm2 is not None:
-            target = row.target_sbmd_g_cm2 + added
-            row = replace(row, target_sbmd_g_cm2=target, diagnosis=diagnosis(t_score(target, row.level)))
+        added += change.sbmd_g_cm2
+    if augmentation.size > 0.0 and rng.random() < augmentation.size:
+        factor = float(rng.uniform(*_SIZE_FACTOR))
+        voi = _resized(voi, factor)
+        added += size_adds_g_cm2(factor)
+    if added and row.target_sbmd_g_cm2 is not None:
+        target = row.target_sbmd_g_cm2 + added
+        row = replace(row, target_sbmd_g_cm2=target, diagnosis=diagnosis(t_score(target, row.level)))
     return augmentation.apply(voi, rng, config.voi_shape, config.voi_spacing_mm), row, added
+
+
+def _resized(voi: npt.NDArray[np.float32], factor: float) -> npt.NDArray[np.float32]:
+    """The VOI of a person whose bones are ``factor`` times as large; beyond its edge the edge repeats."""
+    middle = (np.array(voi.shape) - 1) / 2.0
+    resized: npt.NDArray[np.float32] = ndimage.affine_transform(
+        voi, np.full(3, 1.0 / factor), offset=middle * (1.0 - 1.0 / factor), order=1, mode="nearest", output=np.float32
+    )
+    return resized
 
 
 def epoch_rows(data: VoiSet, labelled_share: float, seed: int, epoch: int) -> npt.NDArray[np.int64]:

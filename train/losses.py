@@ -82,15 +82,15 @@ def bmd_loss(mean: Tensor, log_variance: Tensor, target: Tensor, scale: float, b
 
 
 def twin_loss(mean: Tensor, added: Tensor, scale: float) -> Tensor:
-    """How far twins differ by anything but their densities: mean square, in units of ``scale``.
+    """How far twins differ by anything but density and size: mean square, in units of ``scale``.
 
-    Both show one vertebra of one patient, so the difference of their true BMD is what the changes of density added, to
+    Both show one vertebra of one patient, so the difference of their true BMD is what the changes of these added, to
     the last digit: the patient's own residual and the densitometer's error, which drown that slope among patients,
     cancel out. Coarser slices and other surroundings must make no difference.
 
     Args:
         mean: (B,) predicted BMD in g/cm2, twins ``B / 2`` apart.
-        added: (B,) what each change of density added, in g/cm2.
+        added: (B,) what the changes added to each, in g/cm2.
     """
     rest = (mean - added) / scale
     first, second = rest.chunk(2)

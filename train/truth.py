@@ -152,6 +152,11 @@ def draw_truth(
     return levels
 
 
+def size_adds_g_cm2(factor: float) -> float:
+    """What ``draw_truth`` adds when all bones grow by this factor, for a body about as deep as those it starts from."""
+    return _DEPTH_PER_MM * 35.0 * (factor - 1.0)
+
+
 def machine_sbmd(sbmd_g_cm2: float, maker: Maker) -> float:
     """What the maker's machine would say of a true sBMD without chance, converted to sBMD: its own version of truth."""
     return to_sbmd(from_sbmd(sbmd_g_cm2, maker) * (1.0 + MACHINE_ERROR[maker]), maker)

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from tests.easy_vois import LOOP, NETWORK, SHAPE, easy_set
+from train import truth
 from train.data import CORE_SCALE, MARGIN_VOXELS, Augmentation, Batch, VoiSet, batches, open_set
 from train.distributed import Ranks
 from train.losses import LossWeights, twin_loss
 from train.multitask import run_training
 
-CHANGED = Augmentation(density=0.7, surround=0.5)
+CHANGED = Augmentation(density=0.7, surround=0.5, size=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,21 @@ def test_other_surroundings_leave_body_and_bone(data: VoiSet) -> None:
         assert np.array_equal(view[same == 300.0], same[same == 300.0])
         assert abs(float(view[0, 0, 0]) - 40.0) > 0.1
     assert np.std([view[0, 0, 0] for view in views]) > 1.0
+
+
+def test_a_larger_person_has_larger_bodies_of_the_same_hu(data: VoiSet) -> None:
+    """Seen from the front, a deeper body projects more bone; its density stays."""
+    hu = np.zeros(data.hu.shape, dtype=np.int16)
+    d, h, w = hu.shape[1] // 2, hu.shape[2] // 2, hu.shape[3] // 2
+    hu[:, d - 5 : d + 5, h - 5 : h + 5, w - 5 : w + 5] = 200
+    bare = Augmentation(shift_voxels=0, flip=False, noise_hu=0.0, offset_hu=0.0, cutout=0.0, size=1.0)
+    found = replace(data, hu=hu)
+    for batch in batches(found, found.indices("train"), NETWORK, ["Hologic"], 8, augmentation=bare):
+        factor = (batch.hu.double().sum(dim=(1, 2, 3)) / (200.0 * 1000)).pow(1 / 3)
+        added = torch.tensor([truth.size_adds_g_cm2(float(f)) for f in factor])
+        assert float((batch.added - added).abs().max()) < 0.005
+        assert float(batch.hu.amax()) == 200.0
+        assert float(factor.std()) > 0.02
 
 
 def test_a_training_with_twins_reports_their_loss(tmp_path: Path) -> None:

@@ -15,9 +15,11 @@ import numpy as np
 import psutil
 import pydicom
 import pytest
+from click.testing import CliRunner
 from pydicom.uid import JPEGLSLossless
 
 from osteo_daemon import worker_process
+from osteo_daemon.cli import cli
 from osteo_daemon.domain.job import JobState
 from osteo_daemon.inference.bundle import find_bundle, write_bundle
 from osteo_daemon.jobs.spool import Spool
@@ -269,12 +271,12 @@ def test_pause_drain_resume_and_finishing_before_the_end(tmp_path: Path) -> None
     assert not list((tmp_path / "state" / "screeners").glob("*-*.json"))
 
 
-def _promote(folder: Path, version: str) -> None:
+def _promote(folder: Path, version: str, name: str = "spine-localizer") -> None:
     """The shipped localizer under another version, as a site's own."""
     shipped = find_bundle("spine-localizer")
     write_bundle(
-        folder / shipped.name,
-        name=shipped.name,
+        folder / name,
+        name=name,
         version=version,
         status=shipped.status,
         metadata={key: value for key, value in shipped.metadata.items() if key not in _WRITTEN},
@@ -289,17 +291,41 @@ def _promote(folder: Path, version: str) -> None:
 _WRITTEN = {"schema", "osteo_schema", "name", "version", "status", "monai_version", "pytorch_version", "numpy_version"}
 
 
+_TOLD_OF_EXCLUSIONS = """
+[[destinations]]
+name = "pacs"
+ae_title = "PACS"
+host = "127.0.0.1"
+port = 1
+report_exclusions = true
+"""
+
+
+def _predecessors(path: Path) -> list[str]:
+    return [
+        str(instance.ReferencedSOPInstanceUID)
+        for study in pydicom.dcmread(path).get("PredecessorDocumentsSequence", ())
+        for series in study.ReferencedSeriesSequence
+        for instance in series.ReferencedSOPSequence
+    ]
+
+
 def test_a_promoted_bundle_is_taken_up_between_studies_and_a_broken_one_is_not(tmp_path: Path) -> None:
     models = tmp_path / "models"
     models.mkdir()
-    with running_screener(tmp_path, models=f'models_dir = "{models}"\n', network_enabled=False) as bench:
+    with running_screener(
+        tmp_path, models=f'models_dir = "{models}"\n', network_enabled=False, extra=_TOLD_OF_EXCLUSIONS
+    ) as bench:
+
+        def model(study: str) -> dict[str, str]:
+            result = bench.store.result(study)
+            assert result is not None
+            return dict(result["models"][0])
 
         def used(name: str) -> str:
             study = bench.study(name)
-            bench.reaches(study, JobState.EXCLUDED)
-            result = bench.store.result(study)
-            assert result is not None
-            return str(result["models"][0]["version"])
+            assert bench.reaches(study, JobState.REPORTED).code == EMPTY
+            return model(study)["version"]
 
         shipped = find_bundle("spine-localizer").version
         assert used("shipped") == shipped
@@ -315,6 +341,24 @@ def test_a_promoted_bundle_is_taken_up_between_studies_and_a_broken_one_is_not(t
         assert used("mended") == "99.2.0"
         (status,) = json.loads(_osteo(bench, "screener", "status"))["screeners"]
         assert status["refused_bundle"] is None
+
+        # one study again with another bundle: a new revision, whose reports name those before
+        study = bench.study("again")
+        bench.reaches(study, JobState.REPORTED)
+        _promote(models, "3.0.0", "other-localizer")
+        reprocess = ["studies", "reprocess", study, "--localizer", "other-localizer", "--reason", "a trial"]
+        done = CliRunner().invoke(cli, [*reprocess, "--config", str(bench.config)])
+        assert done.exit_code == 0, done.output
+        until(lambda: (bench.job(study).state, bench.job(study).revision) == (JobState.REPORTED, 2), 60)
+        assert (model(study)["bundle"], model(study)["version"]) == ("other-localizer", "3.0.0")
+        first, second = (
+            {entry.variant: entry for entry in bench.store.report_objects(study, revision)} for revision in (1, 2)
+        )
+        assert first.keys() == second.keys() != set()
+        for variant, entry in second.items():
+            assert _predecessors(entry.path) == [first[variant].sop_instance_uid]
+            assert _predecessors(first[variant].path) == []
+        assert used("next") == "99.2.0"  # the wish was for that study alone
     assert bench.log.count("screener_ready") == 1  # one process through all of it
 
 

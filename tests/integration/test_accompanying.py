@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 from pydicom import dcmread
+from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate_uid
 from pynetdicom import AE
 
@@ -22,14 +24,18 @@ from osteo_daemon.dicom.contexts import (
     group_of,
     supported_contexts,
 )
+from osteo_daemon.dicom.report import SR_CLASSES
+from osteo_daemon.dicom.report_objects import build_report_objects
 from osteo_daemon.domain.job import JobState
 from osteo_daemon.errors import SpoolFull
+from osteo_daemon.jobs.records import ReportKind, ReportObject
 from osteo_daemon.jobs.room import Room
 from osteo_daemon.jobs.spool import Spool
 from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.settings import AccompanyingSettings, ReceiverSettings, Settings
 from tests.fakes import CALLED, CALLING, LOOPBACK, local_receiver, settings_text, storescu, write_ct
 from tests.peers import rejection
+from tests.report_cases import short_case
 
 
 def _store(state: Path) -> JobStore:
@@ -75,12 +81,16 @@ def _object(folder: Path, study: str, sop_class: str) -> Path:
 
 
 def _send(port: int, paths: list[Path], calling: str = CALLING) -> list[int]:
+    return _send_all(port, [dcmread(path) for path in paths], calling)
+
+
+def _send_all(port: int, objects: list[Dataset], calling: str = CALLING) -> list[int]:
     entity = AE(ae_title=calling)
-    for uid in {str(dcmread(path).SOPClassUID) for path in paths}:
+    for uid in {str(entry.SOPClassUID) for entry in objects}:
         entity.add_requested_context(uid, [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
     association = entity.associate(LOOPBACK, port, ae_title=CALLED)
     assert association.is_established
-    statuses = [int(association.send_c_store(dcmread(path)).Status) for path in paths]
+    statuses = [int(association.send_c_store(entry).Status) for entry in objects]
     association.release()
     return statuses
 
@@ -129,6 +139,58 @@ def test_a_discarded_companion_neither_begins_nor_reopens_a_study(tmp_path: Path
         job = store.job(study)
         assert job is not None
         assert (job.state, job.revision) == (JobState.READY, 1)
+        store.close()
+
+
+# ---- our own results -----------------------------------------------------------------------------------------------
+
+
+def _coerced(data: bytes) -> Dataset:
+    """As an archive sends it on that has changed the patient's name."""
+    dataset = dcmread(BytesIO(data))
+    dataset.PatientName = "Coerced^Name"
+    return dataset
+
+
+def test_our_own_results_of_every_kind_come_back_and_change_nothing(tmp_path: Path) -> None:
+    """Segmentation, reports of every class, picture, key objects, PDF: as they were, coerced, and after their purge."""
+    request = short_case()
+    built = build_report_objects(request, list(SR_CLASSES), {"kos", "pdf"}).objects
+    assert {entry.kind for entry in built} == {"seg", "sr", "sc", "kos", "pdf"}
+    classes = {str(dcmread(BytesIO(entry.data)).SOPClassUID) for entry in built}
+    assert len(classes) == 4 + len(SR_CLASSES)
+    spool, uids = Spool(tmp_path / "state" / "spool"), []
+    with local_receiver(tmp_path) as port:
+        study = request.result.study_instance_uid
+        assert _send(port, write_ct(tmp_path / "ct", count=1, study_uid=study)) == [0x0000]
+        store = _store(tmp_path / "state")
+        store.mark_complete(study, who="test", reason="test")
+        job = store.claim("test", 60)
+        assert job is not None
+        reports = []
+        for entry in built:
+            stored = spool.store_report(study, entry.sop_instance_uid, [entry.data])
+            kind, size, digest = ReportKind(entry.kind), stored.size_bytes, stored.sha256
+            uids.append(entry.sop_instance_uid)
+            reports.append(ReportObject(kind, entry.sop_class_uid, uids[-1], stored.path, size, digest, entry.variant))
+        store.commit_report(job, {"schema": "osteo-result/1"}, reports, [])
+
+        def state() -> tuple[object, ...]:
+            now = store.job(study)
+            assert now is not None
+            files = sorted(path for path in (spool.root / "received").rglob("*") if path.is_file())
+            return now.state, now.revision, len(store.events(study)), store.instances(now), files, store.quarantined()
+
+        before = state()
+        assert before[:2] == (JobState.REPORTED, 1)
+        for back in ([dcmread(BytesIO(entry.data)) for entry in built], [_coerced(entry.data) for entry in built]):
+            assert _send_all(port, back) == [0x0000] * len(built)
+            assert state() == before
+        store.purge_study(study, spool, "test", "test", force=True)
+        purged = state()
+        assert _send_all(port, [_coerced(entry.data) for entry in built]) == [0x0000] * len(built)
+        assert state() == purged
+        assert not any(store.stored_instance(uid) for uid in uids)
         store.close()
 
 

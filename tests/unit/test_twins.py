@@ -88,8 +88,8 @@ def test_other_surroundings_leave_body_and_bone(data: VoiSet) -> None:
 def test_a_larger_person_has_larger_bodies_of_the_same_hu(data: VoiSet) -> None:
     """Seen from the front, a deeper body projects more bone; its density stays."""
     hu = np.zeros(data.hu.shape, dtype=np.int16)
-    d, h, w = hu.shape[1] // 2, hu.shape[2] // 2, hu.shape[3] // 2
-    hu[:, d - 5 : d + 5, h - 5 : h + 5, w - 5 : w + 5] = 200
+    middle = (slice(n // 2 + MARGIN_VOXELS - 5, n // 2 + MARGIN_VOXELS + 5) for n in SHAPE)
+    hu[(slice(None), *middle)] = 200
     bare = Augmentation(shift_voxels=0, flip=False, noise_hu=0.0, offset_hu=0.0, cutout=0.0, size=1.0)
     found = replace(data, hu=hu)
     for batch in batches(found, found.indices("train"), NETWORK, ["Hologic"], 8, augmentation=bare):

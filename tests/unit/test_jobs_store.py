@@ -580,6 +580,28 @@ def test_only_one_of_many_workers_gets_a_job(store: JobStore) -> None:
     assert sorted(job.study_instance_uid for job in got) == [f"1.{number}" for number in range(5)]
 
 
+def test_classes_in_order_and_within_one_the_sources_in_turn(store: JobStore) -> None:
+    arrivals = [
+        ("1.1", "ARCHIVE", Priority.ROUTINE),
+        ("1.2", "ARCHIVE", Priority.ROUTINE),
+        ("1.3", "ARCHIVE", Priority.ROUTINE),
+        ("2.1", "CT1", Priority.ROUTINE),
+        ("2.2", "CT1", Priority.ROUTINE),
+        ("3.1", "CT1", Priority.REFIT),
+        ("4.1", "CT1", Priority.BACKFILL),
+        ("4.2", "ARCHIVE", Priority.BACKFILL),
+        ("5.1", "ARCHIVE", Priority.STAT),
+    ]
+    for seconds, (study, source, priority) in enumerate(arrivals):
+        store.record_instance(instance(1, study), source, priority=priority, now=at(seconds))
+        store.mark_complete(study, who="test", reason="test", now=at(seconds))
+    order = []
+    while (job := store.claim("w", 60, now=at(20))) is not None:
+        order.append(job.study_instance_uid)
+    # ARCHIVE was served with 5.1 and with each of its own, so that CT1 is next every time
+    assert order == ["5.1", "2.1", "1.1", "2.2", "1.2", "1.3", "4.1", "4.2", "3.1"]
+
+
 def test_lists_filter_and_page(store: JobStore) -> None:
     for number in range(1, 6):
         store.record_instance(instance(1, f"1.{number}"), f"CT{number % 2}", now=at(number))

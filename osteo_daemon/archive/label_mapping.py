@@ -61,8 +61,25 @@ def read_mapping(path: Path | None) -> LabelMapping:
     if path is None:
         return LabelMapping()
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"the mapping {path} cannot be read: {error}") from error
+    return parse_mapping(text, str(path))
+
+
+def parse_mapping(text: str, path: str) -> LabelMapping:
+    """A mapping's text.
+
+    Args:
+        text: TOML.
+        path: names it in errors.
+
+    Raises:
+        ConfigurationError: it is not TOML, or names something unknown.
+    """
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise ConfigurationError(f"the mapping {path} cannot be read: {error}") from error
     known = {"columns", "levels", "constants", "observations", "date_format", "sheet", "delimiter"}
     if strange := sorted(set(document) - known):
@@ -90,7 +107,7 @@ def read_mapping(path: Path | None) -> LabelMapping:
     )
 
 
-def _texts(path: Path, document: Mapping[str, Any], table: str, allowed: tuple[str, ...]) -> dict[str, str]:
+def _texts(path: str, document: Mapping[str, Any], table: str, allowed: tuple[str, ...]) -> dict[str, str]:
     values = document.get(table, {})
     if strange := sorted(set(values) - set(allowed)):
         raise ConfigurationError(f"{path}: {table}.{strange[0]} is not known; there are {', '.join(allowed)}")

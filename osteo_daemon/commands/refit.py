@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import getpass
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from osteo_daemon.commands.options import config_option, json_option, open_store, print_json
+from osteo_daemon.domain.refit import SITE_NAME
 from osteo_daemon.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from osteo_daemon.domain.refit import Refit
 
-_SITE = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 _SHOWN = 20
 
 
@@ -46,8 +45,8 @@ def refit(site: str | None, data: Path | None, reason: str, as_json: bool, confi
             for entry in entries:
                 click.echo(_line(entry))
         return
-    if not _SITE.fullmatch(site):
-        raise click.BadParameter(f"of the form {_SITE.pattern}", param_hint="--site")
+    if not SITE_NAME.fullmatch(site):
+        raise click.BadParameter(f"of the form {SITE_NAME.pattern}", param_hint="--site")
     if not settings.refit.enabled:
         raise ConfigurationError("no refitter runs: set enabled = true under [refit] and start it")
     if data is not None and not (data / "table.json").exists():

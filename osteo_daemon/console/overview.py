@@ -10,7 +10,6 @@ from starlette.responses import Response
 
 from osteo_daemon.console.pages import Visit
 from osteo_daemon.control import read_wish, screener_statuses
-from osteo_daemon.domain.breaker import BreakerState
 from osteo_daemon.domain.job import JobState
 from osteo_daemon.jobs.records import DeliveryState
 
@@ -42,11 +41,12 @@ def _values(visit: Visit) -> dict[str, Any]:
         "dead": dead,
         "unproven": unproven,
         "room": room,
+        "taken": room.total - room.free,
         "low": room.free < settings.receiver.low_watermark_bytes,
         "wish": read_wish(settings.state_dir),
         "screeners": screener_statuses(settings.state_dir),
         "destinations": [
-            (entry.name, breakers[entry.name].state if entry.name in breakers else BreakerState.CLOSED)
+            (entry.name, breakers[entry.name].state if entry.name in breakers else None)
             for entry in settings.destinations
         ],
         "runs": [run for run in store.scheduler_runs() if run.started_at is not None],

@@ -17,6 +17,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartParser
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
@@ -44,6 +45,8 @@ from osteo_daemon.settings import Settings
 
 _FOLDER = Path(__file__).parent
 _NO_TEXT_PART_BYTES = 64 * 1024
+# files of labels hold patients' names: they stay in memory, which `ConsoleSettings.maximum_upload_bytes` bounds
+MultiPartParser.spool_max_size = 2**40
 _SAID_TO_PEOPLE = (BundleError, ConfigurationError, Damaged, IllegalTransition, RefitRefused)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,6 +20,7 @@ class RefitState(StrEnum):
     FAILED = "failed"  # attempts or time are spent
 
 
+SITE_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 OPEN: Final = (RefitState.QUEUED, RefitState.RUNNING)
 MAXIMUM_ATTEMPTS: Final = 3
 

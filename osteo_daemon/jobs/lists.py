@@ -11,7 +11,7 @@ from sqlalchemy import Row, select, tuple_
 from osteo_daemon.domain.job import Job, JobKind, JobState, Priority
 from osteo_daemon.jobs.database import Database
 from osteo_daemon.jobs.delivery_rows import to_report_object
-from osteo_daemon.jobs.records import Event, JobSummary, ReportObject
+from osteo_daemon.jobs.records import Event, JobSummary, ReportObject, StudyEvent
 from osteo_daemon.jobs.schema import EventRow, JobRow, ReportObjectRow, ResultRow, StudyRow
 from osteo_daemon.jobs.transitions import to_job
 
@@ -115,18 +115,15 @@ class Lists(Database):
                 .where(EventRow.study_instance_uid == study_instance_uid)
                 .order_by(EventRow.event_id)
             ).all()
-        return [
-            Event(
-                at=row.at,
-                who=row.who,
-                event=row.event,
-                from_state=None if row.from_state is None else JobState(row.from_state),
-                to_state=None if row.to_state is None else JobState(row.to_state),
-                revision=row.revision,
-                reason=row.reason,
-            )
-            for row in rows
-        ]
+        return [_event(row) for row in rows]
+
+    def latest_events(self, *, before_event_id: int | None = None, limit: int = 100) -> list[StudyEvent]:
+        """Events of all studies, newest first; ``before_event_id`` pages on."""
+        query = select(EventRow.__table__).order_by(EventRow.event_id.desc()).limit(limit)
+        if before_event_id is not None:
+            query = query.where(EventRow.event_id < before_event_id)
+        with self._reading() as connection:
+            return [StudyEvent(row.event_id, row.study_instance_uid, _event(row)) for row in connection.execute(query)]
 
     def result(self, study_instance_uid: str, revision: int | None = None) -> dict[str, Any] | None:
         """The ``osteo-result/1`` document of a revision, by default the latest that has one."""
@@ -167,6 +164,18 @@ class Lists(Database):
 def _of(study_instance_uid: str) -> Any:
     return select(JobRow.__table__).where(
         JobRow.study_instance_uid == study_instance_uid, JobRow.kind == JobKind.SCREEN
+    )
+
+
+def _event(row: Row[Any]) -> Event:
+    return Event(
+        at=row.at,
+        who=row.who,
+        event=row.event,
+        from_state=None if row.from_state is None else JobState(row.from_state),
+        to_state=None if row.to_state is None else JobState(row.to_state),
+        revision=row.revision,
+        reason=row.reason,
     )
 
 

@@ -186,6 +186,15 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
+class StudyEvent:
+    """An event with its study, as logs of the whole node show it."""
+
+    event_id: int
+    study_instance_uid: str
+    event: Event
+
+
+@dataclass(frozen=True, slots=True)
 class JobSummary:
     """A job as lists show it."""
 

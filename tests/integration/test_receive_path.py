@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psutil
@@ -15,10 +17,26 @@ import pytest
 from pydicom import dcmread
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from pynetdicom.dsutils import encode
+from structlog.testing import capture_logs
 
+from osteo_daemon.dicom.received import ReceivedObject
+from osteo_daemon.dicom.storage_scp import StorageScp
+from osteo_daemon.domain.completeness import OPEN_ASSOCIATION_FACTOR
 from osteo_daemon.domain.job import JobState
+from osteo_daemon.errors import (
+    ConflictingInstance,
+    DataSetMismatch,
+    NotDicom,
+    QuotaExceeded,
+    SpoolFull,
+    StoreUnavailable,
+    UnsupportedSopClass,
+)
+from osteo_daemon.jobs.spool import Spool
 from osteo_daemon.jobs.store import JobStore
+from osteo_daemon.settings import ReceiverSettings, SourceSettings
 from tests.fakes import CALLED, CALLING, LOOPBACK, local_receiver, receiver_process, storescu, until, write_ct
+from tests.stores import complete_quiet
 
 VERIFICATION = "1.2.840.10008.1.1"
 SENDERS = 4
@@ -253,3 +271,102 @@ def run_all(works: list[Callable[[], object]]) -> None:
     with ThreadPoolExecutor(len(works)) as pool:
         for future in [pool.submit(work) for work in works]:
             future.result(120)
+
+
+def test_one_association_all_day(node: tuple[Path, int], tmp_path: Path) -> None:
+    """Study after study over one association: each is complete though it stays open, and a late image is a revision."""
+    state, port = node
+    series = [write_ct(tmp_path / str(number), count=3, seed=number) for number in range(3)]
+    studies = [str(dcmread(files[0]).StudyInstanceUID) for files in series]
+    store = JobStore(f"sqlite:///{state / 'jobs.sqlite'}")
+    peer = Peer(port)
+
+    def send(path: Path) -> None:
+        instance, data = encoded(path)
+        peer.send(value(3, command(1, CTImageStorage, instance)), value(2, data))
+        assert peer.status() == 0
+
+    def complete(seconds: float) -> set[str]:
+        """Which are, when nothing has come for so long."""
+        done = complete_quiet(store, 100, now=datetime.now(UTC) + timedelta(seconds=seconds))
+        return {job.study_instance_uid for job in done}
+
+    for files in series[:2]:
+        for path in files[:2]:
+            send(path)
+    # it speaks for the study that it stored last, and for a bounded time
+    assert complete(150) == {studies[0]}
+    bound = 100 * OPEN_ASSOCIATION_FACTOR
+    assert complete(bound - 50) == set()
+    assert complete(bound + 50) == {studies[1]}
+    for path in series[2]:
+        send(path)
+    assert complete(bound + 50) == {studies[2]}
+    send(series[0][2])
+    job = store.job(studies[0])
+    assert job is not None
+    assert (job.state, job.revision, len(store.instances(job))) == (JobState.RECEIVING, 2, 3)
+    peer.socket.sendall(struct.pack(">BxII", 5, 4, 0))
+    assert peer.pdu()[0] == 6
+    store.close()
+
+
+@contextlib.contextmanager
+def listener(folder: Path, store: Callable[[ReceivedObject], object], **settings: object) -> Iterator[int]:
+    """The listener alone, with another end behind it; gives its port."""
+    configured = ReceiverSettings.model_validate({"ae_title": CALLED, "port": 0, **settings})
+    sources = (SourceSettings(ae_title=CALLING, addresses=(LOOPBACK,)),)
+    scp = StorageScp(configured, sources, store, begin_file=Spool(folder / "spool").begin)
+    scp.start()
+    try:
+        yield scp.port
+    finally:
+        scp.stop(0.0)
+
+
+def test_a_sender_who_waits_for_our_answer_is_not_silent(tmp_path: Path) -> None:
+    """What is stored or compared for longer than a silence may last is answered; true silence ends the association."""
+    (path,) = write_ct(tmp_path / "ct", count=1)
+    instance, data = encoded(path)
+    with listener(tmp_path, lambda _received: time.sleep(1.5), network_timeout_seconds=0.5) as port:
+        peer = Peer(port)
+        peer.send(value(3, command(1, CTImageStorage, instance)), value(2, data))
+        assert peer.status() == 0
+        assert peer.pdu()[0] == 7
+        peer.socket.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (SpoolFull("x"), 0xA700),
+        (StoreUnavailable("x"), 0xA700),
+        (QuotaExceeded("x"), 0xA700),
+        (OSError(errno.EIO, "broken"), 0xA700),
+        (UnsupportedSopClass("x"), 0x0122),
+        (DataSetMismatch("x"), 0xA900),
+        (NotDicom("x"), 0xC000),
+        (ConflictingInstance("x"), 0xC010),
+        (ZeroDivisionError("patient"), 0x0110),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_every_error_has_its_status_and_the_association_goes_on(tmp_path: Path, error: Exception, status: int) -> None:
+    """Never 0xC211, the library's own, after which senders give up the whole batch."""
+    (path,) = write_ct(tmp_path / "ct", count=1)
+    instance, data = encoded(path)
+    errors = [error]
+
+    def store(_received: ReceivedObject) -> None:
+        if errors:
+            raise errors.pop()
+
+    with listener(tmp_path, store) as port, capture_logs() as lines:
+        peer = Peer(port)
+        for expected in (status, 0):
+            peer.send(value(3, command(1, CTImageStorage, instance)), value(2, data))
+            assert peer.status() == expected
+        peer.socket.close()
+        assert "patient" not in str(lines)
+    (told,) = [line for line in lines if line["event"] == "object_refused"]
+    assert told["status"] == f"0x{status:04X}"

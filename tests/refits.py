@@ -118,3 +118,19 @@ def make_parts(folder: Path, patients: int = 30) -> tuple[ModelBundle, Path, Pat
     replay = folder / "replay.safetensors"
     replay.write_bytes(replay_of(network, data, list(MAKERS), torch.device("cpu")).to_bytes())
     return bundle, replay, write_site(folder / "site", data, site_rows(data)), data
+
+
+def refit_process(folder: Path) -> int | None:
+    """The process whose command line names that folder."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"train.refit" in words and any(word.startswith(bytes(folder)) for word in words):
+            return int(path.parent.name)
+    return None
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

@@ -83,8 +83,11 @@ class Node:
 
 
 @contextmanager
-def running_node(folder: Path, destinations: str) -> Iterator[Node]:
-    """Start `osteo serve` with a short quiet time and short leases; end it with SIGTERM."""
+def running_node(folder: Path, destinations: str, *, screener: str = "") -> Iterator[Node]:
+    """Start `osteo serve` with a short quiet time and short leases; end it with SIGTERM.
+
+    ``destinations`` stands at the end of its settings, ``screener`` in that section.
+    """
     port = a_free_port()
     config = folder / "osteo.toml"
     config.write_text(
@@ -104,6 +107,7 @@ sweep_seconds = 0.5
 lease_seconds = 6
 poll_seconds = 0.2
 retry_base_seconds = 1
+{screener}
 [deliverer]
 lease_seconds = 6
 poll_seconds = 0.2

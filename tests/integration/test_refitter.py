@@ -24,27 +24,11 @@ from osteo_daemon.registry.registry import Registry
 from osteo_daemon.scheduler import Scheduler
 from osteo_daemon.settings import Settings
 from tests.fakes import until
-from tests.refits import make_parts
+from tests.refits import make_parts, refit_process, state_of
 from tests.stores import new_sqlite
 
 NOW = datetime(2026, 11, 23, tzinfo=UTC)
 QUICK = ("--steps", "20", "--outer-folds", "2", "--inner-folds", "2", "--repeats", "40")
-
-
-def refit_process(folder: Path) -> int | None:
-    """The process whose command line names that folder."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"train.refit" in words and any(word.startswith(bytes(folder)) for word in words):
-            return int(path.parent.name)
-    return None
-
-
-def state_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def screening(store: JobStore, spool: Spool) -> object:

@@ -19,14 +19,14 @@ import queue
 import signal
 import socket
 import threading
-import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from osteo_daemon.ahead import Ahead, read_ahead
 from osteo_daemon.archive.archivist import Archivist
 from osteo_daemon.dicom.report_forms import BuiltObject, BuiltReport
 from osteo_daemon.domain.completeness import Lacks
@@ -52,61 +52,6 @@ CONFIGURATION_EXIT = 2
 
 class _Cancelled(BaseException):
     """The screener does not want the result any more."""
-
-
-class Ahead:
-    """The study that is read while another one is computed; never more than one."""
-
-    def __init__(self, maximum_bytes: int, link: Link) -> None:
-        self._maximum_bytes = maximum_bytes
-        self._link = link
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
-        self._key: tuple[Any, ...] | None = None
-        self._files: Future[StudyFiles] | None = None
-
-    def start(self, message: Mapping[str, Any]) -> None:
-        """Begin to read a study; what was read before and not used is dropped."""
-        if self._files is not None:
-            self._files.cancel()
-        self._key = _key(message)
-        self._files = self._pool.submit(self._read, message, [Path(path) for path in message["paths"]])
-
-    def take(self, message: Mapping[str, Any]) -> Future[StudyFiles] | None:
-        """The files, perhaps still being read, of just this study, revision and set of instances.
-
-        None when others were read: those are dropped.
-        """
-        files, key = self._files, self._key
-        self._files = self._key = None
-        return files if key == _key(message) else None
-
-    def _read(self, message: Mapping[str, Any], paths: list[Path]) -> StudyFiles:
-        start = time.perf_counter()
-        files = StudyFiles.read(paths).decode_ahead(self._maximum_bytes)
-        duration = round(time.perf_counter() - start, 2)
-        get_logger().info(
-            "study_prefetched",
-            study_instance_uid=message["study"],
-            instances=len(files.headers),
-            outcome="headers" if files.decoded is None else "decoded",
-            duration_s=duration,
-        )
-        self._link.send({"type": "prefetched", "job": message["job"]})
-        return files
-
-
-def _read_ahead(files: Future[StudyFiles] | None) -> StudyFiles | None:
-    if files is None:
-        return None
-    try:
-        return files.result()
-    except Exception as error:  # noqa: BLE001 - reading ahead is a help: the study is read again at its own turn
-        get_logger().warning("prefetch_failed", error=type(error).__name__, detail=where(error.__traceback__))
-        return None
-
-
-def _key(message: Mapping[str, Any]) -> tuple[Any, ...]:
-    return (message["study"], message["revision"], *message["paths"])
 
 
 _TREND_PATIENCE_SECONDS = 3.0
@@ -158,7 +103,7 @@ class ScreeningWorker:
 
     def _answer(self, message: Mapping[str, Any], ahead: Future[StudyFiles] | None) -> dict[str, Any]:
         try:
-            return self._screen(message, _read_ahead(ahead))
+            return self._screen(message, read_ahead(ahead))
         except _Cancelled:
             return {"type": "cancelled"}
         except Damaged as error:

@@ -14,6 +14,7 @@ from osteo_daemon.jobs.inventory import Inventory
 from osteo_daemon.jobs.lists import Lists
 from osteo_daemon.jobs.models import Models
 from osteo_daemon.jobs.observations import Observations
+from osteo_daemon.jobs.outcomes import Outcomes
 from osteo_daemon.jobs.pledges import Pledges
 from osteo_daemon.jobs.pulls import Pulls
 from osteo_daemon.jobs.quarantine import Quarantine
@@ -29,6 +30,7 @@ class JobStore(
     Announcements,
     Completeness,
     Claims,
+    Outcomes,
     Deliveries,
     Counts,
     Lists,

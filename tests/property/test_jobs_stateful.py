@@ -28,7 +28,7 @@ from sqlalchemy import Connection, Row, select
 from osteo_daemon.domain.job import FINISHED, TRANSITIONS, Job, JobState, Priority
 from osteo_daemon.domain.study import SopInstance
 from osteo_daemon.errors import IllegalTransition, LeaseLost
-from osteo_daemon.jobs import claims
+from osteo_daemon.jobs import outcomes
 from osteo_daemon.jobs.records import Delivery, DeliveryState, NewDelivery, RecordOutcome, ReportKind, ReportObject
 from osteo_daemon.jobs.schema import JobRow
 from osteo_daemon.jobs.spool import Spool
@@ -414,7 +414,7 @@ def test_the_model_catches_a_store_without_fencing(monkeypatch: pytest.MonkeyPat
             raise LeaseLost("")
         return row
 
-    monkeypatch.setattr(claims, "claimed_row", careless)
+    monkeypatch.setattr(outcomes, "claimed_row", careless)
     machine = StoreMachine()
     try:
         machine.instance_arrives(study="1.1", number=1, other=False)

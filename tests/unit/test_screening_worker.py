@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from osteo_daemon.ahead import Ahead
 from osteo_daemon.errors import BundleError, Damaged, SpoolFull, StoreUnavailable
 from osteo_daemon.inference.resident import ResidentModels
 from osteo_daemon.link import Link
-from osteo_daemon.screening_worker import Ahead, ScreeningWorker
+from osteo_daemon.screening_worker import ScreeningWorker
 from osteo_daemon.settings import Settings
 from tests.ct_series import column, write_slices
 

@@ -8,7 +8,7 @@ from sqlalchemy import Connection, Row, select
 
 from osteo_daemon.cli import main
 from osteo_daemon.domain.job import Job
-from osteo_daemon.jobs import claims
+from osteo_daemon.jobs import outcomes
 from osteo_daemon.jobs.schema import JobRow
 
 
@@ -18,5 +18,5 @@ def careless(connection: Connection, job: Job) -> Row[Any]:
 
 
 if __name__ == "__main__":
-    claims.claimed_row = careless
+    outcomes.claimed_row = careless
     main()

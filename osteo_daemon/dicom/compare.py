@@ -1,7 +1,7 @@
 """Whether two objects under one SOP Instance UID show the same image: compared in a child with bounded memory and time.
 
-What decides: decoded pixels and everything that gives them place and meaning. A decoder meets bytes from the network
-here, so it never runs in the process that answers the PACS.
+What decides: decoded pixels and everything that gives them place and meaning; of an object without pixels, all but
+whose it is. A decoder meets bytes from the network here, so it never runs in the process that answers the PACS.
 """
 
 from __future__ import annotations
@@ -46,11 +46,33 @@ _IMAGE_ELEMENTS = (
 )
 
 
+_IDENTITY_GROUPS = frozenset((0x0010, 0x0032, 0x0038))
+_IDENTITY_ELEMENTS = frozenset(
+    (
+        "SpecificCharacterSet",
+        "InstanceCoercionDateTime",
+        "TimezoneOffsetFromUTC",
+        "StudyDate",
+        "StudyTime",
+        "StudyDescription",
+        "StudyID",
+        "AccessionNumber",
+        "IssuerOfAccessionNumberSequence",
+        "ReferringPhysicianName",
+        "InstitutionName",
+        "RequestAttributesSequence",
+        "ReferencedRequestSequence",
+        "OriginalAttributesSequence",
+    )
+)
+"""What the correction of a patient or an order changes, beside the groups of patient, request and visit."""
+
+
 class Comparison(StrEnum):
     """How two objects under one UID relate."""
 
     IDENTICAL = "identical data set"
-    SAME_IMAGE = "same pixels and geometry"
+    SAME_IMAGE = "same pixels and geometry"  # of an object without pixels: the same of another patient or order
     DIFFERENT = "other pixels or geometry"
     UNDECIDED = "could not be compared"
 
@@ -87,8 +109,8 @@ def compare_files(stored: Path, received: Path) -> Comparison:
     if any(first.get(name) != second.get(name) for name in _IMAGE_ELEMENTS):
         return Comparison.DIFFERENT
     if "PixelData" not in first and "PixelData" not in second:
-        # a document has no pixels: its content is what counts, and any change of it is another object
-        return Comparison.DIFFERENT
+        # a document's content is what counts, and any change of it is another object
+        return Comparison.SAME_IMAGE if _content(first) == _content(second) else Comparison.DIFFERENT
     if ("PixelData" in first) != ("PixelData" in second):
         return Comparison.DIFFERENT
     return Comparison.SAME_IMAGE if _same_pixels(first, second) else Comparison.DIFFERENT
@@ -102,6 +124,15 @@ def _read(path: Path) -> Any:
         return dcmread(path)
     except (InvalidDicomError, OSError, ValueError, KeyError, NotImplementedError) as error:
         raise NotDicom(type(error).__name__) from error
+
+
+def _content(dataset: Any) -> dict[int, Any]:
+    """The elements of a data set that do not tell whose it is, by tag."""
+    return {
+        int(element.tag): element
+        for element in dataset
+        if element.tag.group not in _IDENTITY_GROUPS and element.keyword not in _IDENTITY_ELEMENTS
+    }
 
 
 def _same_pixels(first: Any, second: Any) -> bool:

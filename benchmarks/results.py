@@ -7,6 +7,7 @@ One command makes one file: date, commit, hardware, command, figures. Documents 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -28,7 +29,15 @@ def write_result(name: str, figures: Mapping[str, Any], *, command: str | None =
         figures: JSON values; units stand in the names.
         command: that makes this file again; by default the running one.
         quick: the quick form, which shows that the benchmark runs; its figures are no claim.
+
+    Raises:
+        SystemExit: the quick form measures what the committed one doesn't, or gives no number where that has one.
     """
+    whole = RESULTS / f"{name}.json"
+    if quick and whole.exists():
+        wrong = differences(figures, json.loads(whole.read_text(encoding="utf-8"))["figures"])
+        if wrong:
+            raise SystemExit(f"{name}: not what docs/results/{name}.json was made by: {', '.join(wrong)}; run it anew")
     document = {
         "schema": "osteo-figures/1",
         "name": name,
@@ -43,6 +52,29 @@ def write_result(name: str, figures: Mapping[str, Any], *, command: str | None =
     path = RESULTS / (f"{name}.quick.json" if quick else f"{name}.json")
     path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
+
+
+def differences(quick: Any, committed: Any, place: str = "") -> list[str]:
+    """Places of a quick form's figures that the committed ones don't have, or where only those hold a number.
+
+    The quick form may leave out what takes long and say null of what so few cases don't tell; no number is NaN. Lists
+    are compared by their first element.
+    """
+    if isinstance(quick, Mapping) and isinstance(committed, Mapping):
+        missing = [f"{place}{key}" for key in quick if key not in committed]
+        shared = (key for key in quick if key in committed)
+        return missing + [
+            found for key in shared for found in differences(quick[key], committed[key], f"{place}{key}/")
+        ]
+    if isinstance(quick, list) and isinstance(committed, list):
+        return differences(quick[0], committed[0], place) if quick and committed else []
+    if _is_number(committed) and quick is not None and not (_is_number(quick) and math.isfinite(quick)):
+        return [place.rstrip("/")]
+    return []
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def hardware() -> dict[str, Any]:

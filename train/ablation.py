@@ -1,9 +1,9 @@
 """Every ingredient left out once, each with three seeds: ``python -m train.ablation``.
 
-The runs use the cohort of ``train/cohort.json`` on a coarser grid (`train.shrink`), networks of under a million
-parameters and a fixed number of epochs, so that the last one can be compared without choosing. Finished runs are
-skipped: the command can be stopped and called again, and ``--only`` and ``--seeds`` choose some. ``python -m
-benchmarks.ablation`` makes the tables.
+The runs use the cohort of ``train/cohort.json`` on a coarser grid (`train.shrink`), the network, losses and changes of
+the shipped one (`train.recipe`), fewer readings and a fixed number of epochs, so that the last one can be compared
+without choosing. Finished runs are skipped: the command can be stopped and called again, and ``--only`` and ``--seeds``
+choose some. ``python -m benchmarks.ablation`` makes the tables.
 """
 
 from __future__ import annotations
@@ -23,29 +23,26 @@ from scipy import special
 
 from osteo_daemon.network.config import MoEConfig
 from train.baselines import NAMES, features_of, rows_with_truth, run_baselines
-from train.data import NO_LABEL, Augmentation, VoiSet, open_set
+from train.data import NO_LABEL, VoiSet, open_set
 from train.evaluate import Evaluated, evaluate_network, level_metrics
 from train.judging import Index, Judged, operating_points
 from train.loop import LoopConfig, load_run
-from train.losses import LossWeights
 from train.multitask import run_training
 from train.pool import build_pool, open_pool
 from train.pretrain import PretrainConfig, pretrain
 from train.readings import Densitometry, Scheme, remeasure
-from train.shrink import NETWORK_SHAPE, SPACING_MM, shrink_cohort
+from train.recipe import AUGMENTATION, NETWORK, WEIGHTS
+from train.shrink import shrink_cohort
 from train.splits import Part
 from train.truth import LEVEL_OFFSET_G_CM2, REFERENCE_MEAN_G_CM2, REFERENCE_SD_G_CM2
 
 SEEDS: Final = (0, 1, 2)
 PARTS: Final[tuple[Part, ...]] = ("test", "external")
-BASE: Final = MoEConfig(voi_shape=NETWORK_SHAPE, voi_spacing_mm=SPACING_MM, grain_channel="gates")
 LOOP: Final = LoopConfig(
     epochs=18, batch_size=32, learning_rate=1.5e-3, patience=1000, labelled_share=0.5, keep="last", ema_decay=0.99
 )
-WEIGHTS: Final = LossWeights(logit_adjustment=0.65)
-AUGMENTATION: Final = Augmentation(shift_voxels=2, coarse=0.35, density=0.5)
 PRETRAIN_EPOCHS: Final = 3
-_ONE_EXPERT: Final = {"expert_count": 1, "expert_width": 4 * BASE.expert_width, "device_count": 0}
+_ONE_EXPERT: Final = {"expert_count": 1, "expert_width": 4 * NETWORK.expert_width, "device_count": 0}
 """As many parameters as four experts have, and no gate to speak of."""
 
 
@@ -55,7 +52,7 @@ class Variant:
 
     Attributes:
         title: of the row.
-        network, weights, augmentation: what differs from `BASE`, `WEIGHTS` and `AUGMENTATION`.
+        network, weights, augmentation: what differs from the shipped network's (`train.recipe`).
         mechanism: of the encoder's pretraining on all training scans (`train.pretrain`); None is none.
         scheme: of the readings.
         bmd, diagnosis: whether the network was trained for that task.
@@ -78,7 +75,10 @@ VARIANTS: Final[dict[str, Variant]] = {
     "bmd-only": Variant(
         "single task: BMD", network=_ONE_EXPERT, weights={"diagnosis": 0.0, "level": 0.0}, diagnosis=False
     ),
-    "class-only": Variant("single task: class", network=_ONE_EXPERT, weights={"bmd": 0.0, "level": 0.0}, bmd=False),
+    "class-only": Variant(
+        "single task: class", network=_ONE_EXPERT, weights={"bmd": 0.0, "level": 0.0, "twin": 0.0}, bmd=False
+    ),
+    "no-twins": Variant("without twins", weights={"twin": 0.0}),
     "no-grain": Variant("gate without noise and sharpness", network={"grain_channel": "none"}),
     "no-experts-grain": Variant(
         "without experts, noise and sharpness told", network=_ONE_EXPERT | {"grain_channel": "all"}
@@ -89,6 +89,8 @@ VARIANTS: Final[dict[str, Variant]] = {
     "shuffled": Variant("control, devices by lot: full", scheme="shuffled"),
     "shuffled-no-experts": Variant("control, devices by lot: without experts", network=_ONE_EXPERT, scheme="shuffled"),
     "no-coarse": Variant("without coarser series", augmentation={"coarse": 0.0}),
+    "no-surround": Variant("without other surroundings", augmentation={"surround": 0.0}),
+    "no-size": Variant("without larger and smaller people", augmentation={"size": 0.0}),
     "cross-entropy": Variant("cross-entropy instead of ordinal", network={"class_head": "softmax"}),
     "learned-weights": Variant("learned loss weights", weights={"learned": True}),
     "no-logit-adjustment": Variant("without logit adjustment", weights={"logit_adjustment": 0.0}),
@@ -106,7 +108,7 @@ class Budget:
     """How long the runs are.
 
     Attributes:
-        epochs: of every run.
+        epochs: of every run; one with twins shows every vertebra twice and takes half as many.
         pretrain_epochs: of every pretraining.
     """
 
@@ -116,7 +118,7 @@ class Budget:
 
 def network_of(variant: Variant) -> MoEConfig:
     """The network of a row."""
-    return replace(BASE, **variant.network)
+    return replace(NETWORK, **variant.network)
 
 
 def run_folder(root: Path, name: str, seed: int) -> Path:
@@ -131,7 +133,7 @@ def ensure_encoder(data_folder: Path, root: Path, mechanism: str, seed: int, bud
     if not (folder / "summary.json").exists():
         config = PretrainConfig(mechanism=mechanism, epochs=budget.pretrain_epochs, seed=seed)
         pool = open_pool(root / "pool")
-        pretrain(open_set(data_folder), folder, config, BASE, torch.device("cpu"), pool, probe=False)
+        pretrain(open_set(data_folder), folder, config, NETWORK, torch.device("cpu"), pool, probe=False)
     return folder / "encoder.pt"
 
 
@@ -144,12 +146,13 @@ def run_one(data_folder: Path, root: Path, name: str, seed: int, budget: Budget)
         return dict(json.loads(done.read_text()))
     started = time.monotonic()
     how = Densitometry(scheme=variant.scheme)
+    weights = replace(WEIGHTS, **variant.weights)
     summary = run_training(
         data_folder,
         folder,
-        replace(LOOP, seed=seed, epochs=budget.epochs),
+        replace(LOOP, seed=seed, epochs=max(1, budget.epochs // 2) if weights.twin > 0 else budget.epochs),
         network_of(variant),
-        replace(WEIGHTS, **variant.weights),
+        weights,
         replace(AUGMENTATION, **variant.augmentation),
         torch.device("cpu"),
         None if variant.mechanism is None else ensure_encoder(data_folder, root, variant.mechanism, seed, budget),
@@ -223,7 +226,7 @@ def ensure_baselines(data_folder: Path, root: Path) -> None:
     data = remeasure(open_set(data_folder), Densitometry())
     folder.mkdir(parents=True, exist_ok=True)
     index: dict[str, Index] = {part: rows_with_truth(data, data.indices(part)) for part in PARTS}
-    for name, parts in run_baselines(data, features_of(data, BASE, data_folder), index).items():
+    for name, parts in run_baselines(data, features_of(data, NETWORK, data_folder), index).items():
         for part, judged in parts.items():
             judged.save(folder / f"{name}-{part}.npz")
 
@@ -251,7 +254,7 @@ def run_all(
         raise ValueError(f"{root} holds runs with other settings; remove it or choose another folder")
     stamp.write_text(json.dumps(settings, indent=1))
     if not (root / "pool" / "pool.json").exists():
-        build_pool([data_folder], root / "pool", BASE)
+        build_pool([data_folder], root / "pool", NETWORK)
     wanted = list(jobs(only, seeds))
     with ProcessPoolExecutor(workers) as pool:
         # a run whose encoder is not there yet would make it a second time, so those of the first rows come first

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from benchmarks.all import names
-from benchmarks.results import RESULTS, hardware
+from benchmarks.all import SCIENCE, names
+from benchmarks.results import RESULTS, differences, hardware
 from benchmarks.tables import tables
 
 
@@ -27,6 +27,19 @@ def test_figures_say_where_they_come_from() -> None:
 
 def test_the_page_of_results_is_current() -> None:
     assert (RESULTS / "README.md").read_text(encoding="utf-8") == tables()
+
+
+def test_a_quick_form_is_held_against_the_committed_figures() -> None:
+    committed = {"table": {"full": {"mae": [0.05, 0.04, 0.06], "note": "x"}}, "time_s": 3.0, "runs": [{"a": 1}]}
+    assert differences({"table": {"full": {"mae": [0.3, 0.1, 0.5]}}, "runs": [{"a": 2}, {"a": 3}]}, committed) == []
+    assert differences({"table": {"full": {"rmse": [0.3]}}}, committed) == ["table/full/rmse"]
+    assert differences({"table": {"full": {"mae": ["0.05"]}}}, committed) == ["table/full/mae"]
+    assert differences({"table": {"full": {"mae": [None]}}}, committed) == []
+    assert differences({"time_s": float("nan"), "runs": [{"b": 1}]}, committed) == ["time_s", "runs/b"]
+
+
+def test_what_the_network_s_tables_come_from_can_be_run() -> None:
+    assert set(SCIENCE) <= set(names())
 
 
 def test_hardware_names_no_machine() -> None:

@@ -39,7 +39,7 @@ _CSRF = re.compile(r'name="csrf" value="([^"]+)"')
 
 def console_settings(folder: Path, **values: Any) -> Settings:
     """A node whose console takes a free port."""
-    console = {"port": 1, "idle_timeout_seconds": 5.0, **values.pop("console", {})}
+    console = {"idle_timeout_seconds": 5.0, **values.pop("console", {})}
     return Settings.model_validate(
         {
             "state_dir": folder / "state",

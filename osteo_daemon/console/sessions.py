@@ -61,7 +61,7 @@ class Sessions:
             self._open = {key: session for key, session in self._open.items() if self._lives(session, now)}
             own = [key for key, session in self._open.items() if session.user == user.name]
             # oldest first: dictionaries keep their order
-            for key in [*own[: len(own) - _PER_USER + 1], *list(self._open)[: len(self._open) - _MOST + 1]]:
+            for key in [*_first(own, len(own) - _PER_USER + 1), *_first(list(self._open), len(self._open) - _MOST + 1)]:
                 self._open.pop(key, None)
             self._open[_key(token)] = Session(user.name, user.changed_at, secrets.token_urlsafe(_TOKEN_BYTES), now, now)
         return token
@@ -89,6 +89,10 @@ class Sessions:
 
     def _lives(self, session: Session, now: float) -> bool:
         return now - session.seen <= self._idle and now - session.began <= self._maximum
+
+
+def _first(keys: list[str], count: int) -> list[str]:
+    return keys[: max(count, 0)]
 
 
 def _key(token: str) -> str:

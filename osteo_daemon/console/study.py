@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pydicom
 from PIL import Image
 from pydicom.errors import InvalidDicomError
+from pydicom.uid import SecondaryCaptureImageStorage
 from starlette.responses import RedirectResponse, Response
 
 from osteo_daemon.audit import events, trail
@@ -64,6 +66,7 @@ def show_picture(visit: Visit) -> Response:
         pixels = pydicom.dcmread(path).pixel_array
     except (OSError, InvalidDicomError, ValueError, AttributeError) as error:
         raise Damaged(f"the picture cannot be read: {type(error).__name__}") from None
+    _tell(visit, job, Action.READ, {str(SecondaryCaptureImageStorage): 1})
     target = io.BytesIO()
     Image.fromarray(pixels).save(target, "PNG")
     return Response(target.getvalue(), media_type="image/png")
@@ -84,7 +87,7 @@ def act_on_study(visit: Visit) -> Response:
     if act is None:
         raise NotHere
     act()
-    _tell_change(visit, uid)
+    _tell(visit, job, Action.UPDATE)
     visit.say(f"Done: {visit.names['act']}.")
     return RedirectResponse(f"/studies/{uid}", 303)
 
@@ -103,7 +106,9 @@ def act_on_delivery(visit: Visit) -> Response:
         delivery = store.resend(number, who) if act == "resend" else store.accept_delivery(number, who, reason)
     except KeyError:
         raise Damaged("only refused and unproven deliveries wait for a person; this one does not") from None
-    _tell_change(visit, delivery.study_instance_uid)
+    job = store.job(delivery.study_instance_uid)
+    if job is not None:
+        _tell(visit, job, Action.UPDATE)
     visit.say(f"Done: {act} to {delivery.destination}.")
     return RedirectResponse(f"/studies/{delivery.study_instance_uid}", 303)
 
@@ -153,10 +158,9 @@ def _picture(store: JobStore, uid: str) -> Path | None:
     return next((path for path in reversed(pictures) if path.exists()), None)
 
 
-def _tell_change(visit: Visit, uid: str) -> None:
-    if not trail.is_open():
-        return
-    job = visit.node.store.job(uid)
-    patient = AuditPatient() if job is None else _patient(visit.node.store, job)
-    who = events.person(visit.person.name, visit.address)
-    trail.record(events.instances_accessed([AuditStudy(uid)], patient, who, Action.UPDATE))
+def _tell(visit: Visit, job: Job, action: Action, classes: Mapping[str, int] = MappingProxyType({})) -> None:
+    """The audit message of an act of the person on a study, or on these objects of it."""
+    if trail.is_open():
+        who = events.person(visit.person.name, visit.address)
+        study = AuditStudy(job.study_instance_uid, classes)
+        trail.record(events.instances_accessed([study], _patient(visit.node.store, job), who, action))

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -76,8 +77,11 @@ class UserFile:
         self._path = path
         self._hasher = PasswordHasher()
         self._places = threading.BoundedSemaphore(_AT_ONCE)
+
+    @cached_property
+    def _nobody(self) -> str:
         # an unknown name takes as long as a wrong password: names can't be told by the clock
-        self._nobody = self._hasher.hash(os.urandom(16).hex())
+        return self._hasher.hash(os.urandom(16).hex())
 
     def users(self) -> dict[str, User]:
         """All users by name.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import datetime, timedelta
 
 from osteo_daemon.archive.store import VoiArchive
 from osteo_daemon.audit.events import process
 from osteo_daemon.audit.message import AuditMessage
-from osteo_daemon.domain.job import JobState
+from osteo_daemon.domain.job import FINISHED, JobState
 from osteo_daemon.errors import ConfigurationError
 from osteo_daemon.handling import deletion_of, tell
 from osteo_daemon.jobs.spool import Spool
@@ -56,8 +56,11 @@ class RetentionSweep:
         """
         keep, now = self._settings.retention, self._trusted_now()
         done = {"interrupted": self._finish_what_was_begun()}
-        if keep.images_days:
-            done["images"] = self._purge(now - timedelta(days=keep.images_days), images=True)
+        excluded_days = keep.images_days if keep.excluded_days is None else keep.excluded_days
+        done["images"] = 0
+        for days, state in ((keep.images_days, JobState.DELIVERED), (excluded_days, JobState.EXCLUDED)):
+            if days:
+                done["images"] += self._purge(now - timedelta(days=days), images=True, states={state})
         if keep.reports_days:
             done["reports"] = self._purge(now - timedelta(days=keep.reports_days), images=False)
         if keep.quarantine_days:
@@ -99,11 +102,11 @@ class RetentionSweep:
             tell(deletion)
         return len(unfinished)
 
-    def _purge(self, before: datetime, *, images: bool) -> int:
+    def _purge(self, before: datetime, *, images: bool, states: Collection[JobState] = FINISHED) -> int:
         kept, count = frozenset(self._settings.keep.sources), 0
         while count < _STUDIES_PER_SWEEP and not self._is_stopping():
             studies = (
-                self._jobs.purgeable_images(before, _PAGE, kept_sources=kept)
+                self._jobs.purgeable_images(before, _PAGE, states=states, kept_sources=kept)
                 if images
                 else self._jobs.purgeable_reports(before, _PAGE)
             )
@@ -115,6 +118,7 @@ class RetentionSweep:
                     before=before,
                     images=images,
                     reports=not images,
+                    states=states,
                     kept_sources=kept,
                 )
                 if purged:

@@ -46,14 +46,22 @@ _ROWS_PER_TRANSACTION = 1000
 class Retention(Database):
     """The scheduler's broom, and the operator's."""
 
-    def purgeable_images(self, before: datetime, limit: int = 100, *, kept_sources: Collection[str] = ()) -> list[str]:
-        """Studies DELIVERED or EXCLUDED before a moment whose images are still there, oldest first.
+    def purgeable_images(
+        self,
+        before: datetime,
+        limit: int = 100,
+        *,
+        states: Collection[JobState] = FINISHED,
+        kept_sources: Collection[str] = (),
+    ) -> list[str]:
+        """Studies that came into one of these finished states before a moment and whose images are still there.
 
+        The oldest first.
         Studies that came from ``kept_sources`` or that a sender was promised (`osteo_daemon.jobs.pledges`) are none.
         """
         promised = exists().where(CommittedStudyRow.study_instance_uid == JobRow.study_instance_uid)
         condition = JobRow.images_purged_at.is_(None) & ~promised & JobRow.source_ae.not_in(kept_sources)
-        return self._purgeable(condition, before, limit)
+        return self._purgeable(condition, before, limit, states)
 
     def purgeable_reports(self, before: datetime, limit: int = 100) -> list[str]:
         """Studies finished before a moment whose report objects are still there and are owed to nobody."""
@@ -75,16 +83,20 @@ class Retention(Database):
         before: datetime,
         images: bool,
         reports: bool,
+        states: Collection[JobState] = FINISHED,
         kept_sources: Collection[str] = (),
         who: str = "scheduler",
         now: datetime | None = None,
     ) -> bool:
-        """Remove files of a study that was finished before a moment; False when it no longer is so, or is kept."""
+        """Remove files of a study that came into one of these finished states before a moment.
+
+        False when it no longer is so, or is kept.
+        """
         now = now or utc_now()
         with self._writing() as connection:
             self._alone(connection, study_instance_uid)
             job = connection.execute(screening_job(study_instance_uid)).one_or_none()
-            if job is None or job.state not in FINISHED or job.changed_at >= before:
+            if job is None or job.state not in FINISHED.intersection(states) or job.changed_at >= before:
                 return False
             if images and (job.source_ae in kept_sources or is_committed(connection, study_instance_uid)):
                 return False
@@ -193,10 +205,12 @@ class Retention(Database):
             if count < _ROWS_PER_TRANSACTION:
                 return total
 
-    def _purgeable(self, condition: Any, before: datetime, limit: int) -> list[str]:
+    def _purgeable(
+        self, condition: Any, before: datetime, limit: int, states: Collection[JobState] = FINISHED
+    ) -> list[str]:
         found: list[str] = []
         with self._reading() as connection:
-            for state in sorted(FINISHED):
+            for state in sorted(FINISHED.intersection(states)):
                 query = (
                     select(JobRow.study_instance_uid)
                     .where(condition, JobRow.state == state, JobRow.changed_at < before)

@@ -35,6 +35,7 @@ class RetentionSettings(Section):
     """When files and rows of finished studies go; 0 days: never."""
 
     images_days: float = Field(default=30, ge=0)
+    excluded_days: float | None = Field(default=None, ge=0)
     reports_days: float = Field(default=0, ge=0)
     quarantine_days: float = Field(default=90, ge=0)
     events_days: float = Field(default=0, ge=0)

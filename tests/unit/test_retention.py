@@ -6,16 +6,21 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from sqlalchemy import update
 
 from osteo_daemon.domain.job import Job, JobState
 from osteo_daemon.domain.study import SopInstance
 from osteo_daemon.errors import IllegalTransition, LeaseLost, StoreUnavailable
 from osteo_daemon.jobs.records import DeliveryState, NewDelivery, RecordOutcome, ReportKind, ReportObject
+from osteo_daemon.jobs.schema import JobRow
 from osteo_daemon.jobs.spool import Spool, StoredFile
 from osteo_daemon.jobs.store import JobStore
+from osteo_daemon.retention_sweep import RetentionSweep
+from osteo_daemon.settings import Settings
 from tests.postgres import SHARED_MEMORY, Cluster
 from tests.stores import complete_quiet, new_sqlite
 from tests.unit.test_jobs_store import RESULT, at
@@ -101,6 +106,46 @@ def test_images_of_delivered_studies_go_after_their_time(store: JobStore, spool:
     assert [event.event for event in store.events(STUDY)].count("study_purged") == 2
     with pytest.raises(IllegalTransition, match="removed on 2026-01-01"):
         store.reprocess_study(STUDY, "operator", "again")
+
+
+@pytest.mark.parametrize(
+    ("images_days", "excluded_days", "left"),
+    [
+        (30, None, {"1.young", "2.young"}),
+        (30, 0, {"1.old", "1.young", "2.young"}),
+        (0, 30, {"1.young", "2.old", "2.young"}),
+        (0, None, {"1.old", "1.young", "2.old", "2.young"}),
+        (60, 5, {"2.old", "2.young"}),
+    ],
+)
+def test_each_finished_state_has_its_age(
+    spool: Spool, images_days: float, excluded_days: float | None, left: set[str]
+) -> None:
+    """Studies 1 were excluded, studies 2 delivered; the old ones forty days ago, the young ones ten."""
+    settings = Settings.model_validate(
+        {
+            "state_dir": spool.root.parent,
+            "destinations": [{"name": "pacs", "ae_title": "PACS", "host": "127.0.0.1", "port": 104}],
+            "retention": {"images_days": images_days}
+            | ({"excluded_days": excluded_days} if excluded_days is not None else {}),
+        }
+    )
+    store = new_sqlite(spool.root.parent)
+    now = datetime.now(UTC)
+    numbers = {"1.old": "1.1", "1.young": "1.2", "2.old": "2.1", "2.young": "2.2"}
+    for name, study in numbers.items():
+        if name.startswith("2"):
+            delivered(store, spool, 1, study)
+        else:
+            store.exclude(claimed(store, spool, 1, study), "no_ct_series", "none", RESULT, now=at(4))
+        age = timedelta(days=40 if name.endswith("old") else 10)
+        with store._writing() as connection:
+            connection.execute(update(JobRow).where(JobRow.study_instance_uid == study).values(changed_at=now - age))
+    RetentionSweep(settings, store, lambda: datetime.now(UTC), lambda: False).run()
+    assert {name for name, study in numbers.items() if spool.received_files(study)} == left
+    # by the store's own rule no caller can widen: unfinished states are none of a sweep's business
+    assert store.purgeable_images(now + timedelta(days=99), states=[JobState.FAILED, JobState.READY]) == []
+    store.close()
 
 
 def test_a_file_that_a_later_header_replaced_goes_too(store: JobStore, spool: Spool) -> None:

@@ -151,10 +151,16 @@ class Refusals:
 
     def _end_writer(self) -> None:
         with self._lock:
-            writer, self._writer = self._writer, None
-        if writer is not None:
-            self._alerts.put(None)
-            writer.join()
+            if self._writer is None and not self._alerts.empty():
+                self._start_writer()
+            writer = self._writer
+        if writer is None:
+            return
+        self._alerts.put(None)
+        writer.join()
+        # not before: a second writer would take the word that is meant for the first
+        with self._lock:
+            self._writer = None
 
     def _count(self, key: tuple[str, str, str], count: int) -> int:
         """How many of so many new ones get a line of their own."""
@@ -188,9 +194,12 @@ class Refusals:
     def _give(self, work: _Work) -> None:
         with self._lock:
             if self._writer is None:
-                self._writer = threading.Thread(target=self._write, name="refusals", daemon=True)
-                self._writer.start()
+                self._start_writer()
         self._alerts.put(work)
+
+    def _start_writer(self) -> None:
+        self._writer = threading.Thread(target=self._write, name="refusals", daemon=True)
+        self._writer.start()
 
     def _tell_left(self) -> None:
         with self._lock:

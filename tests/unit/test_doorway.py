@@ -18,6 +18,7 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
+from osteo_daemon.audit import trail
 from osteo_daemon.dicom import prompt_calls
 from osteo_daemon.dicom.doorway import Doorway, Turns
 from osteo_daemon.dicom.refusals import TOLD_ONE_BY_ONE, Refusals
@@ -398,6 +399,37 @@ def test_a_log_that_nobody_reads_holds_up_nobody_who_takes_connections() -> None
         reading.set()
         refusals.close()
         structlog.configure(processors=before)
+
+
+def test_an_end_in_the_middle_of_telling_ends_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer tells what was left for later, and the trail is to hear it, while the listener waits for its end."""
+    reading, reached = threading.Event(), threading.Event()
+    written: list[object] = []
+    monkeypatch.setattr(trail, "is_open", lambda: True)
+    monkeypatch.setattr(trail, "record", written.append)
+
+    def slow(*_arguments: object) -> str:
+        reached.set()
+        reading.wait(60)
+        raise structlog.DropEvent
+
+    before = structlog.get_config()["processors"]
+    structlog.configure(processors=[slow])
+    refusals = Refusals()
+    ending = threading.Thread(target=refusals.close, daemon=True)
+    try:
+        for number in range(3):
+            refusals.tell_later("connection_refused", address=f"192.0.2.{number}", reason="x")
+        assert reached.wait(30)
+        ending.start()
+        until(lambda: refusals._alerts.qsize())  # the word that it is to end
+        reading.set()
+        ending.join(30)
+        assert not ending.is_alive()
+    finally:
+        reading.set()
+        structlog.configure(processors=before)
+    assert len(written) == 3
 
 
 def test_what_is_told_later_stands_in_lines_and_sums() -> None:

@@ -63,6 +63,7 @@ class Timetable:
         self._last = {run.step: run.started_at for run in jobs.scheduler_runs()}
         self._ended = threading.Event()
         self._asking = threading.Lock()
+        self._ran_at = time.monotonic()
         self._steps: dict[str, _Step] = {}
         self._engine: Any = BackgroundScheduler(
             timezone="UTC",
@@ -107,6 +108,11 @@ class Timetable:
         """How far apart two runs of a step are."""
         return self._steps[name].seconds
 
+    @property
+    def silent_seconds(self) -> float:
+        """How long ago the last step was due and was looked at, by whoever leads or not."""
+        return time.monotonic() - self._ran_at
+
     def start(self) -> None:
         """Run the steps in threads of their own."""
         self._engine.start()
@@ -121,7 +127,7 @@ class Timetable:
     def announce(self) -> None:
         """Make every step visible before its first run."""
         for step in self._steps.values():
-            self._write(step, {"interval_seconds": step.seconds, "next_at": self._next_at(step)}, {})
+            self._write(step, {"interval_seconds": step.seconds, "next_at": self._next_at(step, datetime.now(UTC))}, {})
 
     def _add(self, step: _Step, trigger: Any, first: datetime, **options: Any) -> None:
         self._steps[step.name] = step
@@ -140,6 +146,7 @@ class Timetable:
                     job.modify(next_run_time=datetime.now(UTC))
 
     def _run(self, step: _Step) -> None:
+        self._ran_at = time.monotonic()
         if not self._leads():
             return
         started = datetime.now(UTC)
@@ -165,17 +172,22 @@ class Timetable:
             "outcome": outcome,
             "detail": detail or None,
         }
-        next_at = self._next_at(step)
+        next_at = self._next_at(step, now)
         if next_at is not None:  # not known any more when the scheduler stops: what was said before stays
             values["next_at"] = next_at
         if self._write(step, values, {"runs": step.runs, "failures": int(outcome != "done")}):
             step.runs, step.noted_at = 0, now
 
-    def _next_at(self, step: _Step) -> datetime | None:
+    def _next_at(self, step: _Step, now: datetime) -> datetime | None:
         with self._asking:
             # the engine waits for its steps under a lock that this question needs
             job = None if self._ended.is_set() else self._engine.get_job(step.name)
-        return None if job is None else job.next_run_time
+        if job is None:
+            return None
+        due: datetime | None = job.next_run_time
+        while due is not None and due <= now:
+            due = job.trigger.get_next_fire_time(due, now)  # what fell due while the step ran is passed over
+        return due
 
     def _write(self, step: _Step, values: dict[str, Any], more: dict[str, int]) -> bool:
         try:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from osteo_daemon.errors import ConfigurationError, SpoolFull
+from osteo_daemon.errors import ConfigurationError, SpoolFull, Transient
 from osteo_daemon.jobs.beside import Beside
 from osteo_daemon.jobs.incoming import Buffer, IncomingFile
 from osteo_daemon.jobs.room import give_up_reserve
@@ -76,6 +76,7 @@ class Spool:
 
         Raises:
             SpoolFull: no room; nothing is left behind.
+            Transient: retention removed the study's files at that moment.
             OSError: the disk failed.
         """
         return self._store(self._series_folder(study_instance_uid, series_instance_uid), sop_instance_uid, parts)
@@ -99,6 +100,7 @@ class Spool:
 
         Raises:
             SpoolFull: no room; nothing is left behind.
+            Transient: retention removed the study's files at that moment.
             OSError: the disk failed.
         """
         return self._keep(incoming, self._series_folder(study_instance_uid, series_instance_uid), sop_instance_uid)
@@ -108,6 +110,7 @@ class Spool:
 
         Raises:
             SpoolFull: no room; nothing is left behind.
+            Transient: retention removed the study's files at that moment.
             OSError: the disk failed.
         """
         folder, listed = self.root / "reports" / _fan_out(study_instance_uid), list(parts)
@@ -208,6 +211,13 @@ class Spool:
         return self._keep(incoming, folder, sop_instance_uid)
 
     def _keep(self, incoming: IncomingFile, folder: Path, sop_instance_uid: str) -> StoredFile:
+        try:
+            return self._name(incoming, folder, sop_instance_uid)
+        except FileNotFoundError as error:
+            # retention emptied and removed the folder, this file in it, before its name was on the disk
+            raise Transient("its study's files were being removed at that moment") from error
+
+    def _name(self, incoming: IncomingFile, folder: Path, sop_instance_uid: str) -> StoredFile:
         with _full_is_transient(incoming):
             sha256 = incoming.sha256
             path = folder / f"{_digest(sop_instance_uid)}-{sha256[:_CONTENT_LENGTH]}.dcm"

@@ -14,7 +14,7 @@ from sqlalchemy import update
 
 from osteo_daemon.domain.job import Job, JobState
 from osteo_daemon.domain.study import SopInstance
-from osteo_daemon.errors import IllegalTransition, LeaseLost, StoreUnavailable
+from osteo_daemon.errors import IllegalTransition, LeaseLost, StoreUnavailable, Transient
 from osteo_daemon.jobs.records import DeliveryState, NewDelivery, RecordOutcome, ReportKind, ReportObject
 from osteo_daemon.jobs.schema import JobRow
 from osteo_daemon.jobs.spool import Spool, StoredFile
@@ -260,15 +260,17 @@ def test_a_file_that_went_before_its_row_came_is_not_acknowledged(store: JobStor
 def test_arrivals_and_purges_at_once_lose_nothing_acknowledged(store: JobStore, spool: Spool) -> None:
     acknowledged: set[Path] = set()
     ended = threading.Event()
-    purges = 0
+    sent = purges = 0
 
     def send() -> None:
+        nonlocal sent
         try:
             for number in range(60):
-                with suppress(StoreUnavailable):
+                with suppress(Transient):  # not acknowledged: the sender sends it again
                     instance = write(spool, number % 5)
                     store.record_instance(instance, "CT1", now=at(0))
                     acknowledged.add(instance.path)
+                sent += 1
         finally:
             ended.set()
 
@@ -285,6 +287,7 @@ def test_arrivals_and_purges_at_once_lose_nothing_acknowledged(store: JobStore, 
     assert job is not None
     assert all(entry.path.exists() for entry in store.instances(job))
     assert purges > 0
+    assert sent == 60
     assert acknowledged
 
 

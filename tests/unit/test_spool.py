@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from osteo_daemon.errors import ConfigurationError, SpoolFull
-from osteo_daemon.jobs.spool import Spool
+from osteo_daemon.errors import ConfigurationError, SpoolFull, Transient
+from osteo_daemon.jobs import spool as module
+from osteo_daemon.jobs.spool import AREAS, Spool
 
 
 @pytest.fixture
@@ -137,6 +138,30 @@ def test_a_taken_name_is_replaced_by_durable_bytes_only(spool: Spool, monkeypatc
     assert spool.store_instance("1.2", "1.2.3", "1.2.3.4", [b"a"]) == first
     assert order == ["fsync of the file", "rename", "fsync of the folder"]
     assert first.path.read_bytes() == b"a"
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_file_that_is_removed_before_its_name_is_on_the_disk_may_be_sent_again(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    """Retention in the very moment between a file's naming and the sync of its folder."""
+    first = spool.store_instance("1.2", "1.2.3", "1.2.3.4", [b"a"]) if taken else None
+    honest = module.sync_folder
+
+    def sync_after_a_purge(folder: Path) -> None:
+        if folder.name not in AREAS and spool.received_files("1.2"):
+            spool.remove(spool.received_files("1.2"))
+            spool.prune("1.2")
+        honest(folder)
+
+    monkeypatch.setattr(module, "sync_folder", sync_after_a_purge)
+    with pytest.raises(Transient, match="removed at that moment"):
+        spool.store_instance("1.2", "1.2.3", "1.2.3.4", [b"a"])
+    monkeypatch.undo()
+    assert not [path for path in spool.root.rglob("*") if path.is_file()]
+    stored = spool.store_instance("1.2", "1.2.3", "1.2.3.4", [b"a"])
+    assert stored.path.read_bytes() == b"a"
+    assert first is None or stored == first
 
 
 def test_a_failed_sync_gives_up_its_own_file_and_no_other(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,24 @@ def test_a_step_never_runs_beside_itself_and_its_end_is_awaited(store: JobStore)
     assert row(store, "slow").detail == "whole"  # the end of a step that runs is noted, not cut off
 
 
+def test_the_next_run_that_is_shown_is_to_come(store: JobStore) -> None:
+    """Also when the engine has not come to it yet: it was due again while the step ran."""
+
+    def act() -> str:
+        table._engine.pause()  # as if this thread had all of the processor
+        time.sleep(0.25)
+        return "done"
+
+    table = Timetable(store, lambda: True)
+    table.every(0.1, "step", act)
+    table.start()
+    (found,) = until(store.scheduler_runs)
+    table.stop()
+    assert found.ended_at is not None
+    assert found.next_at is not None
+    assert found.ended_at < found.next_at <= found.ended_at + timedelta(seconds=0.2)
+
+
 @pytest.mark.parametrize(("error", "outcome"), [(SpoolFull("no room"), "SpoolFull"), (ValueError("x"), "ValueError")])
 def test_a_step_that_fails_is_seen_and_comes_again(store: JobStore, error: Exception, outcome: str) -> None:
     def act() -> str:

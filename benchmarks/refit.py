@@ -40,8 +40,10 @@ from train.loop import load_run
 from train.refit_card import MODELS
 from train.replay import PATIENTS, Replay, find_replay, load_network, render_replay
 from train.shrink import SPACING_MM, shrink_cohort
+from train.site_config import FitConfig
 from train.site_data import as_known_at_site
-from train.site_fit import FitConfig, FitStore, Pool, fit_procedure, network_with, raw_of, say
+from train.site_fit import FitStore, fit_procedure
+from train.site_pool import Pool, network_with, raw_of, say
 from train.truth import PATIENT_ERROR, READING_SD_G_CM2, diagnosis, t_score
 from train.verdict import compare, decide
 

@@ -1,4 +1,4 @@
-"""From a finished run to a bundle: weights, configuration, calibration, model card.
+"""From a finished run to a bundle: weights, configuration, calibration, model card, and what a refit rehearses.
 
     python -m train.export --run runs/multitask --out model_zoo/osteo-moe --version 0.1.0
 
@@ -21,6 +21,7 @@ from train.evaluate import evaluate_run
 from train.loop import load_run
 from train.model_card import model_card
 from train.outliers import bundle_parts, fit_outliers
+from train.replay import REPLAY_NAME, replay_of_cohort
 
 NAME: Final = "osteo-moe"
 
@@ -46,10 +47,12 @@ def export_run(folder: Path, target: Path, version: str, licence: str, repeats: 
     evaluation = json.loads(evaluation_file.read_text()) if evaluation_file.exists() else evaluate_run(folder, repeats)
     run = load_run(folder)
     summary = json.loads((folder / "summary.json").read_text())
-    cohort = open_set(Path(run.settings["data"])).config
+    data = open_set(Path(run.settings["data"]))
+    cohort = data.config
     config = run.network.config
     spec = VoiSpec(config.voi_shape, config.voi_spacing_mm)
-    outlier_numbers, outlier_files = bundle_parts(fit_outliers(run.network, open_set(Path(run.settings["data"]))))
+    outlier_numbers, outlier_files = bundle_parts(fit_outliers(run.network, data))
+    rehearsal = replay_of_cohort(run.network, data, run.devices)
     return write_bundle(
         target,
         name=NAME,
@@ -76,7 +79,11 @@ def export_run(folder: Path, target: Path, version: str, licence: str, repeats: 
         weights=run.network.state_dict(),
         model_card=model_card(f"{NAME} {version}", config, run.settings, summary, cohort, evaluation, run.epoch),
         licence=licence,
-        extra_files={"docs/evaluation.json": (json.dumps(evaluation, indent=1) + "\n").encode(), **outlier_files},
+        extra_files={
+            "docs/evaluation.json": (json.dumps(evaluation, indent=1) + "\n").encode(),
+            REPLAY_NAME: rehearsal.to_bytes(),
+            **outlier_files,
+        },
     )
 
 

@@ -22,108 +22,34 @@ import json
 import re
 import shutil
 import sys
-import time
 from dataclasses import asdict, replace
 from hashlib import sha256
-from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from osteo_daemon.errors import ConfigurationError, OsteoError, RefitRefused
-from osteo_daemon.inference.bundle import ModelBundle, read_bundle, write_bundle
+from osteo_daemon.inference.bundle import ModelBundle, read_bundle
 from osteo_daemon.network.config import BmdScale, Calibration, MoEConfig
-from osteo_daemon.network.moe import gate_entropy
 from osteo_daemon.network.multitask import MultitaskMoE
-from osteo_daemon.network.outlier import OUTLIERS_KEY, OUTLIERS_NAME, OutlierModel
-from train.competitors import affine, core_hu, hu_line
+from train.candidate import lineage_of, outliers_of, write_candidate
+from train.competitors import affine
+from train.crossfit import cross_fitted, judge
 from train.data import VoiSet, open_set
-from train.evaluate import judged_of
 from train.features import kept_features
-from train.judging import Judged, subgroups
-from train.outliers import bundle_parts
-from train.refit_card import plot, refit_card
-from train.replay import REPLAY_NAME, Replay, devices_of, find_replay, load_network
-from train.site_data import Index, SiteData, accept, check_against_parent, deal, digest_of_set
-from train.site_fit import FitConfig, FitStore, Fitted, Pool, fit_procedure, network_with, raw_of, say
-from train.verdict import Decision, as_json, as_text, compare, decide, document, in_subgroups, refusal
+from train.refit_card import plot
+from train.refit_progress import Progress
+from train.replay import devices_of, find_replay, load_network
+from train.site_config import FitConfig
+from train.site_data import SiteData, accept, check_against_parent, digest_of_set
+from train.site_fit import FitStore, fit_procedure
+from train.site_pool import Pool, network_with, raw_of
+from train.verdict import as_json, as_text, document, refusal
 
 SITE_PATTERN: Final = r"[a-z0-9][a-z0-9-]{0,31}"
-VERDICT_NAME: Final = "docs/verdict.json"
-"""File of a candidate bundle: nothing is promoted without it."""
 EXIT_REFUSED: Final = 3
-_HALF: Final = np.full(2, 0.5)
-_WRITTEN_BY_BUNDLE: Final = (
-    "schema",
-    "osteo_schema",
-    "name",
-    "version",
-    "status",
-    "monai_version",
-    "pytorch_version",
-    "numpy_version",
-    "required_packages_version",
-    "optional_packages_version",
-)
-_PAIRS: Final = (("refit", "parent"), ("affine", "parent"), ("refit", "affine"), ("refit", "hu_line"))
-
-
-class Progress:
-    """A bar on the terminal and ``progress.json`` for who started the refit.
-
-    Args:
-        path: of that file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._stage, self._total, self._done, self._since = "", 1, 0, time.monotonic()
-        self._bar: Any = None
-
-    def begin(self, stage: str, total: int) -> None:
-        """A new stage of so many steps."""
-        self.close()
-        self._stage, self._total, self._done, self._since = stage, max(1, total), 0, time.monotonic()
-        self._bar = tqdm(total=total, desc=stage, mininterval=1.0)
-        self._write()
-
-    def __call__(self, steps: int) -> None:
-        self._done += steps
-        if self._bar is not None:
-            self._bar.update(steps)
-        self._write()
-
-    def close(self) -> None:
-        """End the bar."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def _write(self) -> None:
-        left = None
-        if self._done:
-            left = round((time.monotonic() - self._since) / self._done * max(0, self._total - self._done), 1)
-        values = {"stage": self._stage, "done": self._done, "total": self._total, "seconds_left": left}
-        temporary = self._path.with_suffix(".part")
-        temporary.write_text(json.dumps(values))
-        temporary.replace(self._path)
-
-
-def lineage_of(
-    parent: ModelBundle, data_sha256: str, replay_sha256: str, site: str, config: FitConfig
-) -> dict[str, Any]:
-    """Parent, data and code: what the candidate follows from."""
-    return {
-        "parent": {"name": parent.name, "version": parent.version, "sha256": parent.sha256},
-        "site": site,
-        "data_sha256": data_sha256,
-        "replay_sha256": replay_sha256,
-        "code_version": installed_version("osteo-daemon"),
-        "seed": config.seed,
-    }
 
 
 def refit(
@@ -187,12 +113,12 @@ def refit(
     )
     progress.begin("fits", config.fits)
     store = FitStore(work / "fits", progress)
-    models = _cross_fitted(pool, site, calibration, BmdScale.from_json(parent.inference["bmd_scale"]), config, store)
+    models = cross_fitted(pool, site, calibration, BmdScale.from_json(parent.inference["bmd_scale"]), config, store)
     everyone = np.arange(len(site.index))
     fitted = fit_procedure(pool, everyone, config, store, "all", 100)
     recalibrated = affine(raw, site.target, site.data)
     progress.begin("verdict", 1)
-    figures, decision = _judge(
+    figures, decision = judge(
         pool, site, models, held, fitted, recalibrated, calibration, config, (*site.notes, *notes)
     )
     picture = plot(models, site.target, site.classes)
@@ -201,10 +127,8 @@ def refit(
         bundles["refit"] = (network_with(pool, fitted.moved), fitted.calibration)
     for kind, (made, calibrated) in bundles.items():
         verdict = document(decision, "refit" if kind == "refit" else "affine", lineage, figures)
-        outliers = _outliers(parent, made, pool, held) if kind == "refit" else None
-        _write_candidate(
-            out / kind, parent, made, calibrated, verdict, registered, picture, rehearsal, outliers, fitted
-        )
+        outliers = outliers_of(parent, made, pool, held) if kind == "refit" else None
+        write_candidate(out / kind, parent, made, calibrated, verdict, registered, picture, rehearsal, outliers)
     progress(1)
     progress.close()
     verdict = document(decision, "refit", lineage, {**figures, "bundles": sorted(bundles)})
@@ -265,157 +189,6 @@ def _experts(
         copied.append(base.index(device) if device in base else None)
         registered.append({"expert": found[device], "site": site_name, "device": device})
     return found, tuple(copied), registered
-
-
-def _cross_fitted(
-    pool: Pool, site: SiteData, calibration: Calibration, scale: BmdScale, config: FitConfig, store: FitStore
-) -> dict[str, Judged]:
-    """What every model says of each patient when it has not seen that patient, in the order of ``site.index``."""
-    folds = deal(pool.patients, site.classes, config.outer_folds, config.seed)
-    levels = [row.level for row in site.rows]
-    hu = core_hu(pool.parent, pool.features)
-    parts: dict[str, list[Judged]] = {"parent": [], "refit": [], "affine": [], "hu_line": []}
-    order = []
-    for fold in range(config.outer_folds):
-        seen, unseen = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
-        order.append(unseen)
-        before, raw = say(pool.parent, pool, seen), say(pool.parent, pool, unseen)
-        parts["parent"].append(judged_of(raw, calibration, _HALF))
-        parts["affine"].append(judged_of(raw, affine(before, site.target[seen], pool.data), _HALF))
-        parts["hu_line"].append(hu_line(hu, levels, site.target, site.classes, seen, unseen, scale, site.index))
-        fitted = fit_procedure(pool, seen, config, store, f"fold{fold}", fold)
-        parts["refit"].append(judged_of(say(network_with(pool, fitted.moved), pool, unseen), fitted.calibration, _HALF))
-    back = np.argsort(np.concatenate(order))
-    return {name: _in_order(several, back) for name, several in parts.items()}
-
-
-def _in_order(parts: list[Judged], order: Index) -> Judged:
-    def whole(name: str) -> Any:
-        return np.concatenate([getattr(part, name) for part in parts])[order]
-
-    return Judged(whole("index"), whole("probability"), whole("bmd"), whole("half"), whole("level"), _HALF)
-
-
-def _judge(
-    pool: Pool,
-    site: SiteData,
-    models: dict[str, Judged],
-    held: Replay,
-    fitted: Fitted,
-    recalibrated: Calibration,
-    calibration: Calibration,
-    config: FitConfig,
-    notes: tuple[str, ...],
-) -> tuple[dict[str, Any], Decision]:
-    folds = deal(pool.patients, site.classes, config.outer_folds, config.seed)
-    at_site = compare(models, site.target, site.classes, site.patients, _PAIRS, config.repeats, folds)
-    measured = held.take(torch.isfinite(held.sbmd).nonzero().squeeze(1))
-    rows = np.arange(len(measured))
-    before = raw_of(pool.parent, measured.features, rows)
-    elsewhere = {
-        "parent": judged_of(before, calibration, _HALF),
-        "refit": judged_of(
-            raw_of(network_with(pool, fitted.moved), measured.features, rows), fitted.calibration, _HALF
-        ),
-        "affine": judged_of(before, recalibrated, _HALF),
-    }
-    truth = measured.sbmd.double().numpy()
-    classes, names = measured.diagnosis.numpy(), np.array([str(n) for n in measured.patient.tolist()])
-    others = compare(elsewhere, truth, classes, names, _PAIRS[:2], config.repeats)
-    by_device = {f"device {d}": np.flatnonzero(measured.device.numpy() == d) for d in measured.device.unique().tolist()}
-    groups = _groups(site)
-    figures = {
-        "site": at_site,
-        "others": others,
-        "others_by_device": in_subgroups(elsewhere, truth, classes, names, by_device, config.repeats // 4),
-        "subgroups": in_subgroups(models, site.target, site.classes, site.patients, groups, config.repeats // 4),
-        "devices": list(site.devices),
-        "strength": fitted.strength,
-        "outer_folds": config.outer_folds,
-    }
-    return figures, decide(at_site, others, notes)
-
-
-def _groups(site: SiteData) -> dict[str, Index]:
-    """Subgroups, each level one of them; who has no age or sex belongs to no group of it."""
-    ages = np.array([row.age_years for row in site.rows])
-    found = {
-        name: chosen[ages[chosen] >= 0] if name.startswith("age ") else chosen
-        for name, chosen in subgroups(site.rows).items()
-        if name != "sex "
-    }
-    levels = np.array([row.level for row in site.rows])
-    return {**found, **{f"level {name}": np.flatnonzero(levels == name) for name in np.unique(levels)}}
-
-
-def _outliers(parent: ModelBundle, network: MultitaskMoE, pool: Pool, held: Replay) -> OutlierModel | None:
-    """The parent's, with limits that the site's own vertebrae and changed gates stay within as others do."""
-    if OUTLIERS_KEY not in parent.inference:
-        return None
-    tensors = parent.load_tensors(OUTLIERS_NAME)
-    model = OutlierModel.from_parts(parent.inference[OUTLIERS_KEY], tensors, network.encoded_width)
-    distances, entropies = [], []
-    for features in (pool.features, held.features):
-        with torch.inference_mode():
-            out = network.decide(features.encoded(network), features.level)
-        distances.append(float(torch.quantile(model.distance(out.encoded), model.quantile)))
-        entropies.append(float(torch.quantile(gate_entropy(out.gate_weights.mean(1)).double(), model.quantile)))
-    return replace(
-        model,
-        distance_limit=max(model.distance_limit, *distances),
-        entropy_limit=max(entropies),
-        limits_from=len(pool.features) + len(held),
-    )
-
-
-def _write_candidate(
-    path: Path,
-    parent: ModelBundle,
-    network: MultitaskMoE,
-    calibration: Calibration,
-    verdict: dict[str, Any],
-    registered: list[dict[str, Any]],
-    picture: bytes,
-    rehearsal: bytes,
-    outliers: OutlierModel | None,
-    fitted: Fitted,
-) -> None:
-    """Write one candidate with everything that the parent carries."""
-    kind: Literal["refit", "affine"] = verdict["candidate"]
-    lineage = verdict["lineage"]
-    base = parent.version.split("+")[0]
-    version = f"{base}+{lineage['site']}.{kind}.{sha256(json.dumps(lineage, sort_keys=True).encode()).hexdigest()[:8]}"
-    metadata = {key: value for key, value in parent.metadata.items() if key not in _WRITTEN_BY_BUNDLE}
-    metadata["changelog"] = {
-        **metadata.get("changelog", {}),
-        version: f"{'refitted' if kind == 'refit' else 'recalibrated'} for the site {lineage['site']}",
-    }
-    metadata["data_source"] = f"{metadata.get('data_source', '')}; labelled vertebrae of the site {lineage['site']}"
-    metadata["lineage"] = lineage
-    inference = {**parent.inference, "calibration": calibration.to_json()}
-    files = {VERDICT_NAME: as_json(verdict), "docs/refit.png": picture, REPLAY_NAME: rehearsal}
-    for name in parent.files:
-        if name.startswith("models/") and name not in ("models/model.safetensors", REPLAY_NAME):
-            files[name] = (parent.path / name).read_bytes()
-    if kind == "refit":
-        inference["training"] = {**parent.inference.get("training", {}), "site_experts": registered}
-        if outliers is not None:
-            numbers, tensors = bundle_parts(outliers)
-            inference |= numbers
-            files |= tensors
-    write_bundle(
-        path,
-        name=parent.name,
-        version=version,
-        status="investigational",
-        metadata=metadata,
-        network=network.config.to_json(),
-        inference=inference,
-        weights=network.state_dict(),
-        model_card=refit_card(parent.name, version, verdict),
-        licence=(parent.path / "LICENSE").read_text(),
-        extra_files=files,
-    )
 
 
 def main() -> None:

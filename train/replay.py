@@ -3,8 +3,9 @@
     python -m train.replay --parent model_zoo/osteo-moe --out runs/replay.safetensors --patients 96
 
 renders virtual patients that nobody trained on, runs the parent's encoder over them and keeps the features with the
-truth. A bundle may carry the file (`REPLAY_NAME`); since a refit leaves the encoder as it is, the file stays right for
-every later generation. There is no patient in it (docs/decisions/0010-site-refit.md).
+truth. A bundle carries the file (`REPLAY_NAME`): `train.export` makes it of the cohort's test patients, whom nobody
+trained on either, without rendering any. Since a refit leaves the encoder as it is, the file stays right for every
+later generation. There is no patient in it (docs/decisions/0010-site-refit.md).
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from osteo_daemon.network.config import MoEConfig
 from osteo_daemon.network.multitask import MultitaskMoE
 from train.cohort import CohortConfig, make_cohort
 from train.data import VoiSet, open_set
-from train.features import Features, encode_rows
+from train.features import Features, Index, encode_rows
 from train.shrink import SPACING_MM, shrink_cohort
 
 REPLAY_NAME: Final = "models/replay.safetensors"
-"""File of a bundle; one without it is refitted with a file made by this module."""
+"""File of a bundle; an older one without it is refitted with a file made by this module."""
 PATIENTS: Final = 96
 SEED: Final = 20911
 """Of the virtual patients: another one than any cohort's that networks were trained on."""
@@ -105,16 +106,28 @@ class Replay:
         return found
 
 
-def replay_of(network: MultitaskMoE, data: VoiSet, devices: list[str], torch_device: torch.device) -> Replay:
-    """All vertebrae of a virtual cohort as a replay set."""
-    patients = {name: number for number, name in enumerate(dict.fromkeys(row.patient for row in data.rows))}
+def replay_of(
+    network: MultitaskMoE, data: VoiSet, devices: list[str], torch_device: torch.device, index: Index | None = None
+) -> Replay:
+    """Vertebrae of a virtual cohort as a replay set: the rows ``index``, or all."""
+    chosen = np.arange(len(data.rows)) if index is None else index
+    rows = [data.rows[i] for i in chosen]
+    patients = {name: number for number, name in enumerate(dict.fromkeys(row.patient for row in rows))}
     return Replay(
-        encode_rows(network, data, np.arange(len(data.rows)), torch_device),
-        torch.tensor([patients[row.patient] for row in data.rows]),
-        torch.tensor([devices.index(row.device) if row.device in devices else -1 for row in data.rows]),
-        torch.tensor([float("nan") if row.sbmd_g_cm2 is None else row.sbmd_g_cm2 for row in data.rows]),
-        torch.tensor([row.true_diagnosis for row in data.rows]),
+        encode_rows(network, data, chosen, torch_device),
+        torch.tensor([patients[row.patient] for row in rows]),
+        torch.tensor([devices.index(row.device) if row.device in devices else -1 for row in rows]),
+        torch.tensor([float("nan") if row.sbmd_g_cm2 is None else row.sbmd_g_cm2 for row in rows]),
+        torch.tensor([row.true_diagnosis for row in rows]),
     )
+
+
+def replay_of_cohort(network: MultitaskMoE, data: VoiSet, devices: list[str], patients: int = PATIENTS) -> Replay:
+    """The first so many test patients of the cohort that the network was trained on, encoded on the CPU."""
+    names = dict.fromkeys(row.patient for row in data.rows if row.part == "test")
+    chosen = set(list(names)[:patients])
+    index = np.array([i for i, row in enumerate(data.rows) if row.patient in chosen], dtype=np.int64)
+    return replay_of(network, data, devices, torch.device("cpu"), index)
 
 
 def load_network(bundle: ModelBundle) -> MultitaskMoE:

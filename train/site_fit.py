@@ -23,98 +23,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from osteo_daemon.network.config import CLASSES, Calibration
-from osteo_daemon.network.multitask import UNKNOWN_LEVEL, MoEOutput, MultitaskMoE
 from train.calibrate import fit_calibration
-from train.data import VoiSet
 from train.evaluate import Raw, judged_of
-from train.features import Features
 from train.judging import Vec, operating_points
-from train.losses import bmd_loss, diagnosis_loss
 from train.optim import learning_rate_at
-from train.replay import Replay
+from train.site_config import FitConfig
 from train.site_data import Index, deal
 from train.site_experts import grown, pull_share, trained_parameters
+from train.site_loss import parent_says, replay_loss, site_loss
+from train.site_pool import Pool, joined, network_with, say, widened
 
 _CLIP: Final = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class FitConfig:
-    """How to fit.
-
-    Attributes:
-        strengths: of the pull to the parent, strongest first; infinity leaves the parent as it is.
-        steps: of each fit.
-        batch_size: vertebrae of the site in a step, and as many of the replay set.
-        learning_rate: peak of Adam's.
-        replay: weight of the replay set.
-        gate: weight of the gate's supervision.
-        level: weight of the level task.
-        hide_level: share of samples whose level is withheld.
-        outer_folds: for the verdict.
-        inner_folds: for the strength and the calibration.
-        repeats: of the bootstrap behind the verdict's intervals; a quarter of it in subgroups.
-        seed: of everything random.
-    """
-
-    strengths: tuple[float, ...] = (math.inf, 1.0, 0.1, 0.01)
-    steps: int = 150
-    batch_size: int = 64
-    learning_rate: float = 5e-3
-    replay: float = 2.0
-    gate: float = 1.0
-    level: float = 0.25
-    hide_level: float = 0.15
-    outer_folds: int = 5
-    inner_folds: int = 3
-    repeats: int = 500
-    seed: int = 0
-
-    @property
-    def fits(self) -> int:
-        """Fits of a whole refit, for the progress bar."""
-        strengths = sum(math.isfinite(s) for s in self.strengths)
-        return (self.outer_folds + 1) * (self.inner_folds * strengths + 1)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Pool:
-    """Everything that a fit works on.
-
-    Attributes:
-        parent: the deployed network.
-        copied: for each expert of the site that is appended, the parent's expert to begin from, or None.
-        expert_of: (N,) long, the expert that stands for each labelled vertebra's densitometer, -1 for none.
-        features: (N,) labelled vertebrae.
-        target: (N,) readings in g/cm2.
-        classes: (N,) their classes.
-        patients: (N,) pseudonyms.
-        rehearsed: the replay set to learn from.
-        fits_classes: the diagnosis head may move.
-        data, index: the rows behind the features.
-    """
-
-    parent: MultitaskMoE
-    copied: tuple[int | None, ...]
-    expert_of: Tensor
-    features: Features
-    target: Tensor
-    classes: Tensor
-    patients: np.ndarray[tuple[int], np.dtype[np.str_]]
-    rehearsed: Replay
-    fits_classes: bool
-    data: VoiSet
-    index: Index
-
-    @property
-    def grain(self) -> Tensor:
-        """Noise and sharpness of the site's vertebrae and of others, by which the gates' channel is standardised."""
-        return torch.cat([self.features.grain, self.rehearsed.features.grain])
-
-    @property
-    def site_experts(self) -> list[int]:
-        """Experts of the grown network that are the site's, in ascending order."""
-        return sorted({int(e) for e in self.expert_of.unique() if e >= 0})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,15 +70,6 @@ class FitStore:
         return dict(load_file(path))
 
 
-def network_with(pool: Pool, moved: dict[str, Tensor]) -> MultitaskMoE:
-    """The grown network with fitted weights; the parent itself when nothing was moved."""
-    if not moved:
-        return pool.parent
-    network = grown(pool.parent, pool.copied, pool.grain)
-    network.load_state_dict({**network.state_dict(), **moved})
-    return network.eval()
-
-
 def fit(pool: Pool, chosen: Index, strength: float, config: FitConfig, seed: Sequence[int]) -> dict[str, Tensor]:
     """Fit on the chosen vertebrae; gives the moved weights by name.
 
@@ -180,7 +90,7 @@ def fit(pool: Pool, chosen: Index, strength: float, config: FitConfig, seed: Seq
     start = {name: value.detach().clone() for name, value in moved.items()}
     shares = {name: pull_share(name, pool.site_experts) for name in moved}
     share = {name: value for name, value in shares.items() if value > 0}
-    said = _parent_says(pool)
+    said = parent_says(pool)
     optimiser = torch.optim.Adam(moved.values(), lr=config.learning_rate)
     classes = pool.classes[torch.as_tensor(chosen)]
     prior = torch.bincount(classes, minlength=len(CLASSES)).float() / len(classes)
@@ -190,8 +100,8 @@ def fit(pool: Pool, chosen: Index, strength: float, config: FitConfig, seed: Seq
             group["lr"] = learning_rate_at(step, config.steps, config.learning_rate, max(1, config.steps // 20))
         own = rng.choice(chosen, min(config.batch_size, len(chosen)), replace=False)
         old = rng.choice(len(pool.rehearsed), min(config.batch_size, len(pool.rehearsed)), replace=False)
-        loss = _site_loss(network, pool, own, prior, config, rng)
-        loss = loss + config.replay * _replay_loss(network, pool, old, said, config, rng)
+        loss = site_loss(network, pool, own, prior, config, rng)
+        loss = loss + config.replay * replay_loss(network, pool, old, said, config, rng)
         pull = torch.stack([share[name] * (moved[name] - start[name]).square().sum() for name in share]).sum()
         loss = loss + strength * pull
         optimiser.zero_grad(set_to_none=True)
@@ -199,92 +109,6 @@ def fit(pool: Pool, chosen: Index, strength: float, config: FitConfig, seed: Seq
         torch.nn.utils.clip_grad_norm_(moved.values(), _CLIP)
         optimiser.step()
     return {name: value.detach().clone() for name, value in moved.items()}
-
-
-def _parent_says(pool: Pool) -> MoEOutput:
-    with torch.no_grad():
-        return pool.parent.decide(pool.rehearsed.features.encoded(pool.parent), pool.rehearsed.features.level)
-
-
-def _hidden(level: Tensor, share: float, rng: np.random.Generator) -> Tensor:
-    hide = torch.from_numpy(rng.random(len(level)) < share)
-    return torch.where(hide, torch.full_like(level, UNKNOWN_LEVEL), level)
-
-
-def _site_loss(
-    network: MultitaskMoE, pool: Pool, chosen: Index, prior: Tensor, config: FitConfig, rng: np.random.Generator
-) -> Tensor:
-    where = torch.as_tensor(chosen)
-    features = pool.features.take(where)
-    out = network.decide(features.encoded(network), _hidden(features.level, config.hide_level, rng))
-    loss = bmd_loss(out.bmd, out.bmd_log_variance, pool.target[where], network.config.bmd_scale_g_cm2, 0.5)
-    loss = loss + config.level * functional.cross_entropy(out.level_logits, features.level)
-    if pool.fits_classes:
-        loss = loss + diagnosis_loss(out.class_logits, pool.classes[where], prior, 0.0)
-    experts = pool.expert_of[where]
-    known = experts >= 0
-    if bool(known.any()):
-        gates = out.gate_logits[known]
-        wanted = experts[known, None].expand(-1, gates.shape[1])
-        loss = loss + config.gate * functional.cross_entropy(gates.flatten(0, 1), wanted.flatten())
-    return loss
-
-
-def _replay_loss(
-    network: MultitaskMoE, pool: Pool, chosen: Index, said: MoEOutput, config: FitConfig, rng: np.random.Generator
-) -> Tensor:
-    """What the parent said, said again; levels withheld on both sides alike would need the parent twice, so they
-    are given."""
-    where = torch.as_tensor(chosen)
-    features = pool.rehearsed.features.take(where)
-    out = network.decide(features.encoded(network), features.level)
-    scale = network.config.bmd_scale_g_cm2
-    loss = ((out.bmd - said.bmd[where]) / scale).square().mean()
-    loss = loss + 0.1 * (out.bmd_log_variance - said.bmd_log_variance[where]).square().mean()
-    loss = loss + _kept_probability(out.class_logits, said.class_logits[where])
-    wanted = said.level_logits[where].softmax(1)
-    loss = loss + config.level * _divergence(out.level_logits, wanted)
-    # the parent's own gate, and nothing for experts that it had not
-    gate = functional.pad(said.gate_logits[where].softmax(-1), (0, len(pool.copied)))
-    return loss + config.gate * _divergence(out.gate_logits, gate)
-
-
-def _kept_probability(logits: Tensor, said: Tensor) -> Tensor:
-    if logits.shape[1] == len(CLASSES):
-        return _divergence(logits, said.softmax(1))
-    wanted = said.sigmoid()
-    entropy = functional.binary_cross_entropy_with_logits(said, wanted)
-    return functional.binary_cross_entropy_with_logits(logits, wanted) - entropy
-
-
-def _divergence(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Kullback and Leibler's, mean over all but the last axis."""
-    return (torch.xlogy(wanted, wanted) - wanted * logits.log_softmax(-1)).sum(-1).mean()
-
-
-def say(network: MultitaskMoE, pool: Pool, chosen: Index) -> Raw:
-    """Uncalibrated output for places in the pool."""
-    features = pool.features.take(chosen)
-    return raw_of(network, features, pool.index[chosen])
-
-
-def raw_of(network: MultitaskMoE, features: Features, index: Index) -> Raw:
-    """Uncalibrated output for features, as arrays."""
-    with torch.inference_mode():
-        out = network.eval().decide(features.encoded(network), features.level)
-    return Raw(
-        index=index,
-        class_logits=out.class_logits.double().numpy(),
-        bmd=out.bmd.double().numpy(),
-        bmd_sd=(0.5 * out.bmd_log_variance).exp().double().numpy(),
-        level_logits=out.level_logits.double().numpy(),
-        gate_weights=out.gate_weights.mean(1).double().numpy(),
-    )
-
-
-def joined(parts: Sequence[Raw]) -> Raw:
-    """One after another."""
-    return Raw(*(np.concatenate([getattr(part, name) for part in parts]) for name in Raw.__dataclass_fields__))
 
 
 def scores(raw: Raw, target: Vec, classes: Tensor, scale: float, with_classes: bool) -> Vec:
@@ -335,7 +159,7 @@ def fit_procedure(pool: Pool, chosen: Index, config: FitConfig, store: FitStore,
             made: dict[str, Tensor] = {}
             if math.isfinite(strength):
                 made = store.get(f"{name}-{place}-{fold}", partial(fit, pool, rows, strength, config, key))
-            parts.append(_widened(say(network_with(pool, made), pool, chosen[folds == fold]), pool))
+            parts.append(widened(say(network_with(pool, made), pool, chosen[folds == fold]), pool))
         out_of_fold[strength] = joined(parts)
     scale = pool.parent.config.bmd_scale_g_cm2
     strength = choose_strength(
@@ -351,10 +175,3 @@ def fit_procedure(pool: Pool, chosen: Index, config: FitConfig, store: FitStore,
     else:
         moved = {}
     return Fitted(moved, strength, calibration, operating)
-
-
-def _widened(raw: Raw, pool: Pool) -> Raw:
-    """Gate weights of the parent with nothing for the site's experts, so that all have one width."""
-    missing = pool.parent.config.expert_count + len(pool.copied) - raw.gate_weights.shape[1]
-    padded = np.pad(raw.gate_weights, ((0, 0), (0, missing)))
-    return Raw(raw.index, raw.class_logits, raw.bmd, raw.bmd_sd, raw.level_logits, padded)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import osteo_daemon.refitter
+import train.candidate
 import train.refit
 import train.replay
 from osteo_daemon.errors import ConfigurationError, RefitRefused
@@ -28,9 +29,10 @@ from train.data import VoiRow, VoiSet
 from train.features import Features
 from train.refit import refit
 from train.replay import Replay, load_network
+from train.site_config import FitConfig
 from train.site_data import accept, deal
 from train.site_experts import grown
-from train.site_fit import FitConfig, FitStore, choose_strength
+from train.site_fit import FitStore, choose_strength
 from train.verdict import MARGIN_G_CM2, auc_within, decide
 
 CPU = torch.device("cpu")
@@ -306,4 +308,4 @@ def test_a_refit_that_was_killed_ends_with_the_same_bytes(
 def test_who_starts_a_refit_and_who_computes_it_agree() -> None:
     assert osteo_daemon.refitter._REPLAY_NAME == train.replay.REPLAY_NAME
     assert osteo_daemon.refitter._EXIT_REFUSED == train.refit.EXIT_REFUSED
-    assert train.refit.VERDICT_NAME == VERDICT_NAME
+    assert train.candidate.VERDICT_NAME == VERDICT_NAME

@@ -28,6 +28,7 @@ from train.losses import LossWeights, balance_loss, bmd_loss, device_loss, diagn
 from train.metrics import auc, balanced_accuracy, cluster_bootstrap, expected_calibration_error, regression
 from train.multitask import run_training
 from train.optim import MovingAverage, learning_rate_at
+from train.replay import find_replay
 from train.splits import check_disjoint, part_of
 
 
@@ -317,6 +318,14 @@ def test_export_gives_a_bundle_that_predicts_what_training_saw(finished: Path, t
     assert network.scale.t_score(truth.REFERENCE_MEAN_G_CM2 + truth.LEVEL_OFFSET_G_CM2["L1"], "L1") == pytest.approx(
         0.0, abs=1e-3
     )
+    # what a refit rehearses travels along: vertebrae of patients that nobody trained on
+    rehearsal = find_replay(bundle, loaded, None)
+    tested = data.indices("test")
+    assert len(rehearsal) == len(tested) > 0
+    assert {data.rows[i].patient for i in tested}.isdisjoint(data.rows[i].patient for i in data.indices("train", "val"))
+    assert rehearsal.sbmd.tolist() == pytest.approx([data.rows[i].sbmd_g_cm2 for i in tested])
+    first, second = rehearsal.halves()
+    assert min(len(first), len(second)) > 0
 
 
 # --- the cohort -------------------------------------------------------------------------------------------------

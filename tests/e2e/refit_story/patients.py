@@ -39,6 +39,9 @@ _SPACING_MM: Final = 5.0
 _CORE_HALF_MM: Final = (9.0, 11.0, 15.0)
 """Half sides (caudal, posterior, left) of the block of a body that is made denser."""
 
+_REHEARSED: Final = ("L2", "L3")
+"""Enough levels for a replay set that only has to be there."""
+
 Readings = dict[str, dict[str, float]]
 """Patient ID and level to g/cm2 on the maker's scale."""
 
@@ -150,13 +153,15 @@ def write_replay(path: Path, archive: VoiArchive, parent: ModelBundle, readings:
     export_dataset(folder, archive=archive, labels=[], site="elsewhere", voi=voi, scale=scale, labelled_only=False)
     network = load_network(parent)
     data = open_set(folder)
-    rows = []
-    for row in data.rows:
+    rows, chosen = [], []
+    for index, row in enumerate(data.rows):
+        if row.level in _REHEARSED:
+            chosen.append(index)
         read = readings[names[row.patient]].get(row.level)
         number = int(names[row.patient].rpartition("-")[2])
         sbmd = None if read is None else to_sbmd(read, MAKER) - OFFSET_G_CM2
         known = -1 if sbmd is None else diagnosis(t_score(sbmd, row.level))
         rows.append(replace(row, device=MAKERS[number % len(MAKERS)], sbmd_g_cm2=sbmd, true_diagnosis=known))
     data = replace(data, rows=tuple(rows), config={**data.config, "levels": list(network.config.levels)})
-    path.write_bytes(replay_of(network, data, list(MAKERS), torch.device("cpu")).to_bytes())
+    path.write_bytes(replay_of(network, data, list(MAKERS), torch.device("cpu"), np.array(chosen)).to_bytes())
     return path

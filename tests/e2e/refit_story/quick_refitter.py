@@ -9,7 +9,7 @@ from pathlib import Path
 from osteo_daemon import refitter
 from osteo_daemon.settings import load_settings
 
-OPTIONS = ("--steps", "25", "--outer-folds", "2", "--inner-folds", "2", "--repeats", "60")
+OPTIONS = ("--steps", "12", "--outer-folds", "2", "--inner-folds", "2", "--repeats", "40")
 
 if __name__ == "__main__":
     refitter.Refitter = functools.partial(refitter.Refitter, options=OPTIONS)  # type: ignore[misc,assignment]

@@ -71,7 +71,7 @@ class Form:
         return cls(studies, shadow, studies, False, 7200.0)
 
 
-QUICK = Form(studies=13, shadow=1, received=1, quick=True, patience_seconds=240.0)
+QUICK = Form(studies=12, shadow=1, received=1, quick=True, patience_seconds=240.0)
 
 
 class Story:

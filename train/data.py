@@ -24,7 +24,7 @@ from torch import Tensor
 from osteo_daemon.network.config import MoEConfig
 from train.counterfactual import DensityChange
 from train.splits import Part, check_disjoint
-from train.truth import diagnosis, size_adds_g_cm2, t_score
+from train.truth import LEVEL_OFFSET_G_CM2, diagnosis, size_adds_g_cm2, t_score
 
 MARGIN_VOXELS: Final = 4
 """Stored around the network's grid on every side: room for a random shift."""
@@ -188,6 +188,8 @@ class Augmentation:
             change, so self-supervision leaves it off.
         size: probability of a larger or smaller person, with the target moved along: bones of one level differ by more
             between people than those of neighbouring levels do in one. It changes the label, too.
+        rename: probability of being told another level of those that DXA measures, with the target moved by the two
+            levels' offset: which level it is comes from the whole scan, and BMD must follow the name, not the look.
     """
 
     shift_voxels: int = 4
@@ -199,6 +201,7 @@ class Augmentation:
     density: float = 0.0
     surround: float = 0.0
     size: float = 0.0
+    rename: float = 0.0
 
     def apply(
         self,
@@ -260,12 +263,12 @@ class Batch:
     Attributes:
         hu: (B, D, H, W) float32 HU.
         level: (B,) true level index.
-        given_level: (B,) the index told to the network, sometimes withheld in training.
+        given_level: (B,) the index told to the network, sometimes withheld or another in training.
         bmd: (B,) target in g/cm2.
         diagnosis: (B,) class.
         device: (B,) index of the densitometer, `NO_LABEL` for an unseen one.
         index: (B,) row of the data set.
-        added: (B,) g/cm2 that an augmentation's change of density or size added to the true BMD, also without a label.
+        added: (B,) g/cm2 that a changed density, size or name added to the true BMD, also without a label.
     """
 
     hu: Tensor
@@ -311,15 +314,18 @@ def batches(
         if len(chosen) < count and not keep_last:
             return
         drawn = [(int(i), [seed, epoch, int(i), *again]) for again in ([], [1])[: 2 if twins else 1] for i in chosen]
-        vois, hidden, rows, added = [], [], [], []
+        vois, hidden, rows, told, added = [], [], [], [], []
         for i, entropy in drawn:
             rng = np.random.default_rng(entropy)
-            row, change_g_cm2 = data.rows[i], 0.0
+            row, name, change_g_cm2 = data.rows[i], data.rows[i].level, 0.0
             if augmentation is None:
                 vois.append(_plain(data, i, coarse, change)[centre])
             else:
                 voi, row, change_g_cm2 = _augmented(data, i, augmentation, rng, config)
                 vois.append(voi)
+                row, name, moved_g_cm2 = _renamed(row, augmentation, rng, config)
+                change_g_cm2 += moved_g_cm2
+            told.append(config.levels.index(name))
             hidden.append(rng.random() < hide_level)
             rows.append(row)
             added.append(change_g_cm2)
@@ -327,7 +333,7 @@ def batches(
         yield Batch(
             hu=torch.from_numpy(np.stack(vois)),
             level=level,
-            given_level=torch.where(torch.tensor(hidden), torch.full_like(level, -1), level),
+            given_level=torch.where(torch.tensor(hidden), torch.full_like(level, -1), torch.tensor(told)),
             bmd=torch.tensor(
                 [np.nan if row.target_sbmd_g_cm2 is None else row.target_sbmd_g_cm2 for row in rows]
             ).float(),
@@ -376,6 +382,19 @@ def _augmented(
         target = row.target_sbmd_g_cm2 + added
         row = replace(row, target_sbmd_g_cm2=target, diagnosis=diagnosis(t_score(target, row.level)))
     return augmentation.apply(voi, rng, config.voi_shape, config.voi_spacing_mm), row, added
+
+
+def _renamed(
+    row: VoiRow, augmentation: Augmentation, rng: np.random.Generator, config: MoEConfig
+) -> tuple[VoiRow, str, float]:
+    """The row with the target of the level that is told, that level, and by how many g/cm2 the target moved."""
+    if not (augmentation.rename > 0.0 and row.level in config.bmd_levels and rng.random() < augmentation.rename):
+        return row, row.level, 0.0
+    told = config.bmd_levels[int(rng.integers(len(config.bmd_levels)))]
+    moved = LEVEL_OFFSET_G_CM2[told] - LEVEL_OFFSET_G_CM2[row.level]
+    if row.target_sbmd_g_cm2 is not None:  # the class stays: each level is held against its own reference
+        row = replace(row, target_sbmd_g_cm2=row.target_sbmd_g_cm2 + moved)
+    return row, told, moved
 
 
 def _resized(voi: npt.NDArray[np.float32], factor: float) -> npt.NDArray[np.float32]:

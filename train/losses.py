@@ -82,7 +82,7 @@ def bmd_loss(mean: Tensor, log_variance: Tensor, target: Tensor, scale: float, b
 
 
 def twin_loss(mean: Tensor, added: Tensor, scale: float) -> Tensor:
-    """How far twins differ by anything but density and size: mean square, in units of ``scale``.
+    """How far twins differ by anything but density, size and name: mean square, in units of ``scale``.
 
     Both show one vertebra of one patient, so the difference of their true BMD is what the changes of these added, to
     the last digit: the patient's own residual and the densitometer's error, which drown that slope among patients,

@@ -31,7 +31,7 @@ NETWORK: Final = MoEConfig(voi_shape=NETWORK_SHAPE, voi_spacing_mm=SPACING_MM, g
 PRETRAIN: Final = PretrainConfig(mechanism="a", epochs=3)
 LOOP: Final = LoopConfig(epochs=24, batch_size=32, learning_rate=2e-3, patience=1000, keep="last", ema_decay=0.998)
 WEIGHTS: Final = LossWeights(logit_adjustment=0.65, twin=8.0)
-AUGMENTATION: Final = Augmentation(shift_voxels=2, coarse=0.5, density=0.6, surround=0.5, size=0.6)
+AUGMENTATION: Final = Augmentation(shift_voxels=2, coarse=0.5, density=0.6, surround=0.5, size=0.6, rename=0.3)
 DENSITOMETRY: Final = Densitometry(labelled_share=1.0)
 
 

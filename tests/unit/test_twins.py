@@ -16,7 +16,7 @@ from train.distributed import Ranks
 from train.losses import LossWeights, twin_loss
 from train.multitask import run_training
 
-CHANGED = Augmentation(density=0.7, surround=0.5, size=0.5)
+CHANGED = Augmentation(density=0.7, surround=0.5, size=0.5, rename=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +98,22 @@ def test_a_larger_person_has_larger_bodies_of_the_same_hu(data: VoiSet) -> None:
         assert float((batch.added - added).abs().max()) < 0.005
         assert float(batch.hu.amax()) == 200.0
         assert float(factor.std()) > 0.02
+
+
+def test_bmd_follows_the_told_name_and_the_level_head_the_true_one(data: VoiSet) -> None:
+    bare = Augmentation(shift_voxels=0, flip=False, noise_hu=0.0, offset_hu=0.0, cutout=0.0, rename=0.6)
+    told = 0
+    for batch in batches(data, data.indices("train"), NETWORK, ["Hologic"], 8, augmentation=bare):
+        for k, i in enumerate(batch.index.tolist()):
+            row, name = data.rows[i], NETWORK.levels[int(batch.given_level[k])]
+            moved = truth.LEVEL_OFFSET_G_CM2[name] - truth.LEVEL_OFFSET_G_CM2[row.level]
+            assert row.target_sbmd_g_cm2 is not None
+            assert float(batch.bmd[k]) == pytest.approx(row.target_sbmd_g_cm2 + moved, abs=1e-6)
+            assert float(batch.added[k]) == pytest.approx(moved, abs=1e-6)
+            assert int(batch.diagnosis[k]) == row.diagnosis
+            assert NETWORK.levels[int(batch.level[k])] == row.level
+            told += name != row.level
+    assert told > 3
 
 
 def test_a_training_with_twins_reports_their_loss(tmp_path: Path) -> None:

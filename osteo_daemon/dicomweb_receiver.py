@@ -8,7 +8,7 @@ from pathlib import Path
 
 from osteo_daemon.dicom.quota import Quota
 from osteo_daemon.dicom.received import received_file
-from osteo_daemon.dicom.refusals import Refusals
+from osteo_daemon.dicom.refusals import Refusals, RefusedObject
 from osteo_daemon.dicom.status import StoreStatus, status_of
 from osteo_daemon.dicom.tls import ListenerTls
 from osteo_daemon.dicomweb.server import HttpServer
@@ -25,6 +25,7 @@ from osteo_daemon.log import configure_logging, get_logger, where
 from osteo_daemon.settings import Settings
 from osteo_daemon.stopping import at_the_end
 from osteo_daemon.tls import TlsFiles
+from osteo_daemon.vitals import Vitals
 
 _SHORTEST_TOKEN = 16
 
@@ -84,10 +85,13 @@ class DicomwebReceiver:
         """The port listened on."""
         return self._server.port
 
-    def run(self) -> None:
-        """Serve until `stop`."""
+    def run(self, vitals: Vitals | None = None) -> None:
+        """Serve until `stop`, and say so."""
         try:
-            self._server.run()
+            if vitals is None:
+                self._server.run()
+            else:
+                self._server.run(vitals.ready, vitals.alive)
         finally:
             self._refusals.close()
             self._jobs.close()
@@ -98,14 +102,15 @@ class DicomwebReceiver:
 
     def store(self, body: bytearray, request: StoreRequest) -> StoredPart:
         """Make one Part 10 file durable, or say why not."""
-        sop_class = sop_instance = ""
+        sop_class = sop_instance = study = ""
         no_room = False
         try:
             received = received_file(
                 body, source_ae=self._settings.source, address=request.address, association_id=request.identifier
             )
             sop_class, sop_instance = received.identifiers.sop_class_uid, received.identifiers.sop_instance_uid
-            if request.study_instance_uid not in ("", received.identifiers.study_instance_uid):
+            study = received.identifiers.study_instance_uid
+            if request.study_instance_uid not in ("", study):
                 raise DataSetMismatch("the object is of another study than the URL")
             self._quota.charge(self._settings.source, request.address, len(body))
             try:
@@ -122,13 +127,13 @@ class DicomwebReceiver:
             # the edge of this role's loop: the sender must hear a failure, and the next object is another chance
             get_logger().error("store_failed", error=type(error).__name__, detail=where(error.__traceback__))
             status, reason = StoreStatus.PROCESSING_FAILURE, "an error of this node"
-        get_logger().warning(
-            "object_refused",
+        self._refusals.tell_object(
+            RefusedObject(status, sop_class, sop_instance, study),
+            address=request.address,
             ae_title=self._settings.source,
-            sop_instance_uid=sop_instance,
-            status=f"0x{status:04X}",
             reason=reason,
         )
+        self._refusals.settle()
         return StoredPart(sop_class, sop_instance, int(status), no_room)
 
     def _refuse(self, event: str, address: str, reason: str) -> None:
@@ -193,9 +198,11 @@ def run(settings: Settings) -> int:
     configure_logging(settings.log, "dicomweb")
     if not settings.dicomweb.port:
         raise ConfigurationError("dicomweb.port is 0: nothing to listen on")
+    vitals = Vitals(settings.state_dir, "dicomweb")
     receiver = DicomwebReceiver(settings)
     at_the_end(receiver.stop)
     get_logger().info("dicomweb_listening", address=settings.dicomweb.address, port=receiver.port)
-    receiver.run()
+    with vitals:
+        receiver.run(vitals)
     get_logger().info("stopped")
     return 0

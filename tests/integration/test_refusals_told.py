@@ -11,19 +11,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from xml.etree.ElementTree import Element
+from xml.etree.ElementTree import Element, tostring
 
 import pytest
+from pydicom import dcmread
 from structlog.testing import capture_logs
 
 from osteo_daemon.audit import trail
 from osteo_daemon.audit.spool import AuditSpool
 from osteo_daemon.dicom.performed_procedure import PERFORMED_PROCEDURE_STEP_CLASS_UID
-from osteo_daemon.settings import Settings, load_settings
+from osteo_daemon.settings import AuditSettings, Settings, load_settings
 from tests.attacks import UID, data_set
 from tests.audit_repository import kind_of, xml_of
 from tests.authority import Authority
-from tests.fakes import CALLED, CALLING, LOOPBACK, a_free_port, local_receiver, settings_text
+from tests.fakes import CALLED, CALLING, LOOPBACK, a_free_port, local_receiver, settings_text, write_ct
+from tests.integration.test_dicomweb import open_port, related, settings_of
 from tests.peers import CT_STORAGE as CT
 from tests.peers import (
     ECHO_COMMAND,
@@ -420,3 +422,25 @@ def test_nothing_else_is_called_a_refusal(siege: Siege) -> None:
     addresses = {case.address for case in CASES.values()}
     warnings = [line for line in siege.lines if line["log_level"] == "warning" and "address" in line]
     assert {line["address"] for line in warnings} <= addresses
+
+
+def test_objects_over_the_web_likewise(tmp_path: Path) -> None:
+    settings = settings_of(tmp_path)
+    settings = settings.model_copy(update={"audit": AuditSettings(enabled=True)})
+    (path,) = write_ct(tmp_path / "ct", count=1)
+    study = str(dcmread(path).StudyInstanceUID)
+    trail.open_trail(settings, "dicomweb")
+    try:
+        with capture_logs() as lines, open_port(settings) as port:
+            assert port.post(related(b"no DICOM")).status_code == 409
+            assert port.post(related(path.read_bytes()), path="/studies/1.2.3").status_code == 409
+            assert port.post(related(path.read_bytes())).status_code == 200
+    finally:
+        trail.open_trail(Settings(state_dir=tmp_path), "test")
+    told = [line for line in lines if line["event"] == OBJECT]
+    assert [(line["status"], line.get("study_instance_uid")) for line in told] == [("0xC000", None), ("0xA900", study)]
+    messages = [xml_of(file.read_bytes()) for file in AuditSpool(tmp_path / "state" / "audit", MEBI).waiting(9)]
+    refusals = [_text(entry) for entry in messages if 'EventOutcomeIndicator="4"' in tostring(entry, "unicode")]
+    assert [kind for kind, _said in refusals] == [RESTRICTED, TRANSFER]
+    for (_kind, said), line in zip(refusals, told, strict=True):
+        assert said == f"{OBJECT}: {line['reason']}"

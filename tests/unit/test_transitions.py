@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import func, select, text
 from sqlalchemy.exc import DBAPIError
 
 from osteo_daemon.domain.job import TRANSITIONS, Job, JobState, Priority
 from osteo_daemon.errors import IllegalTransition
 from osteo_daemon.jobs.delivery_rows import move
 from osteo_daemon.jobs.records import DELIVERY_TRANSITIONS, Delivery, DeliveryState, NewDelivery, ReportKind
-from osteo_daemon.jobs.schema import Base, DeliveryRow, JobRow
+from osteo_daemon.jobs.schema import Base, DeliveryRow, EventRow, JobRow
 from osteo_daemon.jobs.spool import Spool
 from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.jobs.transitions import change_state, screening_job
@@ -124,9 +124,10 @@ def test_without_its_event_no_step_changes_anything(store: JobStore, tmp_path: P
         with store._writing() as connection:
             drop = "DROP TRIGGER no_events" if kind == "sqlite" else "ALTER TABLE events DROP CONSTRAINT no_events"
             connection.execute(text(drop))
-        events = len(before["events"])
         act(made)  # the step itself is a right one
-        assert len(everything(store)["events"]) > events, number
+        with store._reading() as connection:
+            events = connection.execute(select(func.count()).select_from(EventRow)).scalar_one()
+        assert events > len(before["events"]), number
         with store._writing() as connection:  # out of the way of the next step's claim
             connection.execute(text("UPDATE jobs SET state = 'FAILED' WHERE state = 'READY'"))
             connection.execute(text("UPDATE deliveries SET state = 'REFUSED'"))

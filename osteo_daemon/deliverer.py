@@ -24,6 +24,7 @@ from osteo_daemon.lease import Heartbeat
 from osteo_daemon.log import configure_logging, get_logger, where
 from osteo_daemon.settings import DestinationSettings, Settings
 from osteo_daemon.transfers import tell_sent
+from osteo_daemon.vitals import Vitals
 
 REFUSED = "refused"
 GRACE_SECONDS = 10.0
@@ -31,6 +32,8 @@ GRACE_SECONDS = 10.0
 
 _WAITING = (DeliveryState.PENDING, DeliveryState.SENDING, DeliveryState.AWAITING)
 _LONGEST_PROBE_JITTER = 1.25
+_SILENCE_SECONDS = 900.0
+"""A lane that has not come round for so long hangs: every answer of a peer is waited for with a limit."""
 
 
 def run(settings: Settings) -> int:
@@ -47,15 +50,19 @@ def run(settings: Settings) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    vitals = Vitals(settings.state_dir, "deliverer")
     store = JobStore(settings.database_url)
     _warn_of_orphans(settings, store)
     lanes = [Lane(settings, destination, store, stopping) for destination in settings.destinations]
     for lane in lanes:
         lane.start()
     get_logger().info("deliverer_ready", count=len(lanes))
+    vitals.ready()
     # short waits: a signal handler of Python runs only between them
     while not stopping.wait(0.5):
-        pass
+        if all(lane.comes_round for lane in lanes):
+            vitals.alive()
+    vitals.stopping()
     # a peer that hangs holds no object worth a SIGKILL: what is under way may end, then the line is cut
     deadline = time.monotonic() + GRACE_SECONDS
     for lane in lanes:
@@ -64,6 +71,7 @@ def run(settings: Settings) -> int:
     for lane in lanes:
         lane.join()
     store.close()
+    vitals.close()
     get_logger().info("deliverer_stopped")
     return 0
 
@@ -94,10 +102,17 @@ class Lane(threading.Thread):
         self._breaker_read = False
         self._worker = f"deliverer-{socket.gethostname()}-{getpid()}-{destination.name}"
         self._log = get_logger().bind(destination=destination.name)
+        self._came_round_at = time.monotonic()
+
+    @property
+    def comes_round(self) -> bool:
+        """It runs, and what it does takes no longer than anything may."""
+        return self.is_alive() and time.monotonic() - self._came_round_at < _SILENCE_SECONDS
 
     def run(self) -> None:
         """Claim and send until the node stops."""
         while not self._stopping.is_set():
+            self._came_round_at = time.monotonic()
             try:
                 pause = self._step()
             except Transient as error:

@@ -21,6 +21,7 @@ from osteo_daemon.jobs.spool import Spool, StoredFile
 from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.log import get_logger
 from osteo_daemon.settings import Settings
+from osteo_daemon.tally import TALLY
 from osteo_daemon.transfers import ReceivedTransfers
 
 _NOT_YET = ""
@@ -78,6 +79,8 @@ class DurableIntake:
         if outcome is RecordOutcome.OWN_RESULT:
             self._spool.discard(stored)
         self._transfers.note(received, stored.path, outcome)
+        TALLY.count("osteo_objects_received_total", outcome.value)
+        TALLY.count("osteo_received_bytes_total", amount=instance.size_bytes)
         get_logger().debug(
             "instance_received",
             outcome=outcome.value,

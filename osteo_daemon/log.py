@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -84,6 +84,33 @@ def keep_loggable(_logger: object, _method: str, event: MutableMapping[str, Any]
     return kept
 
 
+_LISTENERS: list[Callable[[MutableMapping[str, Any]], None]] = []
+
+
+def listen(listener: Callable[[MutableMapping[str, Any]], None]) -> None:
+    """Have every line of `INFO` and above given to ``listener`` too, whether it is written or not; it must be quick."""
+    if listener not in _LISTENERS:
+        _LISTENERS.append(listener)
+
+
+def _tell_listeners(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    for listener in _LISTENERS:
+        listener(event)
+    return event
+
+
+class _NotBelow:
+    """structlog processor: lines below a level end here."""
+
+    def __init__(self, level: int) -> None:
+        self._level = level
+
+    def __call__(self, _logger: object, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        if structlog.processors.NAME_TO_LEVEL[event.get("level", method)] < self._level:
+            raise structlog.DropEvent
+        return event
+
+
 def configure_logging(settings: LogSettings, role: str) -> None:
     """Send log lines of this process to standard error with ``role`` on each.
 
@@ -99,11 +126,13 @@ def configure_logging(settings: LogSettings, role: str) -> None:
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
             keep_loggable,
+            _tell_listeners,
+            _NotBelow(level),
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
             renderer,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
+        wrapper_class=structlog.make_filtering_bound_logger(min(level, logging.INFO)),
         logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=False,
     )

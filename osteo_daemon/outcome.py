@@ -20,6 +20,7 @@ from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.lease import LeaseWatch
 from osteo_daemon.log import get_logger
 from osteo_daemon.settings import ScreenerSettings
+from osteo_daemon.tally import TALLY
 
 _COMMIT_PAUSE_SECONDS = 1.0
 
@@ -69,6 +70,8 @@ class OutcomeWriter:
                     job, answer["result"], _objects(answer), _deliveries(answer), scanner=_scanner(answer)
                 )
                 self._remember(job, answer.get("trend"))
+                for stage, seconds in answer["result"].get("durations_s", {}).items():
+                    TALLY.observe("osteo_stage_seconds", float(seconds), str(stage))
                 return str(answer["summary"])
             except Transient:
                 if watch.over() or self._stopping.wait(_COMMIT_PAUSE_SECONDS):

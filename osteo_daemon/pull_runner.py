@@ -22,8 +22,10 @@ from osteo_daemon.pull.puller import Puller
 from osteo_daemon.pull.schedule import next_open, pace_of
 from osteo_daemon.settings import ArchiveSettings, NamedPullSettings, Settings
 from osteo_daemon.stopping import at_the_end
+from osteo_daemon.vitals import Vitals
 
 _POLL_SECONDS: Final = 2.0
+_LOOK_SECONDS: Final = 1.0
 
 
 class _Lane:
@@ -117,6 +119,11 @@ class PullRunner:
         for lane in self._lanes:
             lane.thread.start()
 
+    @property
+    def is_alive(self) -> bool:
+        """Every named pull still has its thread."""
+        return all(lane.thread.is_alive() for lane in self._lanes)
+
     def stop(self) -> None:
         """Cancel what is in hand and end; a later start goes on."""
         for lane in self._lanes:
@@ -144,10 +151,16 @@ def run(settings: Settings) -> int:
         raise ConfigurationError("there is no [[pulls]] entry: nothing to pull")
     ended = threading.Event()
     at_the_end(ended.set)
+    vitals = Vitals(settings.state_dir, "puller")
     runner = PullRunner(settings)
     runner.start()
     get_logger().info("puller_started", count=len(settings.pulls))
-    ended.wait()
-    runner.stop()
+    with vitals:
+        vitals.ready()
+        while not ended.wait(_LOOK_SECONDS):
+            if runner.is_alive:
+                vitals.alive()
+        vitals.stopping()
+        runner.stop()
     get_logger().info("stopped")
     return 0

@@ -22,9 +22,14 @@ from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.log import configure_logging, get_logger
 from osteo_daemon.reconciliation import Reconciliation
 from osteo_daemon.settings import Settings
+from osteo_daemon.vitals import Vitals
 
 GRACE_SECONDS = 10.0
 """How long associations may finish after SIGTERM."""
+
+_LOOK_SECONDS = 1.0
+_SILENCE_SECONDS = 10.0
+"""A thread that takes connections and does not come round for so long hangs: it never waits for a second."""
 
 
 class Receiver:
@@ -79,6 +84,11 @@ class Receiver:
     def tls_port(self) -> int:
         """The TLS port listened on; 0: none."""
         return self._scp.tls_port
+
+    @property
+    def silent_seconds(self) -> float:
+        """How long ago the thread that takes connections came round."""
+        return self._scp.silent_seconds
 
     def reload_certificates(self) -> None:
         """Load the TLS port's files now."""
@@ -137,9 +147,16 @@ def run(settings: Settings) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
+    vitals = Vitals(settings.state_dir, "receiver")
     receiver = Receiver(settings)
+
+    def reload() -> None:
+        vitals.reloading()
+        receiver.reload_certificates()
+        vitals.ready()
+
     # in a thread of its own: the handler may run where a lock is held
-    signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=receiver.reload_certificates).start())
+    signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=reload).start())
     # what is there for good is not looked at again: all threads wait while garbage is collected
     gc.collect()
     gc.freeze()
@@ -153,7 +170,20 @@ def run(settings: Settings) -> int:
     )
     if receiver.tls_port:
         get_logger().info("receiver_listening_tls", address=settings.receiver.address, port=receiver.tls_port)
-    get_logger().info("stopping", signal=signal.Signals(ended.get()).name)
-    receiver.stop()
+    with vitals:
+        vitals.ready()
+        get_logger().info("stopping", signal=signal.Signals(_wait(ended, receiver, vitals)).name)
+        vitals.stopping()
+        receiver.stop()
     get_logger().info("stopped")
     return 0
+
+
+def _wait(ended: queue.SimpleQueue[int], receiver: Receiver, vitals: Vitals) -> int:
+    """The signal that ends this process; until then it is alive as long as connections are taken."""
+    while True:
+        try:
+            return ended.get(timeout=_LOOK_SECONDS)
+        except queue.Empty:
+            if receiver.silent_seconds < _SILENCE_SECONDS:
+                vitals.alive()

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +37,7 @@ from osteo_daemon.log import configure_logging, get_logger
 from osteo_daemon.network.config import BmdScale
 from osteo_daemon.registry.registry import Registry
 from osteo_daemon.settings import Settings
+from osteo_daemon.vitals import Vitals
 
 _WATCH_SECONDS: Final = 0.5
 """How soon the child stands still when a study is screened."""
@@ -47,6 +48,8 @@ _REPLAY_NAME: Final = "models/replay.safetensors"
 """What `train.refit` and `train.replay` agree on; a test compares, since nothing here imports train."""
 _NICE: Final = "19"
 _WHO: Final = "refitter"
+_PATIENCE_SECONDS: Final = 1800.0
+"""A data set of many vertebrae is written before the child starts."""
 
 
 @dataclass
@@ -72,14 +75,18 @@ class Refitter:
     Args:
         settings: of the node.
         options: further arguments of ``python -m train.refit``.
+        alive: called whenever this role's loops come round.
 
     Raises:
         StoreUnavailable: the job store does not answer.
     """
 
-    def __init__(self, settings: Settings, options: Sequence[str] = ()) -> None:
+    def __init__(
+        self, settings: Settings, options: Sequence[str] = (), alive: Callable[[], None] = lambda: None
+    ) -> None:
         self._settings = settings
         self._options = options
+        self._alive = alive
         self._jobs = JobStore(settings.database_url)
         self._registry = Registry(settings, self._jobs)
         self._name = f"{_WHO}-{socket.gethostname()}-{os.getpid()}"
@@ -96,6 +103,7 @@ class Refitter:
     def run(self) -> None:
         """Work until `stop`."""
         while not self._stopping.is_set():
+            self._alive()
             try:
                 worked = self.step()
             except Transient as error:
@@ -193,6 +201,7 @@ class Refitter:
         try:
             while child.poll() is None:
                 before = time.monotonic()
+                self._alive()
                 if self._stopping.is_set():
                     self._jobs.release_refit(work.refit, None, charged=False)
                     return None
@@ -304,15 +313,19 @@ def run(settings: Settings) -> int:
     # bars belong to a terminal; progress.json is read here
     os.environ["TQDM_DISABLE"] = "1"
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    refitter = Refitter(settings)
+    vitals = Vitals(settings.state_dir, _WHO, _PATIENCE_SECONDS)
+    refitter = Refitter(settings, alive=vitals.alive)
 
     def end(_signum: int, _frame: FrameType | None) -> None:
         refitter.stop()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
-    try:
-        refitter.run()
-    finally:
-        refitter.close()
+    with vitals:
+        vitals.ready()
+        try:
+            refitter.run()
+        finally:
+            vitals.stopping()
+            refitter.close()
     return 0

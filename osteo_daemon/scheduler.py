@@ -26,10 +26,14 @@ from osteo_daemon.retention_sweep import RetentionSweep
 from osteo_daemon.settings import NamedPullSettings, Settings
 from osteo_daemon.stopping import at_the_end
 from osteo_daemon.timetable import Timetable
+from osteo_daemon.vitals import Vitals
 
 _LEASE_SWEEP_SECONDS = 10.0
 _COUNTS_SECONDS = 300.0
 _DRIFT = "drift_report"
+_LOOK_SECONDS = 1.0
+_SILENCE_SECONDS = 12 * _LEASE_SWEEP_SECONDS
+"""When no step was looked at for so long, the timetable hangs: one is due every ten seconds."""
 
 
 class Scheduler:
@@ -82,6 +86,11 @@ class Scheduler:
         """Run the steps in threads of their own."""
         self._timetable.start()
         self._leadership.start()
+
+    @property
+    def silent_seconds(self) -> float:
+        """How long ago the last step was looked at."""
+        return self._timetable.silent_seconds
 
     def stop(self) -> None:
         """Let running steps finish, give the lease back and close."""
@@ -173,6 +182,7 @@ def run(settings: Settings) -> int:
     configure_logging(settings.log, "scheduler")
     ended = threading.Event()
     at_the_end(ended.set)
+    vitals = Vitals(settings.state_dir, "scheduler", 2 * _SILENCE_SECONDS)
     scheduler = Scheduler(settings)
     scheduler.start()
     # every machine's scheduler brings what lies on that machine, whoever leads
@@ -180,9 +190,14 @@ def run(settings: Settings) -> int:
     if courier is not None:
         courier.start()
     get_logger().info("scheduler_started", quiet_s=settings.completeness.quiet_seconds)
-    ended.wait()
-    scheduler.stop()
-    if courier is not None:
-        courier.stop()
+    with vitals:
+        vitals.ready()
+        while not ended.wait(_LOOK_SECONDS):
+            if scheduler.silent_seconds < _SILENCE_SECONDS:
+                vitals.alive()
+        vitals.stopping()
+        scheduler.stop()
+        if courier is not None:
+            courier.stop()
     get_logger().info("stopped")
     return 0

@@ -29,6 +29,7 @@ from osteo_daemon.lease import LeaseWatch
 from osteo_daemon.log import configure_logging, get_logger
 from osteo_daemon.outcome import OutcomeWriter
 from osteo_daemon.settings import Settings
+from osteo_daemon.vitals import Vitals
 from osteo_daemon.worker_process import WorkerProcess
 
 WORKER_DIED = "worker_died"
@@ -37,6 +38,8 @@ WORKER_DIED = "worker_died"
 _TICK_SECONDS = 0.2  # how soon a signal or a pause is noticed while the worker computes
 _CANCEL_SECONDS = 30.0  # how long a worker may go on with a study that nobody wants any more
 _SUSPECTS = 64
+_PATIENCE_SECONDS = 300.0
+"""Models that load, and a store that does not answer, may take so long before the role counts as hanging."""
 
 
 def run(settings: Settings) -> int:
@@ -64,6 +67,8 @@ class Screener:
         self._stopping = threading.Event()
         self._outcome = OutcomeWriter(self._store, settings.screener, self._stopping)
         self._status = StatusFile(settings.state_dir)
+        self._vitals = Vitals(settings.state_dir, "screener", _PATIENCE_SECONDS)
+        self._is_ready = False
         self._worker: WorkerProcess | None = None
         self._ahead: int | None = None  # job that is, or was, read ahead of its turn
         self._reading_ahead = False
@@ -84,10 +89,12 @@ class Screener:
             self._log.error("worker_died", detail=error.detail)
             return 1
         finally:
+            self._vitals.stopping()
             if self._worker is not None:
                 self._worker.kill()
             self._status.remove()
             self._store.close()
+            self._vitals.close()
         self._log.info("screener_stopped")
         return 0
 
@@ -97,11 +104,13 @@ class Screener:
             self._unload()
         if mode is not Mode.RUN:
             self._status.write(state="paused" if mode is Mode.PAUSE else "drained", job_id=None)
+            self._came_round()
             self._idle()
             return
         worker = self._ready_worker()
         if worker is None:
             return
+        self._came_round()
         self._status.write(state="idle", job_id=None)
         job = self._claim()
         if job is None:
@@ -109,6 +118,13 @@ class Screener:
             return
         self._status.write(state="screening", job_id=job.job_id)
         self._one(worker, job)
+
+    def _came_round(self) -> None:
+        """Models are loaded, or a person wants none; while they load nothing is said."""
+        if not self._is_ready:
+            self._is_ready = True
+            self._vitals.ready()
+        self._vitals.alive()
 
     def _idle(self) -> None:
         """Wait; a worker that dies meanwhile is noticed."""
@@ -187,6 +203,7 @@ class Screener:
         self._ahead, self._reading_ahead = None, False
         while True:
             message = worker.receive(_TICK_SECONDS)
+            self._vitals.alive()  # the study's own time is watched below
             if message is not None and message.get("token") == self._token:
                 return message
             if message is not None:

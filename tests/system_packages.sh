@@ -13,6 +13,8 @@ declare -A provided_by=(
   [chromium]=chromium
   [npm]=npm
   [pdfinfo]=poppler-utils
+  [promtool]=prometheus
+  [systemd-analyze]=systemd
 )
 missing=()
 for command in "${!provided_by[@]}"; do

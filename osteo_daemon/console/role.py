@@ -24,6 +24,7 @@ from osteo_daemon.registry.registry import Registry
 from osteo_daemon.settings import ConsoleSettings, Settings
 from osteo_daemon.stopping import at_the_end
 from osteo_daemon.tls import browser_context
+from osteo_daemon.vitals import Vitals
 
 _KEY_BYTES = 32
 
@@ -81,10 +82,13 @@ class Console:
         """The port listened on."""
         return self._server.port
 
-    def run(self) -> None:
-        """Serve until `stop`."""
+    def run(self, vitals: Vitals | None = None) -> None:
+        """Serve until `stop`, and say so."""
         try:
-            self._server.run()
+            if vitals is None:
+                self._server.run()
+            else:
+                self._server.run(vitals.ready, vitals.alive)
         finally:
             self._jobs.close()
 
@@ -102,10 +106,12 @@ def run(settings: Settings) -> int:
     configure_logging(settings.log, "console")
     if not settings.console.port:
         raise ConfigurationError("console.port is 0: nothing to listen on")
+    vitals = Vitals(settings.state_dir, "console")
     console = Console(settings)
     at_the_end(console.stop)
     get_logger().info("console_listening", address=settings.console.address, port=console.port)
-    console.run()
+    with vitals:
+        console.run(vitals)
     get_logger().info("stopped")
     return 0
 

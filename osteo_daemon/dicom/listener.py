@@ -99,7 +99,7 @@ class HardenedServer(AssociationServer):  # type: ignore[misc]
         self.budget = budget
         self._judge = judge
         self._patience = Patience()
-        self._collected = time.monotonic()
+        self._collected = self.came_round_at = time.monotonic()
         self._refusals = refusals
         self._tls = tls
         self._visitors = Visitors(limits.pending_per_address, limits.pending)
@@ -119,6 +119,7 @@ class HardenedServer(AssociationServer):  # type: ignore[misc]
         try:
             while not self._ending.is_set():
                 self._doorway.turn(poll_interval)
+                self.came_round_at = time.monotonic()
         finally:
             self._doorway.close()
             self._turns.close()

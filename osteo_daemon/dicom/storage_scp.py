@@ -191,6 +191,11 @@ class StorageScp:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def silent_seconds(self) -> float:
+        """How long ago the thread that takes connections came round, of the port where that is longest."""
+        return time.monotonic() - min(server.came_round_at for server in self._servers)
+
     def reload_certificates(self) -> None:
         """Load certificates, CA and revocation lists now; broken ones change nothing."""
         if self._tls is not None:

@@ -22,6 +22,10 @@ _GRACE_SECONDS: Final = 10
 _CONNECTIONS_PER_REQUEST: Final = 8
 
 
+def _nothing() -> None:
+    """Nobody wants to know."""
+
+
 class HttpServer:
     """Serves one application on one port.
 
@@ -91,8 +95,14 @@ class HttpServer:
         """The port listened on."""
         return int(self._socket.getsockname()[1])
 
-    def run(self) -> None:
-        """Serve until `stop`."""
+    def run(self, ready: Callable[[], None] = _nothing, alive: Callable[[], None] = _nothing) -> None:
+        """Serve until `stop`.
+
+        Args:
+            ready: called when requests are answered.
+            alive: called by the loop that answers them, several times a second.
+        """
+        self._server.ready, self._server.alive = ready, alive
         asyncio.run(self._server.serve([self._socket]))
 
     def stop(self) -> None:
@@ -101,6 +111,17 @@ class HttpServer:
 
 
 class _Server(uvicorn.Server):
+    ready: Callable[[], None]
+    alive: Callable[[], None]
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        self.alive()
+        return await super().on_tick(counter)
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Signals are the role's: the library would raise them again after a clean end."""

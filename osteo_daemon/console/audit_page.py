@@ -14,8 +14,7 @@ from starlette.responses import Response
 
 from osteo_daemon.audit import events, trail
 from osteo_daemon.audit.spool import AuditSpool
-from osteo_daemon.console.pages import Visit
-from osteo_daemon.errors import Damaged
+from osteo_daemon.console.pages import NotDone, Visit
 
 _ROWS = 100
 _MESSAGE = re.compile(rb"<AuditMessage.*</AuditMessage>", re.DOTALL)
@@ -48,7 +47,7 @@ def show_audit(visit: Visit) -> Response:
     """Both logs, newest first."""
     settings, before = visit.node.settings, visit.query.get("before", "")
     if before and not before.isdecimal():
-        raise Damaged("a page begins after the number of a row")
+        raise NotDone("a page begins after the number of a row")
     rows = visit.node.store.latest_events(before_event_id=int(before) if before else None, limit=_ROWS + 1)
     more = len(rows) > _ROWS
     waiting: list[Path] = []

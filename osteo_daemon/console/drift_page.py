@@ -8,9 +8,8 @@ from typing import Any
 
 from starlette.responses import Response
 
-from osteo_daemon.console.pages import NotHere, Visit
+from osteo_daemon.console.pages import NotDone, NotHere, Visit
 from osteo_daemon.drift_watch import drift_dir
-from osteo_daemon.errors import Damaged
 
 _REPORTS = 60
 _CHARTS = 24
@@ -51,7 +50,7 @@ def show_drift(visit: Visit) -> Response:
         try:
             document = json.loads(reports[wanted].read_bytes())
         except (OSError, ValueError) as error:
-            raise Damaged(f"the report cannot be read: {type(error).__name__}") from None
+            raise NotDone(f"the report cannot be read: {type(error).__name__}") from None
     charts = [] if document is None else [chart for scope in document["scopes"] for chart in scope["charts"]]
     charts.sort(key=lambda chart: (not chart["alarm"], chart["probability"]))
     return visit.show(

@@ -14,9 +14,9 @@ from starlette.responses import RedirectResponse, Response
 from osteo_daemon.archive.label_mapping import LabelMapping, parse_mapping, read_mapping
 from osteo_daemon.archive.labels import WINDOW_DAYS, Matching, import_labels, match_file
 from osteo_daemon.archive.store import VoiArchive
-from osteo_daemon.console.pages import Visit
+from osteo_daemon.console.pages import NotDone, Visit
 from osteo_daemon.domain.refit import SITE_NAME
-from osteo_daemon.errors import ConfigurationError, Damaged
+from osteo_daemon.errors import ConfigurationError
 
 _LONGEST_WINDOW_DAYS: Final = 3650
 _WAITING: Final = 4
@@ -64,7 +64,7 @@ def preview_labels(visit: Visit) -> Response:
     """Match an uploaded file and say what an import would do; nothing is written."""
     _name, data = visit.files.get("file", ("", b""))
     if not data:
-        raise Damaged("choose a file")
+        raise NotDone("choose a file")
     text = visit.form.get("mapping", "").strip()
     mapping = parse_mapping(text, "the mapping") if text else read_mapping(None)
     upload = _Upload(visit.person.name, data, mapping, _window(visit.form.get("window_days", "")))
@@ -82,7 +82,7 @@ def import_upload(visit: Visit) -> Response:
     with _lock:
         upload = _uploads.get(visit.form.get("key", ""))
         if upload is None or upload.user != visit.person.name:
-            raise Damaged("this file is no longer here; choose it again")
+            raise NotDone("this file is no longer here; choose it again")
         del _uploads[visit.form["key"]]
     accept = visit.form.get("accept_flags") == "yes"
     done = import_labels(_match(visit, upload), visit.node.store, visit.person.name, accept_flags=accept)
@@ -99,7 +99,7 @@ def forget_import(visit: Visit) -> Response:
     """Remove an import and its labels."""
     number = visit.form.get("number", "")
     if not number.isdecimal():
-        raise Damaged("an import has a number")
+        raise NotDone("an import has a number")
     visit.say(f"{visit.node.store.drop_import(int(number))} labels removed.")
     return RedirectResponse("/labels", 303)
 
@@ -108,7 +108,7 @@ def request_refit(visit: Visit) -> Response:
     """Ask for a refit with the archive's labels."""
     site = visit.form.get("site", "").strip()
     if not SITE_NAME.fullmatch(site):
-        raise Damaged(f"a site is named by {SITE_NAME.pattern}")
+        raise NotDone(f"a site is named by {SITE_NAME.pattern}")
     if not visit.node.settings.refit.enabled:
         raise ConfigurationError("no refitter runs: set enabled = true under [refit] and start it")
     asked = visit.node.store.request_refit(site, who=visit.person.name, reason=visit.reason())
@@ -126,5 +126,5 @@ def _match(visit: Visit, upload: _Upload) -> Matching:
 
 def _window(text: str) -> int:
     if not text.isdecimal() or not 0 <= int(text) <= _LONGEST_WINDOW_DAYS:
-        raise Damaged(f"the window has 0 to {_LONGEST_WINDOW_DAYS} days")
+        raise NotDone(f"the window has 0 to {_LONGEST_WINDOW_DAYS} days")
     return int(text)

@@ -47,11 +47,17 @@ _FOLDER = Path(__file__).parent
 _NO_TEXT_PART_BYTES = 64 * 1024
 # files of labels hold patients' names: they stay in memory, which `ConsoleSettings.maximum_upload_bytes` bounds
 MultiPartParser.spool_max_size = 2**40
-_SAID_TO_PEOPLE = (BundleError, ConfigurationError, Damaged, IllegalTransition, RefitRefused)
+
+
+class NotDone(OsteoError):
+    """That cannot be done"""
 
 
 class NotHere(OsteoError):
     """There is no such page, or nothing of that name"""
+
+
+_SAID_TO_PEOPLE = (BundleError, ConfigurationError, Damaged, IllegalTransition, NotDone, RefitRefused)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +153,11 @@ class Visit:
         """Why the person acts.
 
         Raises:
-            Damaged: they don't say.
+            NotDone: they don't say.
         """
         reason = self.form.get("reason", "").strip()
         if not reason:
-            raise Damaged("say why: a reason is kept with every change")
+            raise NotDone("say why: a reason is kept with every change")
         return reason[:500]
 
 

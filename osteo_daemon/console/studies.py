@@ -9,9 +9,8 @@ from urllib.parse import urlencode
 from starlette.responses import RedirectResponse, Response
 
 from osteo_daemon.console import formats
-from osteo_daemon.console.pages import Visit
+from osteo_daemon.console.pages import NotDone, Visit
 from osteo_daemon.domain.job import JobState
-from osteo_daemon.errors import Damaged
 
 _ROWS = 50
 _FILTERS = ("state", "source", "code", "since", "until")
@@ -22,7 +21,7 @@ def list_studies(visit: Visit) -> Response:
     chosen = {name: visit.query.get(name, "").strip() for name in _FILTERS}
     before = visit.query.get("before", "")
     if before and not before.isdecimal():
-        raise Damaged("a page begins after the number of a row")
+        raise NotDone("a page begins after the number of a row")
     until = _day(chosen["until"])
     rows = visit.node.store.recent(
         state=_state(chosen["state"]),
@@ -64,11 +63,11 @@ def _state(text: str) -> JobState | None:
     try:
         return JobState(text.upper()) if text else None
     except ValueError:
-        raise Damaged("there is no such state") from None
+        raise NotDone("there is no such state") from None
 
 
 def _day(text: str) -> datetime | None:
     try:
         return datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC) if text else None
     except ValueError:
-        raise Damaged("a day is written as 2026-01-31") from None
+        raise NotDone("a day is written as 2026-01-31") from None

@@ -17,11 +17,10 @@ from osteo_daemon.audit import events, trail
 from osteo_daemon.audit.codes import Action
 from osteo_daemon.audit.events import AuditPatient, AuditStudy
 from osteo_daemon.console import formats
-from osteo_daemon.console.pages import NotHere, Visit
+from osteo_daemon.console.pages import NotDone, NotHere, Visit
 from osteo_daemon.dicom.identity import patient_of
 from osteo_daemon.domain.findings import ScreeningResult
 from osteo_daemon.domain.job import FINISHED, TRANSITIONS, Job, JobState, Priority
-from osteo_daemon.errors import Damaged
 from osteo_daemon.handling import tell_read
 from osteo_daemon.jobs.records import DeliveryState, ReportKind
 from osteo_daemon.jobs.store import JobStore
@@ -65,7 +64,7 @@ def show_picture(visit: Visit) -> Response:
     try:
         pixels = pydicom.dcmread(path).pixel_array
     except (OSError, InvalidDicomError, ValueError, AttributeError) as error:
-        raise Damaged(f"the picture cannot be read: {type(error).__name__}") from None
+        raise NotDone(f"the picture cannot be read: {type(error).__name__}") from None
     _tell(visit, job, Action.READ, {str(SecondaryCaptureImageStorage): 1})
     target = io.BytesIO()
     Image.fromarray(pixels).save(target, "PNG")
@@ -105,7 +104,7 @@ def act_on_delivery(visit: Visit) -> Response:
     try:
         delivery = store.resend(number, who) if act == "resend" else store.accept_delivery(number, who, reason)
     except KeyError:
-        raise Damaged("only refused and unproven deliveries wait for a person; this one does not") from None
+        raise NotDone("only refused and unproven deliveries wait for a person; this one does not") from None
     job = store.job(delivery.study_instance_uid)
     if job is not None:
         _tell(visit, job, Action.UPDATE)
@@ -150,7 +149,7 @@ def _priority(visit: Visit) -> Priority:
     try:
         return Priority[visit.form.get("priority", "").upper()]
     except KeyError:
-        raise Damaged("there is no such class of priority") from None
+        raise NotDone("there is no such class of priority") from None
 
 
 def _picture(store: JobStore, uid: str) -> Path | None:

@@ -71,11 +71,12 @@ class UserFile:
 
     Args:
         path: of the file; its folder is made at the first change.
+        hasher: makes the hashes of new passwords; those that are there carry their own parameters.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, hasher: PasswordHasher | None = None) -> None:
         self._path = path
-        self._hasher = PasswordHasher()
+        self._hasher = hasher or PasswordHasher()
         self._places = threading.BoundedSemaphore(_AT_ONCE)
 
     @cached_property
@@ -182,9 +183,14 @@ class UserFile:
             raise ConfigurationError(f"{self._path} cannot be written ({error.strerror})") from error
 
 
+def users_path(settings: Settings) -> Path:
+    """Where a node's users are kept."""
+    return settings.state_dir / "console" / "users.json"
+
+
 def users_file(settings: Settings) -> UserFile:
     """The users of a node."""
-    return UserFile(settings.state_dir / "console" / "users.json")
+    return UserFile(users_path(settings))
 
 
 def _known(users: Mapping[str, User], name: str) -> User:

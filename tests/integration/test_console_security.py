@@ -22,7 +22,7 @@ from starlette.routing import Route
 from osteo_daemon.audit import trail
 from osteo_daemon.console.pages import build
 from osteo_daemon.console.table import TABLE
-from osteo_daemon.console.users import Role, users_file
+from osteo_daemon.console.users import Role
 from osteo_daemon.domain.job import JobState
 from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.settings import Settings
@@ -40,6 +40,7 @@ from tests.consoles import (
     add_people,
     console_settings,
     fill,
+    quick_users,
     running,
 )
 from tests.fakes import LOOPBACK
@@ -258,7 +259,7 @@ def test_logging_out_ends_the_session_here_too(shared: Shared) -> None:
 
 @pytest.mark.parametrize("change", ["removed", "demoted", "password"])
 def test_a_changed_person_is_out_at_once(shared: Shared, change: str) -> None:
-    users = users_file(shared.settings)
+    users = quick_users(shared.settings)
     users.add(change, Role.ADMINISTRATOR, PASSWORD)
     person = Person(shared.url, change)
     assert person.get("/audit").status_code == 200

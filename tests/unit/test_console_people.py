@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from argon2 import PasswordHasher
 from click.testing import CliRunner
 from pydantic import ValidationError
 
@@ -38,10 +39,12 @@ class Clock:
 
 @pytest.fixture
 def users(tmp_path: Path) -> UserFile:
-    return UserFile(tmp_path / "console" / "users.json")
+    # the parameters that a node uses are those of the first test
+    return UserFile(tmp_path / "console" / "users.json", PasswordHasher(time_cost=1, memory_cost=8, parallelism=1))
 
 
-def test_a_user_is_kept_as_argon2id_in_a_file_of_the_node_alone(users: UserFile, tmp_path: Path) -> None:
+def test_a_user_is_kept_as_argon2id_in_a_file_of_the_node_alone(tmp_path: Path) -> None:
+    users = UserFile(tmp_path / "console" / "users.json")
     users.add("ada", Role.ADMINISTRATOR, GOOD)
     path = tmp_path / "console" / "users.json"
     assert path.stat().st_mode & 0o777 == 0o600

@@ -11,6 +11,7 @@ from osteo_daemon.log import get_logger
 from osteo_daemon.settings import AccompanyingSettings
 
 _REMEMBERED_STUDIES = 10_000
+_OPEN_STUDIES = 8  # of one association that stays open all day
 
 
 class Discards:
@@ -24,7 +25,7 @@ class Discards:
         self._groups = frozenset(group for group in ACCOMPANYING if getattr(settings, group.value) == "discard")
         self._lock = threading.Lock()
         self._counts: OrderedDict[str, Counter[str]] = OrderedDict()
-        self._untold: dict[str, set[str]] = {}
+        self._untold: dict[str, OrderedDict[str, None]] = {}
         self._told: OrderedDict[str, None] = OrderedDict()
 
     def take(self, received: ReceivedObject) -> bool:
@@ -33,27 +34,41 @@ class Discards:
         if group not in self._groups or group is None:
             return False
         study = received.identifiers.study_instance_uid
+        lines = []
         with self._lock:
             self._counts.setdefault(study, Counter())[group.value] += 1
             self._counts.move_to_end(study)
             while len(self._counts) > _REMEMBERED_STUDIES:
                 self._counts.popitem(last=False)
             if study not in self._told:
-                self._untold.setdefault(received.association_id, set()).add(study)
+                untold = self._untold.setdefault(received.association_id, OrderedDict())
+                untold[study] = None
+                untold.move_to_end(study)
+                while len(untold) > _OPEN_STUDIES:
+                    lines += self._tell([untold.popitem(last=False)[0]])
+        _log(lines)
         return True
 
     def association_closed(self, association_id: str) -> None:
         """Say once for each study what was discarded of it."""
         with self._lock:
-            studies = sorted(self._untold.pop(association_id, set()) - self._told.keys())
-            lines = [(study, Counter(self._counts.get(study, Counter()))) for study in studies]
-            self._told.update(dict.fromkeys(studies))
-            while len(self._told) > _REMEMBERED_STUDIES:
-                self._told.popitem(last=False)
-        for study, counts in lines:
-            get_logger().info(
-                "accompanying_discarded",
-                study_instance_uid=study,
-                count=counts.total(),
-                detail=", ".join(f"{name} {count}" for name, count in sorted(counts.items())),
-            )
+            lines = self._tell(sorted(self._untold.pop(association_id, ())))
+        _log(lines)
+
+    def _tell(self, studies: list[str]) -> list[tuple[str, Counter[str]]]:
+        """What is to be said of those that nothing was said of yet."""
+        new = [study for study in studies if study not in self._told]
+        self._told.update(dict.fromkeys(new))
+        while len(self._told) > _REMEMBERED_STUDIES:
+            self._told.popitem(last=False)
+        return [(study, Counter(self._counts.get(study, Counter()))) for study in new]
+
+
+def _log(lines: list[tuple[str, Counter[str]]]) -> None:
+    for study, counts in lines:
+        get_logger().info(
+            "accompanying_discarded",
+            study_instance_uid=study,
+            count=counts.total(),
+            detail=", ".join(f"{name} {count}" for name, count in sorted(counts.items())),
+        )

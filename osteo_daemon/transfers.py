@@ -1,15 +1,17 @@
 """What came and what went, as the audit trail tells it: one message for each study and association.
 
 A study's transfer is told to begin with its second object: one image per association must not cost two messages.
+Where an association stays open all day, a study's transfer ends when it has gone on to `OPEN_STUDIES` others.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from osteo_daemon.audit import events, trail
 from osteo_daemon.audit.codes import Outcome
@@ -18,6 +20,9 @@ from osteo_daemon.dicom.identity import patient_of
 from osteo_daemon.dicom.received import ReceivedObject
 from osteo_daemon.jobs.records import RecordOutcome, ReportObject
 from osteo_daemon.settings import DestinationSettings
+
+OPEN_STUDIES: Final = 8
+"""Studies of one association that are not told yet."""
 
 _NEW = frozenset({RecordOutcome.STORED, RecordOutcome.REPLACED})
 
@@ -38,22 +43,28 @@ class ReceivedTransfers:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._open: dict[str, dict[str, _Arrived]] = {}
+        self._open: dict[str, OrderedDict[str, _Arrived]] = {}
 
     def note(self, received: ReceivedObject, path: Path, outcome: RecordOutcome) -> None:
         """An object has become durable."""
         if not trail.is_open():
             return
         study = received.identifiers.study_instance_uid
+        gone: list[tuple[str, _Arrived]] = []
         with self._lock:
-            studies = self._open.setdefault(received.association_id, {})
+            studies = self._open.setdefault(received.association_id, OrderedDict())
             arrived = studies.get(study)
             if arrived is None:
                 sender = Peer(received.source_ae, received.address)
                 arrived = studies[study] = _Arrived(sender, received.fetched, path)
+            studies.move_to_end(study)
+            while len(studies) > OPEN_STUDIES:
+                gone.append(studies.popitem(last=False))
             counted = arrived.new if outcome in _NEW else arrived.known
             counted[received.identifiers.sop_class_uid] += 1
             second = arrived.new.total() + arrived.known.total() == 2
+        for former, over in gone:
+            _tell_arrived(former, over)
         if second:
             by_sender = not arrived.fetched
             begun = [AuditStudy(study)], patient_of(arrived.path), arrived.sender, trail.node()
@@ -62,21 +73,25 @@ class ReceivedTransfers:
     def ended(self, association_id: str) -> None:
         """Nothing more comes over this association."""
         with self._lock:
-            studies = self._open.pop(association_id, {})
+            studies = self._open.pop(association_id, OrderedDict())
         for study, arrived in studies.items():
-            patient = patient_of(arrived.path)
-            for counted, received in ((arrived.new, True), (arrived.known, False)):
-                if counted:
-                    trail.record(
-                        events.instances_transferred(
-                            [AuditStudy(study, dict(counted))],
-                            patient,
-                            arrived.sender,
-                            trail.node(),
-                            received=received,
-                            by_sender=not arrived.fetched,
-                        )
-                    )
+            _tell_arrived(study, arrived)
+
+
+def _tell_arrived(study: str, arrived: _Arrived) -> None:
+    patient = patient_of(arrived.path)
+    for counted, received in ((arrived.new, True), (arrived.known, False)):
+        if counted:
+            trail.record(
+                events.instances_transferred(
+                    [AuditStudy(study, dict(counted))],
+                    patient,
+                    arrived.sender,
+                    trail.node(),
+                    received=received,
+                    by_sender=not arrived.fetched,
+                )
+            )
 
 
 def tell_sent(

@@ -54,6 +54,6 @@ class Negotiation:
 
 
 def _names(classes: list[str]) -> str:
-    names = [printable(class_name(uid)) for uid in dict.fromkeys(classes)]
+    names = [class_name(printable(uid)) for uid in dict.fromkeys(classes)]
     more = len(names) - _NAMED
     return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -444,3 +444,15 @@ def test_objects_over_the_web_likewise(tmp_path: Path) -> None:
     assert [kind for kind, _said in refusals] == [RESTRICTED, TRANSFER]
     for (_kind, said), line in zip(refusals, told, strict=True):
         assert said == f"{OBJECT}: {line['reason']}"
+
+
+def test_classes_proposed_in_vain_beside_others_are_told_once(tmp_path: Path) -> None:
+    """No refusal, and no line for each association of a sender that proposes all it knows."""
+    with capture_logs() as lines, local_receiver(tmp_path) as port:
+        for _ in range(3):
+            with established(port, contexts=context(1, CT) + context(3, MR) + context(5, "1.2\x1b[2J")) as peer:
+                peer.sendall(pdu(5, bytes(4)))
+                assert read_pdu(peer)[0] == 6
+    (told,) = [line for line in lines if line["event"].startswith("contexts_")]
+    assert (told["event"], told["log_level"], told["count"]) == ("contexts_declined", "info", 2)
+    assert told["detail"] == "MR Image Storage, 1.2?[2J"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.metadata import entry_points, metadata
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pydicom import dcmread
-from pydicom.uid import CTImageStorage
+from pydicom.uid import UID, CTImageStorage
 from pynetdicom import AE
 
 from osteo_daemon.dicom.contexts import TRANSFER_SYNTAXES
+from osteo_daemon.imaging.codecs import DECODERS
 from osteo_daemon.imaging.decoding import read_volume
 from osteo_daemon.imaging.series import split_stacks
 from osteo_daemon.imaging.slices import ct_slices, read_headers
@@ -57,6 +59,19 @@ def _send(port: int, syntax: Syntax, files: list[Path]) -> None:
 
 def test_every_accepted_syntax_is_tested() -> None:
     assert {syntax.uid for syntax in SYNTAXES} == set(TRANSFER_SYNTAXES)
+
+
+def test_decoders_are_permissively_licensed_and_no_other_is_found() -> None:
+    """A library that pylibjpeg finds beside its own (one of them is under the GPL) would decode, too."""
+    libraries = {"pydicom", "python-gdcm", "pylibjpeg", "pylibjpeg-openjpeg", "pyjpegls"}
+    for library in libraries:
+        classifiers = metadata(library).get_all("Classifier") or []
+        (licence,) = [entry.rpartition(" :: ")[2] for entry in classifiers if entry.startswith("License :: ")]
+        assert licence in ("MIT License", "BSD License", "Apache Software License"), library
+    found = entry_points(group="pylibjpeg.pixel_data_decoders")
+    assert {entry.dist.name for entry in found if entry.dist is not None} <= libraries
+    assert {syntax for syntax, name in DECODERS.items() if name == "pylibjpeg"} == {UID(entry.name) for entry in found}
+    assert set(DECODERS.values()) <= {"pydicom", "gdcm", "pylibjpeg", "pyjpegls", "osteo"}
 
 
 @pytest.mark.parametrize("syntax", SYNTAXES, ids=lambda syntax: syntax.uid.keyword)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from typing import Final
 
 from osteo_daemon.archive.key import Identity
 from osteo_daemon.archive.label_checks import CheckedReading, Rejected, check_readings, flags_on_batch
-from osteo_daemon.archive.label_files import read_file
+from osteo_daemon.archive.label_files import Reading, read_file
 from osteo_daemon.archive.label_mapping import LabelMapping
 from osteo_daemon.archive.record import VertebraRecord
 from osteo_daemon.archive.store import VoiArchive
@@ -34,7 +34,7 @@ class Matching:
         known: readings that are labels already.
         ambiguous, rejected: readings that were not taken, with reasons.
         flags: what is odd about the file as a whole.
-        sha256: of the file.
+        sha256: of the file; of several, over their sorted digests.
         imported: the number of the import; None when nothing was written.
         repeated: this very file was imported before.
     """
@@ -68,24 +68,43 @@ class _Sorted:
 def match_file(
     data: bytes, mapping: LabelMapping, archive: VoiArchive, rows: ArchiveRows, *, window_days: int, today: date
 ) -> Matching:
-    """Read, check and match a file; writes nothing.
+    """As `match_files`, of one file."""
+    return match_files([data], mapping, archive, rows, window_days=window_days, today=today)
+
+
+def match_files(
+    files: Sequence[bytes],
+    mapping: LabelMapping,
+    archive: VoiArchive,
+    rows: ArchiveRows,
+    *,
+    window_days: int,
+    today: date,
+) -> Matching:
+    """Read, check and match files as one batch; writes nothing.
+
+    Structured reports and HL7 messages come one for each patient: only together do they tell units, scales and mix-ups.
+    Of several files one that cannot be read is rejected with its reason, as a row is.
 
     Args:
-        data: of the file.
-        mapping: of its columns.
+        files: the bytes of each; their order counts for the numbers in reasons alone.
+        mapping: of their columns.
         archive: whose CTs are matched; needs the key.
         rows: the job store.
         window_days: largest distance between CT and densitometry.
         today: nothing was measured later.
 
     Raises:
-        Damaged: the file as a whole is refused.
+        Damaged: the batch as a whole is refused.
         ConfigurationError: the key cannot be used.
     """
-    digest = hashlib.sha256(data).hexdigest()
+    digests = sorted(hashlib.sha256(data).hexdigest() for data in files)
+    digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     if any(done.sha256 == digest for _, done in rows.label_imports()):
         return Matching((), 0, (), (), (), digest, repeated=True)
-    readings, rejected, flags = check_readings(read_file(data, mapping), today)
+    read, unread = _read(files, mapping)
+    readings, rejected, flags = check_readings(read, today)
+    rejected = unread + rejected
     cts = [
         _Ct(entry, identity, taken_on)
         for entry, identity in archive.identities()
@@ -109,6 +128,23 @@ def match_file(
             (_class(label, sbmd) for label, sbmd in batch),
         )
     return Matching(tuple(labels), known, tuple(found.ambiguous), tuple(found.rejected), tuple(flags), digest)
+
+
+def _read(files: Sequence[bytes], mapping: LabelMapping) -> tuple[list[Reading], list[Rejected]]:
+    if len(files) == 1:
+        return read_file(files[0], mapping), []
+    readings: list[Reading] = []
+    unread = []
+    for number, data in enumerate(files, start=1):
+        try:
+            own = read_file(data, mapping)
+        except Damaged as error:
+            unread.append(Rejected(f"file {number}", error.detail))
+        else:
+            readings += [replace(reading, where=f"file {number} {reading.where}") for reading in own]
+    if not readings:
+        raise Damaged(f"there is no reading of a single vertebra (L1 to L4) in these {len(files)} files")
+    return readings, unread
 
 
 def import_labels(matching: Matching, rows: ArchiveRows, who: str, *, accept_flags: bool) -> Matching:

@@ -23,7 +23,7 @@ def labels() -> None:
 
 
 @labels.command("import")
-@click.argument("file", type=_FILE)
+@click.argument("file", type=click.Path(exists=True, path_type=Path))
 @click.option("--map", "mapping_file", type=_FILE, help="TOML that names the file's columns (docs/labels.md).")
 @click.option("--window-days", type=click.IntRange(min=0), default=180, show_default=True, help="From CT to DXA.")
 @click.option("--dry-run", is_flag=True, help="Say what would be imported; write nothing.")
@@ -41,18 +41,22 @@ def import_file(
 ) -> None:
     """Match FILE (CSV, Excel, HL7 ORU or DXA structured report) to archived CTs and keep what matches.
 
-    Needs the archive's key. All or nothing is written; the same file twice adds nothing. Exit status 3: refused.
+    FILE may be a folder: all files in it are one batch, numbered in the order of their names. Needs the archive's key.
+    All or nothing is written; the same file twice adds nothing. Exit status 3: refused.
     """
     from osteo_daemon.archive.label_mapping import read_mapping
-    from osteo_daemon.archive.labels import import_labels, match_file
+    from osteo_daemon.archive.labels import import_labels, match_files
     from osteo_daemon.archive.store import VoiArchive
 
     settings, store = open_store(config)
-    if file.stat().st_size > _MAXIMUM_BYTES:
-        raise Damaged(f"the file is larger than {_MAXIMUM_BYTES // 1000**2} MB")
+    paths = sorted(path for path in file.rglob("*") if path.is_file()) if file.is_dir() else [file]
+    if not paths:
+        raise Damaged("the folder holds no file")
+    if sum(path.stat().st_size for path in paths) > _MAXIMUM_BYTES:
+        raise Damaged(f"it is larger than {_MAXIMUM_BYTES // 1000**2} MB")
     mapping = read_mapping(mapping_file)
-    done = match_file(
-        file.read_bytes(),
+    done = match_files(
+        [path.read_bytes() for path in paths],
         mapping,
         VoiArchive(settings, store),
         store,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -355,38 +356,75 @@ def _number(name: str, value: str, unit: str) -> Dataset:
     return item
 
 
-def test_a_structured_report_of_a_densitometer(node: Settings, rows: JobStore) -> None:
+def _report(patient: str, values: dict[str, tuple[str, str]], maker: str, model: str) -> bytes:
+    """A densitometer's report: level to BMD and T-score."""
     report = Dataset()
     report.file_meta = FileMetaDataset()
     report.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     report.file_meta.MediaStorageSOPClassUID = report.SOPClassUID = EnhancedSRStorage
     report.file_meta.MediaStorageSOPInstanceUID = report.SOPInstanceUID = "1.2.3"
-    report.Modality, report.PatientID, report.PatientBirthDate = "SR", "P005", "19500101"
+    report.Modality, report.PatientID, report.PatientBirthDate = "SR", patient, "19500101"
     report.StudyDate, report.AccessionNumber = "20261005", "DXA1"
-    report.Manufacturer, report.ManufacturerModelName = "GE Medical Systems Lunar", "iDXA"
+    report.Manufacturer, report.ManufacturerModelName = maker, model
     groups = []
-    for level in ("L1", "L2", "L1-L4"):
+    for level, (bmd, t_score) in values.items():
         group, site = Dataset(), Dataset()
         group.RelationshipType, group.ValueType = "CONTAINS", "CONTAINER"
         group.ConceptNameCodeSequence = [_code("Region")]
         site.RelationshipType, site.ValueType = "CONTAINS", "CODE"
         site.ConceptNameCodeSequence, site.ConceptCodeSequence = [_code("Finding Site")], [_code(f"{level} vertebra")]
-        numbers = [_number("BMD", "0.987", "g/cm2"), _number("T-score", "-1.6", "1")]
+        numbers = [_number("BMD", bmd, "g/cm2"), _number("T-score", t_score, "1")]
         group.ContentSequence = [site, *numbers]
         groups.append(group)
     report.ContentSequence = groups
     buffer = io.BytesIO()
     pydicom.dcmwrite(buffer, report, enforce_file_format=True)
-    readings = read_file(buffer.getvalue(), LabelMapping())
+    return buffer.getvalue()
+
+
+def test_a_structured_report_of_a_densitometer(node: Settings, rows: JobStore) -> None:
+    values = dict.fromkeys(("L1", "L2", "L1-L4"), ("0.987", "-1.6"))
+    data = _report("P005", values, "GE Medical Systems Lunar", "iDXA")
+    readings = read_file(data, LabelMapping())
     assert [(r.level, r.bmd, r.t_score, r.unit) for r in readings] == [
         ("L1", "0.987", "-1.6", "g/cm2"),
         ("L2", "0.987", "-1.6", "g/cm2"),
     ]
-    found = match(node, rows, buffer.getvalue())
+    found = match(node, rows, data)
     assert {(label.level, label.maker, label.model, label.days_apart) for label in found.labels} == {
         ("L1", "Lunar", "iDXA", 4),
         ("L2", "Lunar", "iDXA", 4),
     }
+
+
+def test_reports_of_many_patients_are_one_batch(node: Settings, rows: JobStore, tmp_path: Path) -> None:
+    folder = tmp_path / "from-the-pacs"
+    folder.mkdir()
+    for number in range(PATIENTS):
+        values = {level: (f"{YOUNG[level] + density(number):.3f}", f"{density(number) / 0.11:.2f}") for level in LEVELS}
+        (folder / f"DOE^JANE-{number:03}.dcm").write_bytes(_report(f"P{number:03}", values, "Hologic", "Horizon"))
+    (folder / "README.txt").write_text("what is this")
+    config = tmp_path / "osteo.toml"
+    config.write_text(
+        f'state_dir = "{node.state_dir}"\n[archive]\nenabled = true\nconsent = "x"\n'
+        f'key_file = "{node.archive.key_file}"\n'
+    )
+
+    def imported() -> dict[str, Any]:
+        command = ["labels", "import", str(folder), "--json", "--config", str(config)]
+        done = CliRunner().invoke(cli, command, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        assert "JANE" not in done.output
+        return dict(json.loads(done.stdout))
+
+    first = imported()
+    # alone each would wait for a word: of one patient neither scale nor mix-ups can be judged
+    assert (first["matched"], first["ambiguous"], first["flags"]) == (4 * PATIENTS, [], [])
+    assert [row["where"] for row in first["rejected"]] == [f"file {PATIENTS + 1}"]
+    assert imported()["repeated"]
+    (folder / "README.txt").unlink()
+    assert (again := imported())["known"] == 4 * PATIENTS
+    assert (again["matched"], again["rejected"]) == (0, [])
 
 
 def test_makers_are_told_by_known_names_only() -> None:

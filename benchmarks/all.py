@@ -17,6 +17,7 @@ NOT_BENCHMARKS = frozenset(
     {
         "all",
         "clinical_week",
+        "fourth_site",
         "heldout",
         "node_processes",
         "phantom_cache",

@@ -5,19 +5,29 @@ offset that no conversion knows. Refits on 50, 200 and 1,000 labelled vertebrae 
 hospital against what its machine would say without chance, beside the deployed bundle, its recalibrated BMD and a
 recalibrated line of HU; and on virtual patients of the parent's own sites.
 
-The cohort is rendered, unless ``--data`` names one whose external rows serve. ``--from-start RUN`` adds a network that
-was trained with the site among its own (a folder of `train.multitask`). ``--quick`` renders few patients, refits once
-and checks what must hold even then.
+The cohort is rendered, unless ``--data`` names one whose external rows serve. ``--from-start COHORT`` names the
+parent's cohort: a network is trained on it with the site's 1,000 labelled vertebrae among its own, as the parent was
+(``--encoder`` names the encoder that its training began from), and stands in the table, too; a folder with a finished
+run of `train.with_site` serves as well. ``--quick`` renders few patients, refits once and checks what must hold even
+then.
+
+All is kept below ``--work`` as it is finished, and a command that was stopped goes on there: rendered patients, the
+replay set, every fit, every size's figures, every epoch of the training. On two free cores expect some 10 minutes for
+rendering and replay set and one for each size (a refit took 14 to 15 s of a processor), and with ``--from-start`` as
+long again as the parent's training took (its model card says), more by the site's share. ``--quick`` takes a minute or
+two of one core.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,146 +36,56 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.fourth_site import Site, rendered
 from benchmarks.results import RESULTS, write_result
 from osteo_daemon.inference.bundle import ModelBundle, read_bundle
 from osteo_daemon.network.config import BmdScale, Calibration
 from train.calibrate import fit_calibration
-from train.cohort import CohortConfig, make_cohort
 from train.competitors import affine, core_hu, hu_line
-from train.data import VoiRow, VoiSet, open_set
+from train.data import open_set
 from train.evaluate import judged_of, run_network
-from train.features import encode_rows
-from train.judging import Index, Judged
+from train.judging import Judged
 from train.loop import load_run
 from train.refit_card import MODELS
-from train.replay import PATIENTS, Replay, find_replay, load_network, render_replay
-from train.shrink import SPACING_MM, shrink_cohort
+from train.replay import PATIENTS, REPLAY_NAME, Replay, find_replay, load_network, render_replay
 from train.site_config import FitConfig
-from train.site_data import as_known_at_site
 from train.site_fit import FitStore, fit_procedure
-from train.site_pool import Pool, network_with, raw_of, say
-from train.truth import PATIENT_ERROR, READING_SD_G_CM2, diagnosis, t_score
+from train.site_pool import network_with, raw_of, say
 from train.verdict import compare, decide
+from train.with_site import train_with_site
 
 NAME: Final = "refit"
 SIZES: Final = (50, 200, 1000)
 TEST_PATIENTS: Final = 66
 RENDERED: Final = 320
-SEED: Final = 20912
-FACTOR: Final = 1.05
-OFFSET_G_CM2: Final = 0.02
-"""Of the fourth machine: within the 4-7 % that cross-calibration leaves (train.truth). An assumption."""
 _HALF: Final = np.full(2, 0.5)
 _FIGURES: Final = ("mae", "bias", "screening_auc", "diagnosis_auc", "class_ece", "interval_90_coverage")
 
 
-def machine_says(sbmd: float) -> float:
-    """The fourth machine without chance."""
-    return FACTOR * sbmd + OFFSET_G_CM2
-
-
-def measured(rows: tuple[VoiRow, ...]) -> list[VoiRow]:
-    """Readings of the fourth machine: chance of the patient on it and of each measurement (`train.truth`)."""
-    found = []
-    for number, row in enumerate(rows):
-        if row.sbmd_g_cm2 is None:
-            continue
-        digits = int("".join(c for c in row.patient if c.isdigit())[-9:])
-        person = 1.0 + np.random.default_rng([SEED, digits]).normal(0.0, PATIENT_ERROR)
-        reading = float(machine_says(row.sbmd_g_cm2) * person)
-        reading += float(np.random.default_rng([SEED, digits, number]).normal(0.0, READING_SD_G_CM2))
-        found.append(
-            replace(
-                row,
-                site="fourth",
-                device="Fourth",
-                reading_g_cm2=reading,
-                target_sbmd_g_cm2=reading,
-                machine_sbmd_g_cm2=machine_says(row.sbmd_g_cm2),
-                diagnosis=diagnosis(t_score(reading, row.level)),
-            )
-        )
-    return found
-
-
-def site_of(folder: Path) -> tuple[VoiSet, Index]:
-    """The external patients' measured vertebrae with their new readings, and the rows of ``folder`` that they are."""
-    data = open_set(folder)
-    index = np.array(
-        [i for i, r in enumerate(data.rows) if r.part == "external" and r.sbmd_g_cm2 is not None], dtype=np.int64
-    )
-    return replace(data, rows=tuple(measured(tuple(data.rows[i] for i in index)))), index
-
-
-def rendered(folder: Path, bundle: ModelBundle, patients: int, workers: int) -> Path:
-    """Render external patients on the bundle's grid."""
-    make_cohort(CohortConfig.read(patients=patients, external_share=1.0, seed=SEED), folder / "cohort", workers)
-    if load_network(bundle).config.voi_spacing_mm != SPACING_MM:
-        return folder / "cohort"
-    shrink_cohort(folder / "cohort", folder / "small", workers)
-    return folder / "small"
-
-
-class Site:
-    """The fourth site on features of a parent.
+def figures_at(
+    site: Site, vertebrae: int, config: FitConfig, repeats: int, from_start: Judged | None, work: Path
+) -> dict[str, Any]:
+    """One size: every model on the test patients and on other devices, with the rule's decision.
 
     Args:
-        bundle: the parent.
-        folder: a cohort with external rows.
-        replay: of the parent.
-        test_patients: to judge with.
+        work: for this site, these settings and this size alone; what lies there is used.
     """
-
-    def __init__(self, bundle: ModelBundle, folder: Path, replay: Replay, test_patients: int) -> None:
-        self.folder, self.bundle, self.network = folder, bundle, load_network(bundle)
-        data, self.rows_in_cohort = site_of(folder)
-        whole = open_set(folder)
-        features = encode_rows(self.network, whole, self.rows_in_cohort, torch.device("cpu"))
-        levels = {"levels": list(self.network.config.levels)}
-        self.data = replace(data, rows=tuple(map(as_known_at_site, data.rows)), config={**data.config, **levels})
-        self.machine = np.array([row.machine_sbmd_g_cm2 for row in data.rows], dtype=np.float64)
-        self.machine_class = np.array(
-            [diagnosis(t_score(v, r.level)) for v, r in zip(self.machine, data.rows, strict=True)], dtype=np.int64
-        )
-        self.rehearsed, self.held = replay.halves()
-        rows = self.data.rows
-        self.patients = np.array([row.patient for row in rows])
-        self.target = np.array([row.target_sbmd_g_cm2 for row in rows], dtype=np.float64)
-        self.pool = Pool(
-            parent=self.network,
-            copied=(None,),
-            expert_of=torch.full((len(rows),), self.network.config.expert_count),
-            features=features,
-            target=torch.from_numpy(self.target).float(),
-            classes=torch.tensor([row.diagnosis for row in rows]),
-            patients=self.patients,
-            rehearsed=self.rehearsed,
-            fits_classes=True,
-            data=self.data,
-            index=np.arange(len(rows)),
-        )
-        names = list(dict.fromkeys(self.patients.tolist()))
-        self.names = names[test_patients:]
-        self.test = np.flatnonzero(np.isin(self.patients, names[:test_patients]))
-
-    def labelled(self, vertebrae: int) -> Index:
-        """Whole patients with about that many vertebrae."""
-        per_patient = len(self.patients) / len(np.unique(self.patients))
-        return np.flatnonzero(np.isin(self.patients, self.names[: round(vertebrae / per_patient)]))
-
-
-def figures_at(
-    site: Site, vertebrae: int, config: FitConfig, repeats: int, from_start: Judged | None
-) -> dict[str, Any]:
-    """One size: every model on the test patients and on other devices, with the rule's decision."""
+    finished = work / "figures.json"
+    if finished.exists():
+        return dict(json.loads(finished.read_text()))
     seen = site.labelled(vertebrae)
     calibration = Calibration.from_json(site.bundle.inference["calibration"])
     scale = BmdScale.from_json(site.bundle.inference["bmd_scale"])
     before, unseen = say(site.network, site.pool, seen), say(site.network, site.pool, site.test)
+    taken = work / "seconds.json"
+    before_this = float(json.loads(taken.read_text())) if taken.exists() else 0.0
     started = time.process_time()
-    with tempfile.TemporaryDirectory() as place:
-        fitted = fit_procedure(site.pool, seen, config, FitStore(Path(place), lambda _n: None), "size", vertebrae)
-    seconds = time.process_time() - started
+
+    def note(_steps: int) -> None:
+        taken.write_text(json.dumps(before_this + time.process_time() - started))
+
+    fitted = fit_procedure(site.pool, seen, config, FitStore(work / "fits", note), "size", vertebrae)
+    seconds = before_this + time.process_time() - started
     network = network_with(site.pool, fitted.moved)
     line = affine(before, site.target[seen], site.data)
     everything = (core_hu(site.network, site.pool.features), [row.level for row in site.data.rows], site.target)
@@ -197,7 +117,7 @@ def figures_at(
         repeats,
     )
     decision = decide(at_site, others)
-    return {
+    found = {
         "labelled_vertebrae": len(seen),
         "labelled_patients": len(np.unique(site.patients[seen])),
         "test_vertebrae": len(tested),
@@ -209,6 +129,13 @@ def figures_at(
         "site": at_site,
         "others": others,
     }
+    if from_start is not None:
+        own = at_site["models"]
+        found["mae_over_from_start"] = round(own["refit"]["mae"]["value"] / own["from_start"]["mae"]["value"], 3)
+    temporary = finished.with_suffix(".part")
+    temporary.write_text(json.dumps(found))
+    temporary.replace(finished)
+    return found
 
 
 def table_of(sizes: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
@@ -263,6 +190,36 @@ def trained_from_start(run_folder: Path, site: Site) -> Judged:
     return judged_of(raw, calibration, _HALF)
 
 
+def _over_from_start(sizes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The refit's MAE at the site over that of the network trained with it, by size; nothing without such a network."""
+    ratios = {size: found["mae_over_from_start"] for size, found in sizes.items() if "mae_over_from_start" in found}
+    return {"mae_over_from_start": ratios} if ratios else {}
+
+
+def _replay(bundle: ModelBundle, given: Path | None, work: Path, patients: int, workers: int) -> Replay:
+    """The named set, the bundle's own, or a rendered one that is kept in ``work``."""
+    network = load_network(bundle)
+    if given is not None or REPLAY_NAME in bundle.files:
+        return find_replay(bundle, network, given)
+    path = work / f"replay-{bundle.sha256[:12]}.safetensors"
+    if not path.exists():
+        temporary = path.with_suffix(".part")
+        temporary.write_bytes(render_replay(bundle, patients, workers, torch.device("cpu")).to_bytes())
+        temporary.replace(path)
+    return find_replay(bundle, network, path)
+
+
+def _run_with_site(folder: Path, encoder: Path | None, site: Site, work: Path) -> Path:
+    """A finished run as it is; a cohort is trained on, with the site's labelled patients of the largest size."""
+    if (folder / "settings.json").exists():
+        return folder
+    chosen = site.labelled(SIZES[-1])
+    rows = [site.data.rows[i] for i in chosen]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    index = site.rows_in_cohort[chosen]
+    return train_with_site(site.bundle, folder, site.folder, index, rows, work / "from-start", device, encoder)
+
+
 def faults(found: dict[str, Any]) -> list[str]:
     """What is wrong with a quick table; empty when all is well."""
     wrong = []
@@ -283,24 +240,30 @@ def main() -> None:
     parser.add_argument("--parent", type=Path, default=Path("model_zoo/osteo-moe"))
     parser.add_argument("--data", type=Path, help="a cohort on the parent's grid; its external rows are the site")
     parser.add_argument("--replay", type=Path, help="of train.replay; else the bundle's own, or a rendered one")
-    parser.add_argument("--from-start", type=Path, help="a run that was trained with the site")
+    parser.add_argument("--from-start", type=Path, help="the parent's cohort, or a run that was trained with the site")
+    parser.add_argument("--encoder", type=Path, help="that the parent's training began from, for --from-start")
+    parser.add_argument("--work", type=Path, default=Path("runs/refit"), help="everything is kept here")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args()
     torch.set_num_threads(1)
     bundle = read_bundle(given.parent)
     config = FitConfig(steps=20, inner_folds=2) if given.quick else FitConfig()
     with tempfile.TemporaryDirectory(prefix="osteo-refit-") as place:
+        work = Path(place) if given.quick else given.work
+        work.mkdir(parents=True, exist_ok=True)
         patients, tested = (22, 8) if given.quick else (RENDERED, TEST_PATIENTS)
-        folder = given.data or rendered(Path(place), bundle, patients, given.workers)
-        if given.replay is not None or "models/replay.safetensors" in bundle.files:
-            replay = find_replay(bundle, load_network(bundle), given.replay)
-        else:
-            replay = render_replay(bundle, 12 if given.quick else PATIENTS, given.workers, torch.device("cpu"))
+        folder = given.data or rendered(work, bundle, patients, given.workers)
+        replay = _replay(bundle, given.replay, work, 12 if given.quick else PATIENTS, given.workers)
         site = Site(bundle, folder, replay, tested)
-        from_start = None if given.from_start is None else trained_from_start(given.from_start, site)
+        run = None if given.from_start is None else _run_with_site(given.from_start, given.encoder, site, work)
+        from_start = None if run is None else trained_from_start(run, site)
+        repeats = 50 if given.quick else 500
+        stamp = (bundle.sha256, site.names, sha256(replay.to_bytes()).hexdigest(), asdict(config), str(run), repeats)
+        key = sha256(json.dumps(stamp).encode()).hexdigest()[:12]
         sizes = {}
         for size in SIZES[:1] if given.quick else SIZES:
-            found = figures_at(site, size, config, 50 if given.quick else 500, from_start)
+            (own := work / f"size-{size}-{key}").mkdir(exist_ok=True)
+            found = figures_at(site, size, config, repeats, from_start, own)
             sizes[str(found["labelled_vertebrae"])] = found
             print(size, found["verdict"], found["recommended"], found["pull_to_the_parent"], flush=True)
     shown = {
@@ -308,6 +271,7 @@ def main() -> None:
         "test_patients": next(iter(sizes.values()))["test_patients"],
         "processor_seconds_of_a_refit": {size: found["processor_seconds"] for size, found in sizes.items()},
         "verdict": {size: found["verdict"] for size, found in sizes.items()},
+        **_over_from_start(sizes),
         "rows": table_of(sizes),
     }
     write_result(NAME, {**shown}, quick=given.quick)

@@ -28,6 +28,7 @@ _SERIOUS = """async () => (await axe.run(document)).violations
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a browser on two busy cores
 def test_the_console_in_a_browser(tmp_path: Path) -> None:
     settings = console_settings(
         tmp_path, destinations=[{"name": "pacs", "ae_title": "PACS", "host": LOOPBACK, "port": 9}]

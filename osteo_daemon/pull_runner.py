@@ -18,7 +18,7 @@ from osteo_daemon.jobs.spool import Spool
 from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.log import configure_logging, get_logger, where
 from osteo_daemon.pull.archive import open_archive, taken_classes
-from osteo_daemon.pull.puller import Puller
+from osteo_daemon.pull.puller import Puller, Report
 from osteo_daemon.pull.schedule import next_open, pace_of
 from osteo_daemon.settings import ArchiveSettings, NamedPullSettings, Settings
 from osteo_daemon.stopping import at_the_end
@@ -26,6 +26,19 @@ from osteo_daemon.vitals import Vitals
 
 _POLL_SECONDS: Final = 2.0
 _LOOK_SECONDS: Final = 1.0
+
+
+class _Waits:
+    """Says why a pull fetches nothing, once for each wait."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._told = ""
+
+    def __call__(self, report: Report) -> None:
+        if report.waits and report.waits != self._told:
+            get_logger().info("pull_waits", kind=self._name, reason=report.waits)
+        self._told = report.waits
 
 
 class _Lane:
@@ -89,6 +102,7 @@ class _Lane:
             self._archive.maximum_matches,
             taken_classes(self._settings.accompanying),
             self._stopping,
+            _Waits(self._entry.name),
         )
         state = puller.run(pull.pull_id)
         counts = self._store.pull_counts(pull.pull_id)

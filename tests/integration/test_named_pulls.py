@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import signal
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from osteo_daemon import timetable
 from osteo_daemon.domain.archive import Span
 from osteo_daemon.errors import ConfigurationError
 from osteo_daemon.jobs.pull_rows import PulledState, PullState
 from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.pull.criteria import Criteria
 from osteo_daemon.pull.schedule import enqueue
+from osteo_daemon.pull_runner import PullRunner
+from osteo_daemon.roles import roles_of
 from osteo_daemon.scheduler import Scheduler
 from osteo_daemon.settings import NamedPullSettings, load_settings
-from osteo_daemon.supervisor import roles_of
 from tests.fakes import CALLED, LOOPBACK, RoleProcess, a_free_port, settings_text, until
 from tests.foreign import send_to, write_study
 from tests.orthanc import AE_TITLE, running_orthanc
+from tests.slow_archive import running_slow_archive
 from tests.stores import new_sqlite
 
 TODAY = date(2026, 3, 10)
@@ -101,6 +104,62 @@ def test_a_node_without_pulls_runs_no_puller(tmp_path: Path) -> None:
     assert role.process is not None
     assert role.process.wait(60) == 2
     assert "there is no [[pulls]] entry" in role.log.read_text()
+
+
+def test_cron_begins_a_pull_that_keeps_its_hours_and_its_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timetable, "MAKE_UP_SECONDS", 0.1)
+    now = datetime.now().astimezone()
+    yearly = 'archive = "slow"\ncron = "0 0 1 1 *"\n'
+    with running_slow_archive(tmp_path / "archive") as archive:
+
+        def written(**pace: str) -> Path:
+            entries = [f'[[pulls]]\nname = "{name}"\n{yearly}{text}\n' for name, text in pace.items()]
+            config = tmp_path / "osteo.toml"
+            config.write_text(settings_text(tmp_path / "state", 1, extra=archive.text() + "".join(entries)))
+            return config
+
+        closed = f"{now + timedelta(hours=2):%H:%M}-{now + timedelta(hours=3):%H:%M}"
+        config = written(night=f'between = "{closed}"', gentle="studies_per_hour = 1", unborn="")
+        settings = load_settings(config, {})
+        store = JobStore(settings.database_url)
+        # two steps ran in the year before last, so that they are due; of the third nobody knows
+        for name in ("night", "gentle"):
+            values = {"interval_seconds": 1.0, "started_at": datetime.now(UTC) - timedelta(days=370)}
+            store.note_run(f"pull {name}", values=values, more={"runs": 1})
+        scheduler = Scheduler(settings)
+        scheduler.start()
+        role = RoleProcess(["run", "puller", "--config", str(config)], tmp_path / "puller.log").start()
+        try:
+            role.wait_for(f"outside {closed}")
+            role.wait_for("1 studies an hour")
+            night, gentle = store.latest_pull("night"), store.latest_pull("gentle")
+            assert night is not None
+            assert gentle is not None
+            assert store.latest_pull("unborn") is None
+            assert [entry.attempts for entry in store.pulled_studies(night.pull_id)] == [0, 0, 0]
+            counts = store.pull_counts(gentle.pull_id)
+            assert (counts[PulledState.FETCHED], counts[PulledState.WANTED]) == (1, 2)
+            assert archive.asked == [("SERIES", 0)]
+            until(lambda: len([run for run in store.scheduler_runs() if run.runs == 2]) == 2)
+            runs = {run.step: run for run in store.scheduler_runs()}
+            for name, pull in (("night", night), ("gentle", gentle)):
+                run = runs[f"pull {name}"]
+                assert (run.outcome, run.detail) == ("done", f"pull {pull.pull_id} from slow")
+                assert run.next_at is not None
+                assert (run.next_at.month, run.next_at.day, run.next_at.hour) == (1, 1, 0)
+        finally:
+            scheduler.stop()
+            assert role.stop() == 0
+        assert {store.pull(pull.pull_id).state for pull in (night, gentle)} == {PullState.FETCHING}
+        # its hour has come, and nobody asks for patience any more
+        begun = f"{now - timedelta(hours=1):%H:%M}-{now + timedelta(hours=2):%H:%M}"
+        runner = PullRunner(load_settings(written(night=f'between = "{begun}"', gentle=""), {}))
+        runner.start()
+        until(lambda: all(store.pull(pull.pull_id).state is PullState.DONE for pull in (night, gentle)))
+        runner.stop()
+        assert {uid for study in archive.studies for uid in store.study_here(study).stored} == archive.images
+        assert not store.pull_counts(night.pull_id)[PulledState.FAILED]
+        store.close()
 
 
 def test_orthanc_is_pulled_by_itself_and_a_killed_puller_goes_on(tmp_path: Path) -> None:

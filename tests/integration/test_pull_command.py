@@ -10,105 +10,27 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from pydicom import dcmread
-from pydicom.dataset import Dataset
-from pynetdicom import AE, build_context, evt
 
 from osteo_daemon.cli import cli
 from osteo_daemon.errors import ConfigurationError, Damaged
 from osteo_daemon.jobs.store import JobStore
+from osteo_daemon.pull.criteria import Criteria
 from tests.conftest import ROOT
-from tests.fakes import LOOPBACK, settings_text, until, write_ct
-
-FIND = "1.2.840.10008.5.1.4.1.2.2.1"
-GET = "1.2.840.10008.5.1.4.1.2.2.3"
-CT = "1.2.840.10008.5.1.4.1.1.2"
-
-
-@dataclass
-class SlowArchive:
-    """An archive on loopback that counts what it sends, and waits before each object when told to.
-
-    Attributes:
-        sent: how often each SOP Instance UID was sent and acknowledged.
-        asked: identifiers of C-GET requests: level, and how many SOP Instance UIDs they named.
-        cancelled: C-GET requests that ended by C-CANCEL.
-        dates: keys of the questions.
-        gate: called before each object is sent with what asks, once, whether a C-CANCEL has come; gives its answer.
-    """
-
-    studies: dict[str, list[Dataset]]
-    sent: Counter[str] = field(default_factory=Counter)
-    asked: list[tuple[str, int]] = field(default_factory=list)
-    cancelled: int = 0
-    dates: list[str] = field(default_factory=list)
-    gate: Callable[[Callable[[], bool]], bool] = lambda cancelled: cancelled()
-    port: int = 0
-    _server: Any = None
-
-    def __enter__(self) -> SlowArchive:
-        entity = AE(ae_title="SLOW")
-        entity.add_supported_context(FIND)
-        entity.add_supported_context(GET)
-        entity.supported_contexts = [*entity.supported_contexts, build_context(CT)]
-        for context in entity.supported_contexts:
-            if context.abstract_syntax == CT:
-                context.scu_role, context.scp_role = False, True
-        handlers = [(evt.EVT_C_FIND, self._find), (evt.EVT_C_GET, self._get)]
-        self._server = entity.start_server((LOOPBACK, 0), block=False, evt_handlers=handlers)
-        self.port = self._server.server_address[1]
-        return self
-
-    def __exit__(self, *_reason: object) -> None:
-        self._server.shutdown()
-
-    @property
-    def images(self) -> set[str]:
-        """Every SOP Instance UID."""
-        return {str(image.SOPInstanceUID) for images in self.studies.values() for image in images}
-
-    def _find(self, event: Any) -> Iterator[tuple[int, Dataset]]:
-        keys = event.identifier
-        self.dates.append(str(keys.get("StudyDate", "")))
-        for uid, images in self.studies.items():
-            if keys.QueryRetrieveLevel != "STUDY" and uid != keys.StudyInstanceUID:
-                continue
-            for image in images if keys.QueryRetrieveLevel == "IMAGE" else images[:1]:
-                answer = Dataset()
-                answer.QueryRetrieveLevel = keys.QueryRetrieveLevel
-                for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID", "Modality"):
-                    if keyword in keys:
-                        setattr(answer, keyword, image.get(keyword))
-                yield 0xFF00, answer
-
-    def _get(self, event: Any) -> Iterator[Any]:
-        keys = event.identifier
-        wanted = keys.get("SOPInstanceUID")
-        named = [wanted] if isinstance(wanted, str) else list(wanted or ())
-        self.asked.append((keys.QueryRetrieveLevel, len(named)))
-        images = [image for image in self.studies[keys.StudyInstanceUID] if not named or image.SOPInstanceUID in named]
-        yield len(images)
-        for image in images:
-            if self.gate(lambda: event.is_cancelled):
-                self.cancelled += 1
-                yield 0xFE00, None
-                return
-            self.sent[str(image.SOPInstanceUID)] += 1
-            yield 0xFF00, image
+from tests.fakes import settings_text, until
+from tests.slow_archive import SlowArchive, running_slow_archive
 
 
 @pytest.fixture
 def archive(tmp_path: Path) -> Iterator[SlowArchive]:
-    """Three studies of six slices."""
-    series = [[dcmread(path) for path in write_ct(tmp_path / str(n), count=6, seed=n)] for n in range(3)]
-    with SlowArchive({str(images[0].StudyInstanceUID): images for images in series}) as running:
+    """Three studies of six slices, of patients P0, P1 and P2."""
+    with running_slow_archive(tmp_path) as running:
         yield running
 
 
@@ -163,15 +85,8 @@ class Command:
 
 @pytest.fixture
 def command(tmp_path: Path, archive: SlowArchive) -> Command:
-    entry = f'''[[archives]]
-name = "slow"
-retrieve = "c-get"
-ae_title = "SLOW"
-host = "{LOOPBACK}"
-port = {archive.port}
-'''
     config = tmp_path / "osteo.toml"
-    config.write_text(settings_text(tmp_path / "state", 11112, extra=entry))
+    config.write_text(settings_text(tmp_path / "state", 11112, extra=archive.text()))
     JobStore(f"sqlite:///{tmp_path / 'state' / 'jobs.sqlite'}").close()
     return Command(tmp_path, config)
 
@@ -230,6 +145,27 @@ def test_ctrl_c_cancels_at_the_archive_and_charges_nobody(archive: SlowArchive, 
     status, document, errors = command.run("resume", "1")
     assert status == 0, errors
     assert document["studies"]["FETCHED"] == 3
+
+
+def test_a_list_in_a_file_is_asked_for_and_forgotten(archive: SlowArchive, command: Command, tmp_path: Path) -> None:
+    listed = tmp_path / "list"
+    listed.write_text("# of this month\nP1\n\nNOBODY-4711\n")
+    status, document, errors = command.run("start", "slow", "--patients", str(listed))
+    assert status == 0, errors
+    # the archive answers every question with all its studies: strangers stay where they are
+    assert archive.patients[:2] == ["P1", "NOBODY-4711"]
+    assert {state: count for state, count in document["studies"].items() if count} == {"FETCHED": 1}
+    wanted = list(archive.studies.values())[1]
+    assert command.stored == {str(image.SOPInstanceUID) for image in wanted}
+    assert "NOBODY-4711" not in errors + json.dumps(document)
+    for path in command.folder.rglob("*"):
+        assert path == listed or not path.is_file() or b"NOBODY-4711" not in path.read_bytes()
+    # a search with a list that was killed cannot go on without it
+    with command.store() as store:
+        unfinished = store.create_pull("slow", Criteria(listed=2).document())
+    refused = CliRunner().invoke(cli, ["pull", "resume", str(unfinished), "--config", str(command.config)])
+    assert refused.exit_code == 2
+    assert "give the list again" in refused.stderr
 
 
 def test_a_dry_run_counts_and_a_wrong_word_is_explained(archive: SlowArchive, command: Command, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from osteo_daemon.domain.archive import Span
 from osteo_daemon.errors import ConfigurationError, PeerUnavailable
 from osteo_daemon.inquiry import Inquiries
 from osteo_daemon.intake import DurableIntake
-from osteo_daemon.jobs.pull_rows import PullState
+from osteo_daemon.jobs.pull_rows import PulledState, PullState
 from osteo_daemon.jobs.room import Room
 from osteo_daemon.jobs.spool import Spool
 from osteo_daemon.jobs.store import JobStore
@@ -35,6 +35,8 @@ from tests.fakes import CALLED, LOOPBACK, a_free_port, until
 from tests.foreign import Study, write_study
 from tests.orthanc import AE_TITLE, Orthanc, running_orthanc
 
+MOVED = "OSTEOTLS"
+
 
 @dataclass(frozen=True)
 class World:
@@ -43,6 +45,7 @@ class World:
     orthanc: Orthanc
     study: Study
     our_port: int
+    our_tls_port: int
     node: Issued
     imposter: Issued
     authority: Authority
@@ -55,7 +58,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("tls")
     authority, stranger = Authority(folder), Authority(folder, "Other CA")
     pacs, node = authority.issue("pacs"), authority.issue("node", rsa_bits=2048)
-    imposter, our_port = stranger.issue("node", stem="imposter"), a_free_port()
+    imposter, our_port, our_tls_port = stranger.issue("node", stem="imposter"), a_free_port(), a_free_port()
     tls = {
         "DicomTlsEnabled": True,
         "DicomTlsCertificate": str(pacs.certificate),
@@ -65,11 +68,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     }
     # it asks in plain, and hears over TLS
     us = {"AET": CALLED, "Host": LOOPBACK, "Port": our_port, "AllowStorageCommitment": True, "AllowGet": True}
+    # under this name it moves to us over TLS
+    moved = {"AET": MOVED, "Host": LOOPBACK, "Port": our_tls_port, "AllowMove": True, "UseDicomTls": True}
+    known = {"osteo": us, "moved": moved}
     study = write_study(folder / "study")
-    with running_orthanc(folder / "orthanc", a_free_port(), a_free_port(), {"osteo": us}, more=tls) as orthanc:
+    with running_orthanc(folder / "orthanc", a_free_port(), a_free_port(), known, more=tls) as orthanc:
         for path in study.files:
             _post(orthanc, "/instances", path.read_bytes())
-        yield World(orthanc, study, our_port, node, imposter, authority, pacs.sha256, node.sha256)
+        yield World(orthanc, study, our_port, our_tls_port, node, imposter, authority, pacs.sha256, node.sha256)
 
 
 def _post(orthanc: Orthanc, path: str, body: bytes) -> Any:
@@ -143,6 +149,33 @@ def test_counts_reports_and_pulls_go_over_tls(world: World, tmp_path: Path) -> N
         )["ID"]
         assert Promises(settings, store).run() == "1 reported"
         until(lambda: world.orthanc.get(f"/storage-commitment/{transaction}")["Status"] != "Pending")
+
+
+def test_a_move_comes_back_over_tls_alone(world: World, tmp_path: Path) -> None:
+    text = settings_of(tmp_path, world).model_dump()
+    text["receiver"] |= {"ae_title": MOVED}
+    text["tls"] |= {"port": world.our_tls_port}
+    (source,), (entry,) = text["sources"], text["archives"]
+    source |= {"certificates": [f"sha256:{world.pacs_sha256}"], "tls_required": True}
+    entry |= {"retrieve": "c-move"}
+    settings = Settings.model_validate(text)
+    with running(settings) as store:
+        archive = open_archive(settings, settings.archives[0], threading.Event())
+        puller = Puller(
+            settings.pull.model_copy(update={"maximum_attempts": 1}),
+            store,
+            Room(settings.spool_dir, 0, 0),
+            archive,
+            DurableIntake(Spool(settings.spool_dir), store),
+            500,
+            taken_classes(settings.accompanying),
+            threading.Event(),
+        )
+        pull = store.create_pull("pacs", Criteria(span=Span(date(1990, 1, 1), date(2100, 1, 1))).document())
+        assert puller.run(pull) is PullState.DONE
+        (study,) = store.pulled_studies(pull)
+        assert (study.state, study.detail) == (PulledState.FETCHED, None)
+        assert store.study_here(world.study.uid).stored.keys() == world.study.ct
 
 
 @pytest.mark.parametrize(

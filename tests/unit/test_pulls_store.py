@@ -12,8 +12,9 @@ from osteo_daemon.domain.study import SopInstance
 from osteo_daemon.errors import IllegalTransition
 from osteo_daemon.jobs.pull_rows import PulledState, PullState
 from osteo_daemon.jobs.store import JobStore
+from osteo_daemon.pull.criteria import Criteria
+from osteo_daemon.roles import roles_of
 from osteo_daemon.settings import Settings
-from osteo_daemon.supervisor import roles_of
 from tests.postgres import Cluster
 from tests.stores import new_sqlite
 
@@ -94,6 +95,24 @@ def test_ended_pulls_are_opened_again_by_hand_only(store: JobStore) -> None:
     for act in (store.pull, lambda number: store.reopen_pull(number, failed_too=False)):
         with pytest.raises(KeyError):
             act(pull_id + 1)
+
+
+def test_the_newest_pull_of_a_name(store: JobStore) -> None:
+    assert store.latest_pull("nightly") is None
+    by_hand = store.create_pull("pacs", Criteria().document())
+    store.create_pull("pacs", {})  # as pulls were written down before they had names
+    assert store.latest_pull("nightly") is None
+    first, other, second = (
+        store.create_pull("pacs", Criteria(name=name).document()) for name in ("nightly", "night%", "nightly")
+    )
+    assert by_hand < first < other < second
+    for name, expected in (("nightly", second), ("night%", other), ("night", None), ("NIGHTLY", None)):
+        found = store.latest_pull(name)
+        assert (None if found is None else found.pull_id) == expected
+    store.change_pull(second, PullState.DONE)
+    latest = store.latest_pull("nightly")
+    assert latest is not None
+    assert (latest.state, Criteria.of(latest.criteria).name) == (PullState.DONE, "nightly")
 
 
 def test_what_is_here_of_a_study(store: JobStore, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from osteo_daemon.commands.upkeep import backup, fsck, restore, schedule
 from osteo_daemon.commands.users import users
 from osteo_daemon.errors import ConfigurationError, OsteoError
 from osteo_daemon.quick_imports import quick_imports
+from osteo_daemon.roles import ROLES
 from osteo_daemon.settings import Settings, load_settings
 
 EXIT_DAMAGED = 3
@@ -32,8 +33,6 @@ EXIT_DAMAGED = 3
 
 PRIVATE_UMASK = 0o077
 """What the node writes holds patients' images: for its own user alone."""
-
-ROLES = ("receiver", "dicomweb", "puller", "scheduler", "screener", "deliverer", "refitter", "console")
 
 _EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -101,6 +100,8 @@ def run(role: str, config: Path | None) -> None:
             from osteo_daemon.refitter import run as entry
         elif role == "console":
             from osteo_daemon.console.role import run as entry
+        elif role == "monitor":
+            from osteo_daemon.monitor.role import run as entry
         else:
             from osteo_daemon.deliverer import run as entry
         from osteo_daemon.audit import trail

@@ -25,6 +25,7 @@ from osteo_daemon.sections.keeping import (
     RetentionSettings,
     StoreSettings,
 )
+from osteo_daemon.sections.monitoring import MonitorSettings, NotificationSettings
 from osteo_daemon.sections.peers import (
     ArchiveSettings,
     DestinationSettings,
@@ -72,7 +73,9 @@ __all__ = [
     "KeepSettings",
     "LogSettings",
     "ModelsSettings",
+    "MonitorSettings",
     "NamedPullSettings",
+    "NotificationSettings",
     "PeerSettings",
     "PeerTlsSettings",
     "PullSettings",
@@ -121,6 +124,8 @@ class Settings(Section):
     drift: DriftSettings = DriftSettings()
     refit: RefitSettings = RefitSettings()
     console: ConsoleSettings = ConsoleSettings()
+    monitor: MonitorSettings = MonitorSettings()
+    notifications: NotificationSettings = NotificationSettings()
     site: SiteSettings = SiteSettings()
     audit: AuditSettings = AuditSettings()
     log: LogSettings = LogSettings()

@@ -17,11 +17,8 @@ from types import FrameType
 
 from osteo_daemon.child import start_child
 from osteo_daemon.log import configure_logging, get_logger
+from osteo_daemon.roles import roles_of, screeners_of
 from osteo_daemon.settings import Settings
-
-ROLES = ("receiver", "dicomweb", "puller", "scheduler", "screener", "deliverer", "refitter", "console")
-"""Started in this order, ended in it too: what takes work in ends first; ``dicomweb``, ``puller``, ``refitter`` and
-``console`` only where the settings want them."""
 
 STOP_SECONDS = 30.0
 """How long the children may take to end before they are killed."""
@@ -143,25 +140,6 @@ class Supervisor:
                 child.process.kill()
                 child.process.wait()
             child.process = None
-
-
-def roles_of(settings: Settings) -> list[str]:
-    """The roles that these settings want, in the order of their start."""
-    unwanted = {"dicomweb"} if not settings.dicomweb.port else set()
-    if not settings.refit.enabled:
-        unwanted.add("refitter")
-    if not settings.console.port:
-        unwanted.add("console")
-    if not settings.pulls:
-        unwanted.add("puller")
-    return [role for role in ROLES if role not in unwanted]
-
-
-def screeners_of(settings: Settings) -> dict[str, dict[str, str]]:
-    """Names of the screening processes that these settings want, and variables of each: a GPU is seen by one alone."""
-    wanted = settings.screener
-    slots = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in wanted.gpus] or [{} for _ in range(wanted.processes)]
-    return {"screener" if number == 1 else f"screener-{number}": slot for number, slot in enumerate(slots, start=1)}
 
 
 def serve(settings: Settings, config_path: Path | None) -> int:

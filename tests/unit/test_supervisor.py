@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from osteo_daemon.settings import Settings
-from osteo_daemon.supervisor import screeners_of
+from osteo_daemon.roles import screeners_of
 from tests.fakes import until
 
 SUPERVISE = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from tests.refits import OFFSET_G_CM2, make_parts, site_rows, write_site
 from train.data import VoiRow, VoiSet
 from train.features import Features
 from train.refit import refit
+from train.refit_progress import Progress
 from train.replay import Replay, load_network
 from train.site_config import FitConfig
 from train.site_data import accept, deal
@@ -268,6 +270,28 @@ def test_candidates_are_whole_bundles_with_lineage_and_verdict(done: tuple[Path,
     # features of the frozen encoder stay right: the next generation needs no virtual patient
     carried = read_bundle(out / "refit").load_tensors(train.replay.REPLAY_NAME)
     assert len(Replay.from_tensors(carried, refitted)) == len(parts[3].rows)
+
+
+def test_progress_tells_the_stage_and_the_time_that_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "progress.json"
+    progress = Progress(path)
+    told = []
+    progress.begin("fits", 4)
+    for _ in range(4):
+        told.append(json.loads(path.read_text()))
+        time.sleep(0.02)
+        progress(1)
+    told.append(json.loads(path.read_text()))
+    progress.begin("verdict", 1)
+    told.append(json.loads(path.read_text()))
+    progress.close()
+    assert [(entry["stage"], entry["done"], entry["total"]) for entry in told] == [
+        *(("fits", done, 4) for done in range(5)),
+        ("verdict", 0, 1),
+    ]
+    assert [entry["seconds_left"] is None for entry in told] == [True, False, False, False, False, True]
+    assert told[1]["seconds_left"] >= 0.06 - 0.05  # three as long as the first, to a tenth of a second
+    assert told[4]["seconds_left"] == 0
 
 
 class Killed(Exception):

@@ -27,7 +27,10 @@ from train.pretrain import PretrainConfig, pretrain
 from train.readings import Densitometry
 from train.shrink import NETWORK_SHAPE, SPACING_MM, shrink_cohort
 
-NETWORK: Final = MoEConfig(voi_shape=NETWORK_SHAPE, voi_spacing_mm=SPACING_MM, grain_channel="gates")
+NETWORK: Final = MoEConfig(
+    voi_shape=NETWORK_SHAPE, voi_spacing_mm=SPACING_MM, grain_channel="gates", bmd_correction_g_cm2=0.06
+)
+"""Half a T-score is what a network of virtual patients may add to or take from what the HU say."""
 PRETRAIN: Final = PretrainConfig(mechanism="a", epochs=3)
 LOOP: Final = LoopConfig(epochs=24, batch_size=32, learning_rate=2e-3, patience=1000, keep="last", ema_decay=0.998)
 WEIGHTS: Final = LossWeights(logit_adjustment=0.65, twin=8.0)

@@ -17,7 +17,7 @@ CLASSES = ("normal", "osteopenia", "osteoporosis")
 """Diagnosis classes in ordinal order (WHO: T > -1, -2.5 < T <= -1, T <= -2.5)."""
 
 
-_LATER: Final = {"grain_channel": "none"}
+_LATER: Final = {"grain_channel": "none", "bmd_correction_g_cm2": None}
 """What a bundle that is older than a key means."""
 
 
@@ -53,6 +53,8 @@ class MoEConfig:
         grain_channel: who sees the statistics of noise and sharpness of `osteo_daemon.network.encoder`, which
             tell scanners apart where pooled image features were found not to: "none", the "gates", or "all", which puts
             them beside the HU statistics too (an unknown scanner then moves every prediction).
+        bmd_correction_g_cm2: most that image features may move BMD away from the line in HU statistics and level;
+            None is no bound.
     """
 
     voi_shape: tuple[int, int, int] = (40, 48, 56)
@@ -80,6 +82,7 @@ class MoEConfig:
     device_count: int = 3
     dropout: float = 0.1
     grain_channel: Literal["none", "gates", "all"] = "none"
+    bmd_correction_g_cm2: float | None = None
 
     def __post_init__(self) -> None:
         checks = {
@@ -100,6 +103,8 @@ class MoEConfig:
             "bmd_scale_g_cm2": self.bmd_scale_g_cm2 > 0,
             "device_count": 0 <= self.device_count <= self.expert_count,
             "dropout": 0 <= self.dropout < 1,
+            "bmd_correction_g_cm2": self.bmd_correction_g_cm2 is None
+            or (self.hu_channel and self.bmd_correction_g_cm2 > 0),
             "grain_channel": self.grain_channel in (("none", "gates", "all") if self.hu_channel else ("none", "gates")),
         }
         for key, good in checks.items():

@@ -62,19 +62,24 @@ class BmdHead(nn.Module):
     """BMD with heteroscedastic uncertainty (Nix and Weigend 1994; Kendall and Gal 2017).
 
     The mean is a linear map of the HU statistics plus a term of the fused features: the first carries density beyond
-    the range of the training set in proportion, the second corrects for scanner, texture and geometry.
+    the range of the training set in proportion, the second corrects for scanner, texture and geometry. With ``limit``,
+    in units of the scale, the correction ends there: what a network learnt of virtual patients can then turn the order
+    of two vertebrae only where their lines lie closer than twice that.
     """
 
     LOG_VARIANCE_RANGE = (-7.0, 3.0)
 
-    def __init__(self, width: int, hu_width: int) -> None:
+    def __init__(self, width: int, hu_width: int, limit: float | None = None) -> None:
         super().__init__()
+        self.limit = limit
         self.linear = nn.Linear(hu_width, 1) if hu_width else None
         self.hidden = nn.Sequential(nn.Linear(width, 64), nn.GELU(), nn.Linear(64, 2))
 
     def forward(self, features: Tensor, hu_statistics: Tensor | None) -> tuple[Tensor, Tensor]:
         """(B, F) features and (B, S) standardised statistics to (B,) mean and log variance, in units of the scale."""
         correction, log_variance = self.hidden(features).unbind(1)
+        if self.limit is not None:
+            correction = self.limit * torch.tanh(correction / self.limit)
         if self.linear is not None:
             if hu_statistics is None:
                 raise ValueError("this head needs the HU statistics")

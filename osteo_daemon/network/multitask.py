@@ -84,7 +84,12 @@ class MultitaskMoE(nn.Module):
         self.level_embedding = nn.Embedding(len(config.levels) + 1, config.level_width)
         head = OrdinalHead if config.class_head == "ordinal" else SoftmaxHead
         self.class_head = head(width + config.level_width + side, len(CLASSES))
-        self.bmd_head = BmdHead(width + config.level_width, side)
+        bound = config.bmd_correction_g_cm2
+        self.bmd_head = (
+            BmdHead(width + config.level_width, side)
+            if bound is None
+            else BmdHead(width + config.level_width, side + config.level_width, bound / config.bmd_scale_g_cm2)
+        )
         self.level_head = nn.Linear(width, len(config.levels))
 
     def forward(self, hu: Tensor, level: Tensor) -> MoEOutput:
@@ -127,7 +132,10 @@ class MultitaskMoE(nn.Module):
         embedded = self.level_embedding(known)
         side = [] if statistics is None else [statistics]
         class_logits = self.class_head(torch.cat([for_class, embedded, *side], dim=1))
-        bmd, log_variance = self.bmd_head(torch.cat([for_bmd, embedded], dim=1), statistics)
+        line = statistics
+        if statistics is not None and self.bmd_head.limit is not None:  # what belongs to a level needs no correction
+            line = torch.cat([statistics, embedded], dim=1)
+        bmd, log_variance = self.bmd_head(torch.cat([for_bmd, embedded], dim=1), line)
         scale = self.config.bmd_scale_g_cm2
         return MoEOutput(
             class_logits=class_logits,

@@ -249,3 +249,29 @@ def test_config_round_trip_and_refusals() -> None:
     ):
         with pytest.raises(BundleError, match=r"network\.json"):
             MoEConfig.from_json(bad)
+
+
+def test_image_features_move_bmd_within_the_bound_and_hu_beyond_it() -> None:
+    torch.manual_seed(0)
+    config = replace(SMALL, bmd_correction_g_cm2=0.06)
+    network = MultitaskMoE(config).eval()
+    assert network.hu_statistics is not None
+    network.bmd_head.hidden[-1].weight.data.mul_(1e4)
+    hu = 100.0 + 50.0 * torch.randn(16, *config.voi_shape)
+    level = torch.zeros(16, dtype=torch.long)
+    with torch.inference_mode():
+        encoded = network.encode(hu)
+        bmd = network.decide(encoded, level).bmd
+        network.bmd_head.limit = 1e-9
+        line = network.decide(encoded, level).bmd
+        denser = network.decide(network.encode(hu + 1000.0), level).bmd
+    assert 0.03 < float((bmd - line).abs().max()) <= 0.06 + 1e-6
+    assert float((denser - line).abs().min()) > 0.06, "what the HU say is not bounded"
+
+
+def test_a_bundle_older_than_the_bound_has_none() -> None:
+    values = MoEConfig().to_json()
+    del values["bmd_correction_g_cm2"]
+    assert MoEConfig.from_json(values).bmd_correction_g_cm2 is None
+    with pytest.raises(ValueError, match="bmd_correction_g_cm2"):
+        replace(SMALL, bmd_correction_g_cm2=-0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 from pydicom import dcmread
 
+from osteo_daemon.audit import trail
+from osteo_daemon.audit.spool import AuditSpool
 from osteo_daemon.domain.archive import Span, Wanted
 from osteo_daemon.domain.job import JobState, Priority
 from osteo_daemon.errors import ConfigurationError, IllegalTransition
@@ -27,7 +30,8 @@ from osteo_daemon.pull.criteria import Criteria
 from osteo_daemon.pull.puller import Puller, Report
 from osteo_daemon.pull.search import Identities
 from osteo_daemon.receiver import Receiver
-from osteo_daemon.settings import Settings
+from osteo_daemon.settings import AuditSettings, Settings
+from tests.audit_repository import kind_of, xml_of
 from tests.fakes import CALLED, CALLING, LOOPBACK, a_free_port, storescu
 from tests.foreign import (
     DCMQRSCP,
@@ -40,6 +44,7 @@ from tests.foreign import (
 from tests.orthanc import AE_TITLE, Orthanc, running_orthanc
 
 WAYS = ("orthanc c-move", "orthanc c-get", "orthanc dicomweb", "dcmqrscp c-move", "dcmqrscp c-get")
+QUERY = "ParticipantObjectQuery"
 JANUARY = Span(date(2026, 1, 1), date(2026, 1, 31))
 
 
@@ -231,6 +236,34 @@ def test_a_list_of_patients_is_never_kept_or_told(
         assert not path.is_file() or b"NOBODY-4711" not in path.read_bytes()
     log = (archives.folder / "orthanc" / "orthanc.log").read_text()
     assert way != "orthanc dicomweb" or "NOBODY-4711" not in log
+
+
+@pytest.mark.parametrize("way", ["orthanc c-get", "orthanc dicomweb"])
+def test_what_is_asked_and_fetched_is_audited(archives: Archives, tmp_path: Path, way: str) -> None:
+    with a_node(tmp_path, archives) as node:
+        trail.open_trail(node.settings.model_copy(update={"audit": AuditSettings(enabled=True)}), "pull")
+        try:
+            node.pull(way, Criteria(Wanted(description="CT Thorax"), JANUARY, listed=1), Identities(("V1",)))
+        finally:
+            trail.open_trail(node.settings, "test")
+        spooled = AuditSpool(trail.audit_dir(node.settings), 1 << 20).waiting(100)
+        messages = [xml_of(path.read_bytes()) for path in spooled]
+    kinds = [kind_of(message) for message in messages]
+    assert kinds.count("Begin Transferring DICOM Instances") == kinds.count("DICOM Instances Transferred") == 1
+    asked = [base64.b64decode(query.text or "") for message in messages for query in message.iter(QUERY)]
+    assert len(asked) == kinds.count("Query") >= 3  # for studies, series and images
+    # as it was sent: a patient is named to the archive, and never in a URL
+    assert any(b"V1" in query for query in asked) == (way == "orthanc c-get")
+    (moved,) = [message for message in messages if kind_of(message) == "DICOM Instances Transferred"]
+    event = moved.find("EventIdentification")
+    assert event is not None
+    assert event.attrib["EventActionCode"] == "C"
+    told = {entry.attrib["UserID"]: entry.attrib["UserIsRequestor"] for entry in moved.findall("ActiveParticipant")}
+    assert told == {AE_TITLE if way == "orthanc c-get" else "ORTHANC-DICOMWEB": "false", CALLED: "true"}
+    (counted,) = moved.iter("SOPClass")
+    assert int(counted.attrib["NumberOfInstances"]) == len(archives.thorax.ct)
+    study, patient = moved.findall("ParticipantObjectIdentification")
+    assert (study.attrib["ParticipantObjectID"], patient.attrib["ParticipantObjectID"]) == (archives.thorax.uid, "V1")
 
 
 @pytest.mark.parametrize("way", ["orthanc c-move", "orthanc c-get", "orthanc dicomweb", "dcmqrscp c-move"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -11,7 +12,8 @@ from markupsafe import Markup
 
 _UID = re.compile(r"[0-9]+(?:\.[0-9]+)*")
 _LONGEST_UID = 64
-_LOCAL = re.compile(r"/(?:[A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]*)*)?")
+# a version may have a plus sign
+_LOCAL = re.compile(r"/(?:[A-Za-z0-9][A-Za-z0-9._+-]*(?:/[A-Za-z0-9][A-Za-z0-9._+-]*)*)?")
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
@@ -44,6 +46,8 @@ def duration(seconds: float | None) -> str:
     """A duration in its two largest units."""
     if seconds is None:
         return "–"
+    if math.isinf(seconds):
+        return "long"
     left, parts = max(int(seconds), 0), list[str]()
     for unit, size in _UNITS:
         if left >= size and len(parts) < 2:

@@ -12,6 +12,8 @@ from osteo_daemon.console.pages import Visit
 from osteo_daemon.control import read_wish, screener_statuses
 from osteo_daemon.domain.job import JobState
 from osteo_daemon.jobs.records import DeliveryState
+from osteo_daemon.roles import roles_of
+from osteo_daemon.vitals import read_signs
 
 _WAITING = (JobState.RECEIVING, JobState.READY, JobState.SCREENING, JobState.REPORTED)
 _FOR_A_PERSON = (JobState.HELD, JobState.FAILED)
@@ -33,6 +35,7 @@ def _values(visit: Visit) -> dict[str, Any]:
     deliveries, breakers = store.delivery_counts(), store.breakers()
     dead = sum(count for (_name, state), count in deliveries.items() if state is DeliveryState.REFUSED)
     unproven = sum(count for (_name, state), count in deliveries.items() if state is DeliveryState.UNPROVEN)
+    signs = read_signs(settings.state_dir)
     room = shutil.disk_usage(next(folder for folder in settings.spool_dir.parents if folder.exists()))
     return {
         "now": datetime.now(UTC),
@@ -43,6 +46,7 @@ def _values(visit: Visit) -> dict[str, Any]:
         "room": room,
         "taken": room.total - room.free,
         "low": room.free < settings.receiver.low_watermark_bytes,
+        "roles": [(role, [sign for sign in signs if sign.role == role]) for role in roles_of(settings)],
         "wish": read_wish(settings.state_dir),
         "screeners": screener_statuses(settings.state_dir),
         "destinations": [

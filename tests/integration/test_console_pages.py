@@ -24,6 +24,7 @@ from osteo_daemon.jobs.records import Delivery, DeliveryState
 from osteo_daemon.jobs.store import JobStore
 from osteo_daemon.registry.registry import Registry
 from osteo_daemon.settings import Settings
+from osteo_daemon.vitals import Vitals
 from tests.candidates import NETWORK, tiny_candidate
 from tests.consoles import (
     EXCLUDED,
@@ -222,14 +223,18 @@ def test_a_peer_is_asked_and_its_silence_is_said(node: Node) -> None:
     assert node.otto.post("/peers/elsewhere/pacs/ask").status_code == 404
 
 
-def test_parts_keep_no_session_alive_and_show_the_queue(node: Node) -> None:
+def test_the_overview_shows_roles_and_the_queue(node: Node) -> None:
+    with Vitals(node.settings.state_dir, "receiver") as vitals:
+        vitals.ready()
+        assert '<span class="mark good">ready</span> receiver' in node.vera.get("/overview/part").text
     part = node.vera.get("/overview/part").text
+    assert '<span class="mark bad">ended</span> receiver' in part
+    assert '<span class="mark warn">not seen</span> scheduler' in part
     assert "<html" not in part
     for state, count in node.store.counts_by_state().items():
         found = re.search(rf'state={state.value}">\s*<span class="count">(\d+)</span>', part)
         assert found is not None
         assert int(found[1]) == count
-    assert part in node.vera.get("/").text or "As of" in part
 
 
 def test_a_model_is_shadowed_promoted_and_taken_back(node: Node, tmp_path: Path) -> None:

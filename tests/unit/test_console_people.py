@@ -211,7 +211,7 @@ def test_a_success_forgives_nobody_else() -> None:
     assert limits.admit("10.0.0.1", "otto") > 0.0
 
 
-@pytest.mark.parametrize("target", ["/", "/studies", "/studies/1.2.3", "/models/osteo-moe/0.2.0"])
+@pytest.mark.parametrize("target", ["/", "/studies", "/studies/1.2.3", "/models/osteo-moe/0.2.0+here.1"])
 def test_pages_of_the_console_may_be_returned_to(target: str) -> None:
     assert is_local(target)
 

@@ -64,6 +64,30 @@ def _samples(look: Look) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]
     }
 
 
+def full_page() -> bytes:
+    """Metrics of a node that has all of them."""
+    tally = Tally()
+    for name, measure in MEASURES.items():
+        if measure.buckets:
+            tally.observe(name, 1.0, *["all"] * len(measure.labels))
+        else:
+            tally.count(name, *["new"] * len(measure.labels))
+    look = _look(
+        signs=[_sign("receiver", sums=tally.to_json()), _sign("screener")],
+        oldest={JobState.READY: NOW - timedelta(seconds=90)},
+        deliveries={("pacs", DeliveryState.REFUSED): 2},
+        breakers={"pacs": Breaker(BreakerState.OPEN, NOW)},
+        runs=[SchedulerRun("backup", 86400.0, None, NOW, NOW, "done", None, 5, 1, 0)],
+        screeners=[{"state": "idle", "gpu_memory": {"used": 5, "total": 10}}],
+    )
+    return exposition(look, SETTINGS)
+
+
+def exported_names() -> set[str]:
+    """Names of samples, as a query asks for them."""
+    return {sample.name for family in text_string_to_metric_families(full_page().decode()) for sample in family.samples}
+
+
 def test_what_a_stranger_sends_is_no_label() -> None:
     tally = Tally()
     for number in range(1000):

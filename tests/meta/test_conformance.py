@@ -61,6 +61,7 @@ def test_a_listener_accepts_what_the_statement_says_and_nothing_else(tmp_path: P
                 association.release()
     commitment = {"1.2.840.10008.1.20.1"}  # where a destination or a source is set up for it
     assert accepted - commitment == said - commitment
+    assert not accepted & commitment  # nobody may ask for a promise unless the site says so
 
 
 def test_the_sample_gives_every_object_and_no_private_attribute() -> None:

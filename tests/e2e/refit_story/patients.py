@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from dataclasses import replace
-from datetime import date
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
@@ -114,7 +114,7 @@ def seed_archive(archive: VoiArchive, study: PhantomStudy, count: int) -> Readin
         denser = low + (high - low) * (number - 0.5) / count - study.vertebrae[0].density_mg_cm3
         name = f"STORY-{number:03d}"
         identity = Identity(name, "", "19500101", f"2.25.{number}", name, CT_DAY)
-        assert archive.add(_denser(kept, denser, number), identity, 1, date(2026, 1, 5))
+        assert archive.add(_denser(kept, denser, number), identity, 1, datetime.now(UTC).date())
         found[name] = readings_of(study, number, denser)
     return found
 

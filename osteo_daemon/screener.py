@@ -186,6 +186,8 @@ class Screener:
             outcome = "not_written"
             log.warning("outcome_not_written", error=type(error).__name__)
         log.info("screening_ended", outcome=outcome, duration_s=round(time.monotonic() - start, 2))
+        if "gpu_memory" in answer:
+            self._status.write(gpu_memory=answer["gpu_memory"])
         if answer.get("spent"):
             log.warning("worker_spent", pid=worker.pid)
             self._kill(worker)
@@ -260,7 +262,10 @@ class Screener:
             self._reading_ahead = self._reading_ahead and message["job"] != self._ahead
         elif message["type"] in ("ready", "models"):
             self._status.write(
-                device=message["device"], models=message["models"], refused_bundle=message["refused_bundle"]
+                device=message["device"],
+                models=message["models"],
+                refused_bundle=message["refused_bundle"],
+                gpu_memory=message.get("gpu_memory", {}),
             )
         elif message["type"] == "shadow":
             self._outcome.keep_shadow(message)

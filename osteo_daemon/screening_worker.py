@@ -35,7 +35,7 @@ from osteo_daemon.domain.trend import EarlierValue
 from osteo_daemon.errors import BundleError, ConfigurationError, Damaged, OsteoError, Transient
 from osteo_daemon.imaging.acquisition import scanner_of
 from osteo_daemon.imaging.study_files import StudyFiles
-from osteo_daemon.inference.resident import ResidentModels
+from osteo_daemon.inference.resident import ResidentModels, gpu_memory
 from osteo_daemon.inference.screening import Screening
 from osteo_daemon.jobs.spool import Spool
 from osteo_daemon.jobs.trend import Trend
@@ -159,6 +159,7 @@ class ScreeningWorker:
         answer = {
             "result": screening.result.to_json(),
             "scanner": asdict(scanner_of(screening.headers[0])),
+            "gpu_memory": gpu_memory(self._models.device),
             "objects": [self._keep(message["study"], entry) for entry in built.objects],
             "deliveries": {
                 destination.name: [entry.sop_instance_uid for entry in built.for_destination(destination)]
@@ -240,6 +241,7 @@ class ScreeningWorker:
                 for model in self._models.models
             ],
             "refused_bundle": self._models.refused,
+            "gpu_memory": gpu_memory(self._models.device),
         }
 
 

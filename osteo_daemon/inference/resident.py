@@ -151,3 +151,11 @@ def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def gpu_memory(device: torch.device) -> dict[str, int]:
+    """Bytes of a GPU that are ``used``, by whomever, and its ``total``; nothing for a processor."""
+    if device.type != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    return {"used": total - free, "total": total}

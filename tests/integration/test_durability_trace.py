@@ -35,7 +35,7 @@ from osteo_daemon.jobs.incoming import IncomingFile
 def late(self, data):
     self._digest.update(data)
     self.size_bytes += len(data)
-    threading.Timer(0.3, os.write, (os.dup(self._handle), bytes(data))).start()
+    threading.Timer(2.0, os.write, (os.dup(self._handle), bytes(data))).start()
 IncomingFile.write = late
 """,
     "acknowledged before it is stored": """

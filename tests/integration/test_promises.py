@@ -35,6 +35,7 @@ from tests.fakes import (
     LOOPBACK,
     RoleProcess,
     a_free_port,
+    local_receiver,
     settings_text,
     storescu,
     until,
@@ -262,6 +263,10 @@ def test_requests_that_cannot_be_taken_are_declined(tmp_path: Path) -> None:
         assert ask(receiver.port, "1.2.3.5", [(CT, "1.2")]) == 0x0124
     finally:
         receiver.stop(grace_seconds=0.0)
+    # off, while the class is offered all the same: a destination reports on it
+    archive = f'\n[[destinations]]\nname = "pacs"\nae_title = "PACS"\nhost = "{LOOPBACK}"\nport = 104\n'
+    with local_receiver(tmp_path, settings_text(tmp_path / "state", 0, extra=archive)) as port:
+        assert ask(port, "1.2.3.5", [(CT, "1.2")]) == 0x0118
 
 
 def test_a_report_that_nobody_takes_is_repeated_and_at_last_given_up(tmp_path: Path) -> None:

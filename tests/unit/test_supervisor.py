@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from osteo_daemon.settings import Settings
 from osteo_daemon.roles import screeners_of
+from osteo_daemon.settings import Settings
 from tests.fakes import until
 
 SUPERVISE = """

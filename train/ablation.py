@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -256,7 +257,8 @@ def run_all(
     if not (root / "pool" / "pool.json").exists():
         build_pool([data_folder], root / "pool", NETWORK)
     wanted = list(jobs(only, seeds))
-    with ProcessPoolExecutor(workers) as pool:
+    # spawned: in a fork of a process whose OpenMP threads have worked, gradient boosting waits for them for ever
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         # a run whose encoder is not there yet would make it a second time, so those of the first rows come first
         first: list[Future[Any]] = [pool.submit(ensure_baselines, data_folder, root)]
         first += [pool.submit(ensure_encoder, data_folder, root, "a", seed, budget) for seed in seeds]

@@ -9,7 +9,6 @@ are bootstrapped over those patients. Resumes: what was trained is not trained a
 from __future__ import annotations
 
 import argparse
-import math
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -82,11 +81,7 @@ def main() -> None:
         "epochs": config.epochs,
         "test_vertebrae": len(test),
         "test_patients": len(np.unique([data.rows[i].patient for i in test])),
-        "probe_after": {
-            # few patients may lack a class, whose AUC is no number
-            name: {key: round(v, 4) if math.isfinite(v) else None for key, v in score.items()}
-            for name, score in scores.items()
-        },
+        "probe_after": {name: {key: round(v, 4) for key, v in score.items()} for name, score in scores.items()},
     }
     print(write_result("pretraining", figures, quick=given.quick))
 

@@ -26,13 +26,14 @@ def write_result(name: str, figures: Mapping[str, Any], *, command: str | None =
 
     Args:
         name: of the result, in lower case with hyphens.
-        figures: JSON values; units stand in the names.
+        figures: JSON values; units stand in the names. What is no number (the AUC of a class that nobody has) is null.
         command: that makes this file again; by default the running one.
         quick: the quick form, which shows that the benchmark runs; its figures are no claim.
 
     Raises:
         SystemExit: the quick form measures what the committed one doesn't, or gives no number where that has one.
     """
+    figures = _told(figures)
     whole = RESULTS / f"{name}.json"
     if quick and whole.exists():
         wrong = differences(figures, json.loads(whole.read_text(encoding="utf-8"))["figures"])
@@ -46,7 +47,7 @@ def write_result(name: str, figures: Mapping[str, Any], *, command: str | None =
         "hardware": hardware(),
         "command": command or _command(),
         "quick": quick,
-        "figures": dict(figures),
+        "figures": figures,
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / (f"{name}.quick.json" if quick else f"{name}.json")
@@ -57,8 +58,8 @@ def write_result(name: str, figures: Mapping[str, Any], *, command: str | None =
 def differences(quick: Any, committed: Any, place: str = "") -> list[str]:
     """Places of a quick form's figures that the committed ones don't have, or where only those hold a number.
 
-    The quick form may leave out what takes long and say null of what so few cases don't tell; no number is NaN. Lists
-    are compared by their first element.
+    The quick form may leave out what takes long and say null of what so few cases don't tell. Lists are compared by
+    their first element.
     """
     if isinstance(quick, Mapping) and isinstance(committed, Mapping):
         missing = [f"{place}{key}" for key in quick if key not in committed]
@@ -68,9 +69,17 @@ def differences(quick: Any, committed: Any, place: str = "") -> list[str]:
         ]
     if isinstance(quick, list) and isinstance(committed, list):
         return differences(quick[0], committed[0], place) if quick and committed else []
-    if _is_number(committed) and quick is not None and not (_is_number(quick) and math.isfinite(quick)):
+    if _is_number(committed) and quick is not None and not _is_number(quick):
         return [place.rstrip("/")]
     return []
+
+
+def _told(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _told(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_told(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_number(value: object) -> bool:

@@ -41,13 +41,17 @@ class _StreamingDul(DULServiceProvider):  # type: ignore[misc]
 
     def _is_transport_event(self) -> bool:
         association, reader = self.assoc, self.reader
-        if self.state_machine.current_state != "Sta6" or not association.is_established:
+        if self.state_machine.current_state != "Sta6":
             moved = bool(super()._is_transport_event())
             over = not {ABORTED, CLOSED}.isdisjoint(self.event_queue.queue)
             if over and self.state_machine.current_state == "Sta2":
                 # no request will come of it: the thread that waits for one ends now, not when the time for it is over
                 self.to_user_queue.put(None)
             return moved
+        if not association.is_established:
+            # its thread has accepted and not yet noted so, or ends it just now: to the library nothing may be given
+            # that is ours to read, and a sender's first object may come at once
+            return False if association.is_alive() else bool(super()._is_transport_event())
         if association.dimse.message is not None:  # the data set of a message that the library assembles
             return bool(super()._is_transport_event())
         moved = False

@@ -78,6 +78,8 @@ def judge(page: Page, url: str) -> None:
 def log_in_by_keyboard(page: Page, url: str, name: str) -> None:
     """The field has the focus, Tab leads on, Enter sends."""
     page.goto(url + "/")
+    # the browser gives the focus when it has drawn the page, which may be after it was loaded
+    page.wait_for_function("document.activeElement.name === 'user'")
     page.keyboard.type(name)
     page.keyboard.press("Tab")
     page.keyboard.type(PASSWORD)

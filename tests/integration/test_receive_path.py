@@ -6,6 +6,7 @@ import contextlib
 import errno
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ import psutil
 import pytest
 from pydicom import dcmread
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+from pynetdicom.acse import ACSE
 from pynetdicom.dsutils import encode
 from structlog.testing import capture_logs
 
@@ -322,6 +324,28 @@ def listener(folder: Path, store: Callable[[ReceivedObject], object], **settings
         yield scp.port
     finally:
         scp.stop(0.0)
+
+
+def test_an_object_that_comes_before_the_association_knows_itself_established(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that accepts may be held up between its answer and what follows from it: the sender does not wait."""
+    accept = ACSE.send_accept
+
+    def accept_and_dawdle(acse: ACSE) -> None:
+        accept(acse)
+        time.sleep(0.5)
+
+    monkeypatch.setattr(ACSE, "send_accept", accept_and_dawdle)
+    received = []
+    with listener(tmp_path, received.append) as port:
+        sent = storescu(port, write_ct(tmp_path / "ct", count=2))
+        assert sent.returncode == 0, sent
+        gone = Peer(port)
+        gone.socket.close()  # and one that leaves again at once
+        assert storescu(port, write_ct(tmp_path / "ct2", count=1)).returncode == 0
+        until(lambda: not [thread for thread in threading.enumerate() if "Association" in type(thread).__name__])
+    assert len(received) == 3
 
 
 def test_a_sender_who_waits_for_our_answer_is_not_silent(tmp_path: Path) -> None:

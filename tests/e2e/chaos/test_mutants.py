@@ -94,8 +94,9 @@ def _losses_by_power_cut(folder: Path, mutation: str) -> tuple[int, list[str]]:
     disk = Disk(state.resolve())
     receiver = _receiver(folder, port, mutation, (require_command("strace"), *STRACE, "-o", str(trace)))
     try:
-        assert storescu(port, write_ct(folder / "ct", count=12)).returncode == 0
-        assert storescu(port, write_ct(folder / "ct2", count=12, seed=1)).returncode == 0
+        for seed in range(2):
+            sent = storescu(port, write_ct(folder / f"ct{seed}", count=12, seed=seed))
+            assert sent.returncode == 0, (folder / "receiver.log").read_text()
     finally:
         # the receiver, not strace: a traced process outlives its tracer
         (traced,) = psutil.Process(receiver.pid).children()

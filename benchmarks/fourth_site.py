@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from osteo_daemon.inference.bundle import ModelBundle
-from train.cohort import CohortConfig, make_cohort
-from train.data import VoiRow, VoiSet, open_set
+from train.cohort import ARRAYS, CohortConfig, make_cohort
+from train.data import VoiRow, VoiSet, open_set, write_table
 from train.features import encode_rows
 from train.judging import Index
 from train.replay import Replay, load_network
+from train.routed import Routed
 from train.shrink import SPACING_MM, shrink_cohort
 from train.site_data import as_known_at_site
 from train.site_pool import Pool
@@ -24,6 +25,10 @@ SEED: Final = 20912
 FACTOR: Final = 1.05
 OFFSET_G_CM2: Final = 0.02
 """Of the fourth machine: within the 4-7 % that cross-calibration leaves (train.truth). An assumption."""
+
+SCANNER: Final = ("FOURTH", "VIRTUAL")
+"""Maker and model that the headers of the site's CTs would give; no other site has that scanner."""
+_ROWS: Final = 256
 
 
 def machine_says(sbmd: float) -> float:
@@ -46,6 +51,8 @@ def measured(rows: tuple[VoiRow, ...]) -> list[VoiRow]:
                 row,
                 site="fourth",
                 device="Fourth",
+                vendor=SCANNER[0],
+                scanner_model=SCANNER[1],
                 reading_g_cm2=reading,
                 target_sbmd_g_cm2=reading,
                 machine_sbmd_g_cm2=machine_says(row.sbmd_g_cm2),
@@ -73,6 +80,41 @@ def rendered(folder: Path, bundle: ModelBundle, patients: int, workers: int) -> 
     return folder / "small"
 
 
+def enlarged(folder: Path, work: Path, bundle: ModelBundle, patients: int, workers: int) -> Path:
+    """A cohort's external patients, and newly rendered ones until they are ``patients``; the cohort if it has enough.
+
+    Raises:
+        ValueError: ``work`` holds those of another cohort.
+    """
+    own = open_set(folder)
+    kept = own.indices("external")
+    lacking = patients - len({own.rows[i].patient for i in kept})
+    if lacking <= 0:
+        return folder
+    more = open_set(rendered(work, bundle, lacking, workers))
+    rows = [*(own.rows[i] for i in kept), *more.rows]
+    config = {**own.config, "enlarged_by": more.config["sha256"], "patients": patients}
+    target = work / "joined"
+    if (target / "table.json").exists():
+        if open_set(target).config != config:
+            raise ValueError(f"{target} holds another cohort; remove it")
+        return target
+    target.mkdir(exist_ok=True)
+    for name in ARRAYS:
+        first, second = (data.hu if name == "voi" else getattr(data, name) for data in (own, more))
+        if first is None or second is None:
+            continue
+        shape = (len(rows), *first.shape[1:])
+        array = np.lib.format.open_memmap(target / f"{name}.npy", mode="w+", dtype=first.dtype, shape=shape)
+        for start in range(0, len(kept), _ROWS):
+            chosen = kept[start : start + _ROWS]
+            array[start : start + len(chosen)] = first[chosen]
+        array[len(kept) :] = second
+        array.flush()
+    write_table(target, rows, config)
+    return target
+
+
 class Site:
     """The fourth site on features of a parent.
 
@@ -98,6 +140,8 @@ class Site:
         rows = self.data.rows
         self.patients = np.array([row.patient for row in rows])
         self.target = np.array([row.target_sbmd_g_cm2 for row in rows], dtype=np.float64)
+        self.deployed = Routed.of_bundle(bundle)
+        self.scanners = frozenset(row.scanner for row in rows)
         self.pool = Pool(
             parent=self.network,
             copied=(None,),
@@ -108,6 +152,7 @@ class Site:
             patients=self.patients,
             rehearsed=self.rehearsed,
             fits_classes=True,
+            scoped=True,
             data=self.data,
             index=np.arange(len(rows)),
         )

@@ -5,11 +5,11 @@ offset that no conversion knows. Refits on 50, 200 and 1,000 labelled vertebrae 
 hospital against what its machine would say without chance, beside the deployed bundle, its recalibrated BMD and a
 recalibrated line of HU; and on virtual patients of the parent's own sites.
 
-The cohort is rendered, unless ``--data`` names one whose external rows serve. ``--from-start COHORT`` names the
-parent's cohort: a network is trained on it with the site's 1,000 labelled vertebrae among its own, as the parent was
-(``--encoder`` names the encoder that its training began from), and stands in the table, too; a folder with a finished
-run of `train.with_site` serves as well. ``--quick`` renders few patients, refits once and checks what must hold even
-then.
+The cohort is rendered, unless ``--data`` names one whose external rows serve; patients that it lacks are rendered.
+``--from-start COHORT`` names the parent's cohort: a network is trained on it with the site's 1,000 labelled vertebrae
+among its own, as the parent was (``--encoder`` names the encoder that its training began from), and stands in the
+table, too; a folder with a finished run of `train.with_site` serves as well. ``--quick`` renders few patients, refits
+once and checks what must hold even then.
 
 All is kept below ``--work`` as it is finished, and a command that was stopped goes on there: rendered patients, the
 replay set, every fit, every size's figures, every epoch of the training. On two free cores expect some 10 minutes for
@@ -26,7 +26,7 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
@@ -36,10 +36,10 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.fourth_site import Site, rendered
+from benchmarks.fourth_site import Site, enlarged, rendered
 from benchmarks.results import RESULTS, write_result
 from osteo_daemon.inference.bundle import ModelBundle, read_bundle
-from osteo_daemon.network.config import BmdScale, Calibration
+from osteo_daemon.network.config import BmdScale
 from train.calibrate import fit_calibration
 from train.competitors import affine, core_hu, hu_line
 from train.data import open_set
@@ -48,16 +48,17 @@ from train.judging import Judged
 from train.loop import load_run
 from train.refit_card import MODELS
 from train.replay import PATIENTS, REPLAY_NAME, Replay, find_replay, load_network, render_replay
+from train.routed import NOWHERE, Routed
 from train.site_config import FitConfig
 from train.site_fit import FitStore, fit_procedure
-from train.site_pool import network_with, raw_of, say
+from train.site_pool import network_with, say
 from train.verdict import compare, decide
 from train.with_site import train_with_site
 
 NAME: Final = "refit"
 SIZES: Final = (50, 200, 1000)
 TEST_PATIENTS: Final = 66
-RENDERED: Final = 320
+RENDERED: Final = 316
 _HALF: Final = np.full(2, 0.5)
 _FIGURES: Final = ("mae", "bias", "screening_auc", "diagnosis_auc", "class_ece", "interval_90_coverage")
 
@@ -74,9 +75,8 @@ def figures_at(
     if finished.exists():
         return dict(json.loads(finished.read_text()))
     seen = site.labelled(vertebrae)
-    calibration = Calibration.from_json(site.bundle.inference["calibration"])
     scale = BmdScale.from_json(site.bundle.inference["bmd_scale"])
-    before, unseen = say(site.network, site.pool, seen), say(site.network, site.pool, site.test)
+    before = say(site.network, site.pool, seen)
     taken = work / "seconds.json"
     before_this = float(json.loads(taken.read_text())) if taken.exists() else 0.0
     started = time.process_time()
@@ -89,33 +89,24 @@ def figures_at(
     network = network_with(site.pool, fitted.moved)
     line = affine(before, site.target[seen], site.data)
     everything = (core_hu(site.network, site.pool.features), [row.level for row in site.data.rows], site.target)
+    spoken = {
+        "parent": site.deployed,
+        "refit": site.deployed.candidate(network, fitted.calibration, site.scanners),
+        "affine": site.deployed.candidate(site.network, line, site.scanners),
+    }
+    tested = site.test
+    features, names = site.pool.features.take(tested), [site.data.rows[i].scanner for i in tested]
     models = {
-        "parent": judged_of(unseen, calibration, _HALF),
-        "refit": judged_of(say(network, site.pool, site.test), fitted.calibration, _HALF),
-        "affine": judged_of(unseen, line, _HALF),
+        **{name: one.judged(features, site.pool.index[tested], names) for name, one in spoken.items()},
         "hu_line": hu_line(*everything, site.pool.classes.numpy(), seen, site.test, scale, site.pool.index),
     }
     if from_start is not None:
         models["from_start"] = from_start
     pairs = [("refit", "parent"), ("affine", "parent"), ("refit", "affine"), ("refit", "hu_line")]
     pairs += [("refit", "from_start")] if from_start is not None else []
-    tested = site.test
     at_site = compare(models, site.machine[tested], site.machine_class[tested], site.patients[tested], pairs, repeats)
     held = site.held.take(torch.isfinite(site.held.sbmd).nonzero().squeeze(1))
-    rows = np.arange(len(held))
-    said = raw_of(site.network, held.features, rows)
-    others = compare(
-        {
-            "parent": judged_of(said, calibration, _HALF),
-            "refit": judged_of(raw_of(network, held.features, rows), fitted.calibration, _HALF),
-            "affine": judged_of(said, line, _HALF),
-        },
-        held.sbmd.double().numpy(),
-        held.diagnosis.numpy(),
-        np.array([str(n) for n in held.patient.tolist()]),
-        pairs[:2],
-        repeats,
-    )
+    others, unbound = (_elsewhere(spoken, held, bound, pairs[:2], repeats) for bound in (True, False))
     decision = decide(at_site, others)
     found = {
         "labelled_vertebrae": len(seen),
@@ -128,6 +119,7 @@ def figures_at(
         "recommended": decision.recommended,
         "site": at_site,
         "others": others,
+        "others_without_scope": unbound,
     }
     if from_start is not None:
         own = at_site["models"]
@@ -136,6 +128,19 @@ def figures_at(
     temporary.write_text(json.dumps(found))
     temporary.replace(finished)
     return found
+
+
+def _elsewhere(
+    spoken: dict[str, Routed], held: Replay, bound: bool, pairs: list[tuple[str, str]], repeats: int
+) -> dict[str, Any]:
+    """Every model on virtual patients of the parent's own sites; without its scope where not ``bound`` to it."""
+    rows = np.arange(len(held))
+    models = {
+        name: (one if bound else replace(one, scanners=None)).judged(held.features, rows, [NOWHERE] * len(rows))
+        for name, one in spoken.items()
+    }
+    patients = np.array([str(number) for number in held.patient.tolist()])
+    return compare(models, held.sbmd.double().numpy(), held.diagnosis.numpy(), patients, pairs, repeats)
 
 
 def table_of(sizes: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
@@ -150,9 +155,13 @@ def table_of(sizes: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
             title = MODELS.get(model, "trained with the site from the start")
             rows[f"{size} labelled vertebrae, {title}"] = {
                 **{name: cell(own[name]) for name in _FIGURES if name in own},
-                "MAE, other devices": cell(found["others"]["models"][model]["mae"])
-                if model in found["others"]["models"]
-                else "",
+                **{
+                    title: cell(found[key]["models"][model]["mae"]) if model in found[key]["models"] else ""
+                    for title, key in (
+                        ("MAE, other devices", "others"),
+                        ("MAE, other devices, were it not bound to the site's scanner", "others_without_scope"),
+                    )
+                },
                 "recommended": found["recommended"] if model == "refit" else "",
             }
     return rows
@@ -228,6 +237,8 @@ def faults(found: dict[str, Any]) -> list[str]:
         wrong.append("an error that is no number")
     if not models["affine"]["absolute_bias"]["value"] < models["parent"]["absolute_bias"]["value"] + 0.05:
         wrong.append("a recalibration that moves BMD away from its own readings")
+    if any(value != 0 for value in found["others"]["differences"]["refit minus parent"]["mae"].values()):
+        wrong.append("a refit that is bound to its scanner says something else on others")
     if found["recommended"] == "refit" and found["verdict"] != "better":
         wrong.append("a refit is recommended that isn't better")
     return wrong
@@ -252,7 +263,10 @@ def main() -> None:
         work = Path(place) if given.quick else given.work
         work.mkdir(parents=True, exist_ok=True)
         patients, tested = (22, 8) if given.quick else (RENDERED, TEST_PATIENTS)
-        folder = given.data or rendered(work, bundle, patients, given.workers)
+        if given.data is None:
+            folder = rendered(work, bundle, patients, given.workers)
+        else:
+            folder = given.data if given.quick else enlarged(given.data, work, bundle, patients, given.workers)
         replay = _replay(bundle, given.replay, work, 12 if given.quick else PATIENTS, given.workers)
         site = Site(bundle, folder, replay, tested)
         run = None if given.from_start is None else _run_with_site(given.from_start, given.encoder, site, work)

@@ -12,13 +12,14 @@ from typing import Any, Final, Literal
 import torch
 
 from osteo_daemon.inference.bundle import ModelBundle, write_bundle
-from osteo_daemon.network.config import Calibration
+from osteo_daemon.inference.scope import ELSEWHERE_NAME, SCOPE_KEY, Scope, kept_weights
 from osteo_daemon.network.moe import gate_entropy
 from osteo_daemon.network.multitask import MultitaskMoE
 from osteo_daemon.network.outlier import OUTLIERS_KEY, OUTLIERS_NAME, OutlierModel
 from train.outliers import bundle_parts
 from train.refit_card import refit_card
 from train.replay import REPLAY_NAME, Replay
+from train.routed import Routed
 from train.site_config import FitConfig
 from train.site_pool import Pool
 from train.verdict import as_json
@@ -73,11 +74,17 @@ def outliers_of(parent: ModelBundle, network: MultitaskMoE, pool: Pool, held: Re
     )
 
 
+def scope_of(parent: ModelBundle, routed: Routed) -> Scope:
+    """Where the candidate speaks; elsewhere what the parent says elsewhere, or everywhere if it has no scope itself."""
+    before = Scope.of_bundle(parent)
+    outliers = parent.inference.get(OUTLIERS_KEY) if before is None else before.outliers
+    return Scope(routed.scanners or frozenset(), routed.base.config, routed.base_calibration, outliers)
+
+
 def write_candidate(
     path: Path,
     parent: ModelBundle,
-    network: MultitaskMoE,
-    calibration: Calibration,
+    routed: Routed,
     verdict: dict[str, Any],
     registered: list[dict[str, Any]],
     picture: bytes,
@@ -88,7 +95,7 @@ def write_candidate(
 
     Args:
         path: folder of the bundle.
-        network, calibration: what is new.
+        routed: what is new, where it speaks, and what speaks elsewhere.
         verdict: of this candidate.
         registered: the site's experts, this refit's and earlier ones.
         picture: PNG for the model card.
@@ -106,10 +113,11 @@ def write_candidate(
     }
     metadata["data_source"] = f"{metadata.get('data_source', '')}; labelled vertebrae of the site {lineage['site']}"
     metadata["lineage"] = lineage
-    inference = {**parent.inference, "calibration": calibration.to_json()}
+    inference = {**parent.inference, "calibration": routed.calibration.to_json()}
+    inference.pop(SCOPE_KEY, None)
     files = {VERDICT_NAME: as_json(verdict), "docs/refit.png": picture, REPLAY_NAME: rehearsal}
     for name in parent.files:
-        if name.startswith("models/") and name not in ("models/model.safetensors", REPLAY_NAME):
+        if name.startswith("models/") and name not in ("models/model.safetensors", REPLAY_NAME, ELSEWHERE_NAME):
             files[name] = (parent.path / name).read_bytes()
     if kind == "refit":
         inference["training"] = {**parent.inference.get("training", {}), "site_experts": registered}
@@ -117,15 +125,20 @@ def write_candidate(
             numbers, tensors = bundle_parts(outliers)
             inference |= numbers
             files |= tensors
+    if routed.scanners is not None:
+        inference[SCOPE_KEY] = scope_of(parent, routed).to_json()
+        kept = kept_weights(routed.network.state_dict(), routed.base.state_dict())
+        if kept is not None:
+            files[ELSEWHERE_NAME] = kept
     write_bundle(
         path,
         name=parent.name,
         version=version,
         status="investigational",
         metadata=metadata,
-        network=network.config.to_json(),
+        network=routed.network.config.to_json(),
         inference=inference,
-        weights=network.state_dict(),
+        weights=routed.network.state_dict(),
         model_card=refit_card(parent.name, version, verdict),
         licence=(parent.path / "LICENSE").read_text(),
         extra_files=files,

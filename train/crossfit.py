@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -12,10 +13,11 @@ from train.competitors import affine, core_hu, hu_line
 from train.evaluate import judged_of
 from train.judging import Judged, subgroups
 from train.replay import Replay
+from train.routed import NOWHERE, Routed, reordered
 from train.site_config import FitConfig
 from train.site_data import Index, SiteData, deal
 from train.site_fit import FitStore, Fitted, fit_procedure
-from train.site_pool import Pool, network_with, raw_of, say
+from train.site_pool import Pool, network_with, say
 from train.verdict import Decision, compare, decide, in_subgroups
 
 _HALF: Final = np.full(2, 0.5)
@@ -23,7 +25,7 @@ _PAIRS: Final = (("refit", "parent"), ("affine", "parent"), ("refit", "affine"),
 
 
 def cross_fitted(
-    pool: Pool, site: SiteData, calibration: Calibration, scale: BmdScale, config: FitConfig, store: FitStore
+    pool: Pool, site: SiteData, deployed: Routed, scale: BmdScale, config: FitConfig, store: FitStore
 ) -> dict[str, Judged]:
     """What every model says of each patient when it has not seen that patient, in the order of ``site.index``."""
     folds = deal(pool.patients, site.classes, config.outer_folds, config.seed)
@@ -35,13 +37,14 @@ def cross_fitted(
         seen, unseen = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
         order.append(unseen)
         before, raw = say(pool.parent, pool, seen), say(pool.parent, pool, unseen)
-        parts["parent"].append(judged_of(raw, calibration, _HALF))
+        names = [site.scanner_of_rows[i] for i in unseen]
+        parts["parent"].append(deployed.judged(pool.features.take(unseen), pool.index[unseen], names))
         parts["affine"].append(judged_of(raw, affine(before, site.target[seen], pool.data), _HALF))
         parts["hu_line"].append(hu_line(hu, levels, site.target, site.classes, seen, unseen, scale, site.index))
         fitted = fit_procedure(pool, seen, config, store, f"fold{fold}", fold)
         parts["refit"].append(judged_of(say(network_with(pool, fitted.moved), pool, unseen), fitted.calibration, _HALF))
     back = np.argsort(np.concatenate(order))
-    return {name: _in_order(several, back) for name, several in parts.items()}
+    return {name: reordered(several, back) for name, several in parts.items()}
 
 
 def judge(
@@ -51,7 +54,7 @@ def judge(
     held: Replay,
     fitted: Fitted,
     recalibrated: Calibration,
-    calibration: Calibration,
+    deployed: Routed,
     config: FitConfig,
     notes: tuple[str, ...],
 ) -> tuple[dict[str, Any], Decision]:
@@ -62,21 +65,25 @@ def judge(
         held: the half of the replay set that was not rehearsed.
         fitted: the candidate, made from all patients.
         recalibrated: the parent's calibration with a line of the site's readings.
-        calibration: the parent's.
+        deployed: the parent as it answers.
         notes: for the reader of the verdict.
     """
     folds = deal(pool.patients, site.classes, config.outer_folds, config.seed)
     at_site = compare(models, site.target, site.classes, site.patients, _PAIRS, config.repeats, folds)
     measured = held.take(torch.isfinite(held.sbmd).nonzero().squeeze(1))
     rows = np.arange(len(measured))
-    before = raw_of(pool.parent, measured.features, rows)
-    elsewhere = {
-        "parent": judged_of(before, calibration, _HALF),
-        "refit": judged_of(
-            raw_of(network_with(pool, fitted.moved), measured.features, rows), fitted.calibration, _HALF
-        ),
-        "affine": judged_of(before, recalibrated, _HALF),
+    candidates = {
+        "refit": (network_with(pool, fitted.moved), fitted.calibration),
+        "affine": (pool.parent, recalibrated),
     }
+    # virtual patients of the parent's own sites: no header of theirs names a scanner of this one
+    others_scanners = [NOWHERE] * len(measured)
+    elsewhere = {"parent": deployed.judged(measured.features, rows, others_scanners)}
+    unbound = dict(elsewhere)
+    for name, (network, calibration) in candidates.items():
+        routed = deployed.candidate(network, calibration, site.scanners)
+        elsewhere[name] = routed.judged(measured.features, rows, others_scanners)
+        unbound[name] = replace(routed, scanners=None).judged(measured.features, rows, others_scanners)
     truth = measured.sbmd.double().numpy()
     classes, names = measured.diagnosis.numpy(), np.array([str(n) for n in measured.patient.tolist()])
     others = compare(elsewhere, truth, classes, names, _PAIRS[:2], config.repeats)
@@ -85,6 +92,8 @@ def judge(
     figures = {
         "site": at_site,
         "others": others,
+        "others_without_scope": compare(unbound, truth, classes, names, _PAIRS[:2], config.repeats),
+        "scanners": None if site.scanners is None else [list(name) for name in sorted(site.scanners)],
         "others_by_device": in_subgroups(elsewhere, truth, classes, names, by_device, config.repeats // 4),
         "subgroups": in_subgroups(models, site.target, site.classes, site.patients, groups, config.repeats // 4),
         "devices": list(site.devices),
@@ -92,13 +101,6 @@ def judge(
         "outer_folds": config.outer_folds,
     }
     return figures, decide(at_site, others, notes)
-
-
-def _in_order(parts: list[Judged], order: Index) -> Judged:
-    def whole(name: str) -> Any:
-        return np.concatenate([getattr(part, name) for part in parts])[order]
-
-    return Judged(whole("index"), whole("probability"), whole("bmd"), whole("half"), whole("level"), _HALF)
 
 
 def _groups(site: SiteData) -> dict[str, Index]:

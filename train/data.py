@@ -21,6 +21,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from osteo_daemon.domain.observation import Scanner
 from osteo_daemon.network.config import MoEConfig
 from train.counterfactual import DensityChange
 from train.splits import Part, check_disjoint
@@ -64,6 +65,7 @@ class VoiRow:
         true_diagnosis: class of ``sbmd_g_cm2``.
         visible_g_cm2: what an ideal reader of the CT could say of the sBMD (`train.truth.LevelTruth`).
         vendor: of the scanner, empty when not told.
+        scanner_model: its name, empty when not told.
         machine_sbmd_g_cm2: what the site's machine would say without chance, converted; None at the external hospital.
     """
 
@@ -87,6 +89,13 @@ class VoiRow:
     visible_g_cm2: float | None = None
     machine_sbmd_g_cm2: float | None = None
     vendor: str = ""
+    scanner_model: str = ""
+
+    @property
+    def scanner(self) -> tuple[str, str]:
+        """Maker and model, spelt as when a study is screened."""
+        named = Scanner.named(self.vendor, self.scanner_model, "")
+        return named.manufacturer, named.model
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -32,7 +32,7 @@ import torch
 
 from osteo_daemon.errors import ConfigurationError, OsteoError, RefitRefused
 from osteo_daemon.inference.bundle import ModelBundle, read_bundle
-from osteo_daemon.network.config import BmdScale, Calibration, MoEConfig
+from osteo_daemon.network.config import BmdScale, MoEConfig
 from osteo_daemon.network.multitask import MultitaskMoE
 from train.candidate import lineage_of, outliers_of, write_candidate
 from train.competitors import affine
@@ -41,7 +41,8 @@ from train.data import VoiSet, open_set
 from train.features import kept_features
 from train.refit_card import plot
 from train.refit_progress import Progress
-from train.replay import devices_of, find_replay, load_network
+from train.replay import devices_of, find_replay
+from train.routed import Routed
 from train.site_config import FitConfig
 from train.site_data import SiteData, accept, check_against_parent, digest_of_set
 from train.site_fit import FitStore, fit_procedure
@@ -71,7 +72,8 @@ def refit(
     """
     if not re.fullmatch(SITE_PATTERN, site_name):
         raise ConfigurationError(f"a site's name is of the form {SITE_PATTERN}, not {site_name!r}")
-    network = load_network(parent)
+    deployed = Routed.of_bundle(parent)
+    network = deployed.network
     data = _fitting(open_set(data_folder), network.config)
     replay = find_replay(parent, network, replay_path)
     rehearsal = replay.to_bytes()
@@ -88,9 +90,8 @@ def refit(
         progress.begin("features", len(site.index))
         features = kept_features(network, data, site.index, work / "features", device, progress)
         network.cpu()
-        calibration = Calibration.from_json(parent.inference["calibration"])
         raw = raw_of(network, features, site.index)
-        notes = check_against_parent(site, calibration.bmd_slope * raw.bmd + calibration.bmd_intercept_g_cm2)
+        notes = check_against_parent(site, deployed.judged(features, site.index, site.scanner_of_rows).bmd)
     except RefitRefused as error:
         progress.close()
         verdict = refusal(error.detail, lineage)
@@ -108,19 +109,18 @@ def refit(
         patients=site.patients,
         rehearsed=rehearsed,
         fits_classes=site.fits_classes,
+        scoped=site.scanners is not None,
         data=site.data,
         index=site.index,
     )
     progress.begin("fits", config.fits)
     store = FitStore(work / "fits", progress)
-    models = cross_fitted(pool, site, calibration, BmdScale.from_json(parent.inference["bmd_scale"]), config, store)
+    models = cross_fitted(pool, site, deployed, BmdScale.from_json(parent.inference["bmd_scale"]), config, store)
     everyone = np.arange(len(site.index))
     fitted = fit_procedure(pool, everyone, config, store, "all", 100)
     recalibrated = affine(raw, site.target, site.data)
     progress.begin("verdict", 1)
-    figures, decision = judge(
-        pool, site, models, held, fitted, recalibrated, calibration, config, (*site.notes, *notes)
-    )
+    figures, decision = judge(pool, site, models, held, fitted, recalibrated, deployed, config, (*site.notes, *notes))
     picture = plot(models, site.target, site.classes)
     bundles = {"affine": (network, recalibrated)}
     if fitted.moved:
@@ -128,7 +128,8 @@ def refit(
     for kind, (made, calibrated) in bundles.items():
         verdict = document(decision, "refit" if kind == "refit" else "affine", lineage, figures)
         outliers = outliers_of(parent, made, pool, held) if kind == "refit" else None
-        write_candidate(out / kind, parent, made, calibrated, verdict, registered, picture, rehearsal, outliers)
+        routed = deployed.candidate(made, calibrated, site.scanners)
+        write_candidate(out / kind, parent, routed, verdict, registered, picture, rehearsal, outliers)
     progress(1)
     progress.close()
     verdict = document(decision, "refit", lineage, {**figures, "bundles": sorted(bundles)})

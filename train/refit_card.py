@@ -73,6 +73,17 @@ def _table(title: str, figures: Mapping[str, Any], names: list[str]) -> list[str
     return lines
 
 
+def _where(figures: Mapping[str, Any]) -> str:
+    if figures["scanners"] is None:
+        return "It speaks for every scanner: the labelled CTs do not name theirs."
+    names = ", ".join(" ".join(part for part in name if part) for name in figures["scanners"])
+    unbound = figures["others_without_scope"]["differences"]["refit minus parent"]["mae"]
+    return (
+        f"It speaks for the scanners {names}; for any other it says what the deployed bundle says. Let loose on these "
+        f"virtual patients it would change their MAE by {_cell(unbound)} g/cm2."
+    )
+
+
 def refit_card(name: str, version: str, verdict: Mapping[str, Any]) -> str:
     """Markdown of docs/README.md from docs/verdict.json."""
     lineage, figures = verdict["lineage"], verdict["figures"]
@@ -107,6 +118,7 @@ def refit_card(name: str, version: str, verdict: Mapping[str, Any]) -> str:
         cells = [_cell(row[model][key]) for key in ("mae", "bias") for model in ("parent", "refit")]
         lines.append(f"| {group} | {row['patients']} | {' | '.join(cells)} |")
     lines += _table("Other devices: virtual patients", figures["others"], ["parent", "refit", "affine"])
+    lines += ["", _where(figures)]
     lines += [
         "",
         "## Limits",

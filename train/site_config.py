@@ -15,7 +15,9 @@ class FitConfig:
         steps: of each fit.
         batch_size: vertebrae of the site in a step, and as many of the replay set.
         learning_rate: peak of Adam's.
-        replay: weight of the replay set.
+        replay: weight of the replay set where the refit speaks for every scanner.
+        replay_in_scope: the same where it speaks for the site's scanners alone: others cannot be forgotten then, and
+            what was said of them must not hold back what the site's own readings say.
         gate: weight of the gate's supervision.
         level: weight of the level task.
         hide_level: share of samples whose level is withheld.
@@ -30,6 +32,7 @@ class FitConfig:
     batch_size: int = 64
     learning_rate: float = 5e-3
     replay: float = 2.0
+    replay_in_scope: float = 0.1
     gate: float = 1.0
     level: float = 0.25
     hide_level: float = 0.15

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from osteo_daemon.errors import RefitRefused
+from osteo_daemon.inference.scope import ScannerName, labels_of
 from osteo_daemon.network.config import CLASSES
 from train.data import VoiRow, VoiSet
 
@@ -23,6 +24,7 @@ MINIMUM_VERTEBRAE: Final = 40
 """Five folds of patients, each with enough to tell a machine's offset from chance: the SD of a reading against the CT
 is some 0.07 g/cm2, so its mean over 12 patients is known within 0.02 g/cm2."""
 MINIMUM_PATIENTS_PER_DEVICE: Final = 8
+MINIMUM_PATIENTS_PER_SCANNER: Final = 8
 MINIMUM_PATIENTS_PER_CLASS: Final = 3
 BMD_RANGE_G_CM2: Final = (0.3, 2.2)
 """Areal BMD of single lumbar vertebrae on any maker's scale; what lies outside is a T-score or another unit."""
@@ -40,6 +42,7 @@ class SiteData:
     Attributes:
         data: the opened set; its rows stand for the hospital's truth: a reading is all that is known.
         index: (N,) labelled rows of levels that DXA measures.
+        scanners: that a refit speaks for; None where none is named often enough, and it would speak for every one.
         devices: densitometers with enough patients for an expert of their own, in alphabetical order.
         fits_classes: at least two classes have enough patients.
         notes: what the reader of the verdict should know.
@@ -48,6 +51,7 @@ class SiteData:
 
     data: VoiSet
     index: Index
+    scanners: frozenset[ScannerName] | None
     devices: tuple[str, ...]
     fits_classes: bool
     notes: tuple[str, ...]
@@ -57,6 +61,11 @@ class SiteData:
     def rows(self) -> list[VoiRow]:
         """Of ``index``."""
         return [self.data.rows[i] for i in self.index]
+
+    @property
+    def scanner_of_rows(self) -> list[ScannerName]:
+        """(N,) maker and model."""
+        return [row.scanner for row in self.rows]
 
     @property
     def patients(self) -> npt.NDArray[np.str_]:
@@ -105,6 +114,7 @@ def accept(data: VoiSet, sha256: str, bmd_levels: Sequence[str]) -> SiteData:
     index = np.array(
         [i for i, r in enumerate(rows) if r.target_sbmd_g_cm2 is not None and r.level in bmd_levels], dtype=np.int64
     )
+    index, scanners, notes = _of_scanners(rows, index)
     chosen = [rows[i] for i in index]
     patients = {row.patient for row in chosen}
     if len(patients) < MINIMUM_PATIENTS or len(chosen) < MINIMUM_VERTEBRAE:
@@ -120,7 +130,6 @@ def accept(data: VoiSet, sha256: str, bmd_levels: Sequence[str]) -> SiteData:
         )
     if any(row.diagnosis not in range(len(CLASSES)) for row in chosen):
         raise RefitRefused("a labelled vertebra has no diagnosis class")
-    notes = []
     each = {k: len({row.patient for row in chosen if row.diagnosis == k}) for k in range(len(CLASSES))}
     enough = [k for k, count in each.items() if count >= MINIMUM_PATIENTS_PER_CLASS]
     if len([k for k, count in each.items() if count]) < 2:
@@ -140,7 +149,26 @@ def accept(data: VoiSet, sha256: str, bmd_levels: Sequence[str]) -> SiteData:
     for device, count in by_device.items():
         if device not in devices:
             notes.append(f"{device} has {count} patients only and gets no expert of its own")
-    return SiteData(data, index, devices, len(enough) >= 2, tuple(notes), sha256)
+    return SiteData(data, index, scanners, devices, len(enough) >= 2, tuple(notes), sha256)
+
+
+def _of_scanners(rows: Sequence[VoiRow], index: Index) -> tuple[Index, frozenset[ScannerName] | None, list[str]]:
+    """Rows of scanners with enough patients, those scanners, and what was left out; all rows where there are none."""
+    patients: dict[ScannerName, set[str]] = {}
+    for i in index:
+        patients.setdefault(rows[i].scanner, set()).add(rows[i].patient)
+    enough = frozenset(name for name, own in patients.items() if name[0] and len(own) >= MINIMUM_PATIENTS_PER_SCANNER)
+    if not enough:
+        note = f"no scanner has {MINIMUM_PATIENTS_PER_SCANNER} patients and a name: the refit speaks for every scanner"
+        return index, None, [note]
+    notes = [f"speaks for {labels_of(enough)} alone; for every other scanner it says what the deployed bundle says"]
+    notes += [
+        f"{labels_of([name])} has {len(own)} patients only: left out, the deployed bundle goes on speaking for it"
+        for name, own in sorted(patients.items())
+        if name not in enough
+    ]
+    kept = [i for i in index if rows[i].scanner in enough]
+    return np.array(kept, dtype=np.int64), enough, notes
 
 
 def check_against_parent(site: SiteData, parent_bmd: Vec) -> tuple[str, ...]:

@@ -94,6 +94,7 @@ def fit(pool: Pool, chosen: Index, strength: float, config: FitConfig, seed: Seq
     optimiser = torch.optim.Adam(moved.values(), lr=config.learning_rate)
     classes = pool.classes[torch.as_tensor(chosen)]
     prior = torch.bincount(classes, minlength=len(CLASSES)).float() / len(classes)
+    rehearsal = config.replay_in_scope if pool.scoped else config.replay
     rng = np.random.default_rng([*seed, config.seed])
     for step in range(config.steps):
         for group in optimiser.param_groups:
@@ -101,7 +102,7 @@ def fit(pool: Pool, chosen: Index, strength: float, config: FitConfig, seed: Seq
         own = rng.choice(chosen, min(config.batch_size, len(chosen)), replace=False)
         old = rng.choice(len(pool.rehearsed), min(config.batch_size, len(pool.rehearsed)), replace=False)
         loss = site_loss(network, pool, own, prior, config, rng)
-        loss = loss + config.replay * replay_loss(network, pool, old, said, config, rng)
+        loss = loss + rehearsal * replay_loss(network, pool, old, said, config, rng)
         pull = torch.stack([share[name] * (moved[name] - start[name]).square().sum() for name in share]).sum()
         loss = loss + strength * pull
         optimiser.zero_grad(set_to_none=True)

@@ -32,6 +32,7 @@ class Pool:
         patients: (N,) pseudonyms.
         rehearsed: the replay set to learn from.
         fits_classes: the diagnosis head may move.
+        scoped: what is fitted speaks for the site's scanners alone.
         data, index: the rows behind the features.
     """
 
@@ -44,6 +45,7 @@ class Pool:
     patients: np.ndarray[tuple[int], np.dtype[np.str_]]
     rehearsed: Replay
     fits_classes: bool
+    scoped: bool
     data: VoiSet
     index: Index
 

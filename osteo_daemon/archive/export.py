@@ -182,6 +182,7 @@ def _row(
         "visible_g_cm2": None,
         "machine_sbmd_g_cm2": None,
         "vendor": about.manufacturer,
+        "scanner_model": about.model,
     }
 
 

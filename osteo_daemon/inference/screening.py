@@ -29,6 +29,7 @@ from osteo_daemon.domain.findings import (
     Severity,
 )
 from osteo_daemon.errors import ConfigurationError, Damaged, NotEligible, PixelDataUnreadable
+from osteo_daemon.imaging.acquisition import scanner_of
 from osteo_daemon.imaging.preprocess import VoiSpec
 from osteo_daemon.imaging.selection import Candidate, Rejection, not_preferred, other_series, refusal, select_series
 from osteo_daemon.imaging.slices import ct_slices, one_study
@@ -305,7 +306,7 @@ class StudyScreener:
             }
         progress("predict")
         with clock.stage("network"):
-            predictions = self._predict(volume, vertebrae)
+            predictions = self._predict(volume, vertebrae, stack.header)
             confirmed = names_confirmed([v.level for v in vertebrae], predictions)
         kvp = tube_voltage(stack.header)
         findings, correction_flags = [], set[QualityFlag]()
@@ -347,10 +348,13 @@ class StudyScreener:
         screening = Screening(result, slices, volume, measurements, manifest, tuple(vertebrae), voi)
         return _Attempt(screening, tuple(vertebrae), quality.enhancement.enhanced)
 
-    def _predict(self, volume: CtVolume, vertebrae: Sequence[Vertebra]) -> Sequence[Prediction | None]:
+    def _predict(
+        self, volume: CtVolume, vertebrae: Sequence[Vertebra], header: Dataset
+    ) -> Sequence[Prediction | None]:
         if self._network is None:
             return [None] * len(vertebrae)
-        return self._network.predict(volume, [(str(v.level), v.centre_lps_mm, v.axes_lps) for v in vertebrae])
+        places = [(str(v.level), v.centre_lps_mm, v.axes_lps) for v in vertebrae]
+        return self._network.predict(volume, places, scanner=scanner_of(header))
 
     def _manifest(
         self, result: ScreeningResult, rejections: Sequence[Rejection], quality: ScanQuality | None

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from osteo_daemon.errors import BundleError, ConfigurationError
+from osteo_daemon.imaging.acquisition import scanner_of
 from osteo_daemon.inference.bundle import read_bundle
 from osteo_daemon.inference.screening import Screening
 from osteo_daemon.inference.signature import check_trusted
@@ -59,6 +60,7 @@ class ShadowRunner:
         bundle, deployed = self._network.bundle, screening.result.models[-1].sha256
         if deployed == bundle.sha256:
             return None
+        scanner = scanner_of(screening.headers[0])
         begun, levels, error = time.perf_counter(), dict[str, dict[str, Any]](), None
         try:
             for vertebra in screening.vertebrae:
@@ -67,7 +69,7 @@ class ShadowRunner:
                     break
                 level = str(vertebra.level)
                 place = (level, vertebra.centre_lps_mm, vertebra.axes_lps)
-                (said,) = self._network.predict(screening.volume, [place])
+                (said,) = self._network.predict(screening.volume, [place], scanner=scanner)
                 now = reported.get(level)
                 if now is None:
                     continue

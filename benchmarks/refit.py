@@ -47,7 +47,16 @@ from train.evaluate import judged_of, run_network
 from train.judging import Judged
 from train.loop import load_run
 from train.refit_card import MODELS
-from train.replay import PATIENTS, REPLAY_NAME, Replay, find_replay, load_network, render_replay
+from train.replay import (
+    PATIENTS,
+    REPLAY_NAME,
+    Replay,
+    devices_of,
+    find_replay,
+    load_network,
+    render_replay,
+    replay_of_cohort,
+)
 from train.routed import NOWHERE, Routed
 from train.site_config import FitConfig
 from train.site_fit import FitStore, fit_procedure
@@ -205,15 +214,22 @@ def _over_from_start(sizes: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"mae_over_from_start": ratios} if ratios else {}
 
 
-def _replay(bundle: ModelBundle, given: Path | None, work: Path, patients: int, workers: int) -> Replay:
-    """The named set, the bundle's own, or a rendered one that is kept in ``work``."""
+def _replay(
+    bundle: ModelBundle, given: Path | None, cohort: Path | None, work: Path, patients: int, workers: int
+) -> Replay:
+    """The named set, the bundle's own, that of the cohort's test patients, or a rendered one; kept in ``work``."""
     network = load_network(bundle)
     if given is not None or REPLAY_NAME in bundle.files:
         return find_replay(bundle, network, given)
     path = work / f"replay-{bundle.sha256[:12]}.safetensors"
     if not path.exists():
         temporary = path.with_suffix(".part")
-        temporary.write_bytes(render_replay(bundle, patients, workers, torch.device("cpu")).to_bytes())
+        data = None if cohort is None else open_set(cohort)
+        if data is not None and len(data.indices("test")):
+            found = replay_of_cohort(network, data, devices_of(bundle), patients)
+        else:
+            found = render_replay(bundle, patients, workers, torch.device("cpu"))
+        temporary.write_bytes(found.to_bytes())
         temporary.replace(path)
     return find_replay(bundle, network, path)
 
@@ -267,7 +283,7 @@ def main() -> None:
             folder = rendered(work, bundle, patients, given.workers)
         else:
             folder = given.data if given.quick else enlarged(given.data, work, bundle, patients, given.workers)
-        replay = _replay(bundle, given.replay, work, 12 if given.quick else PATIENTS, given.workers)
+        replay = _replay(bundle, given.replay, given.data, work, 12 if given.quick else PATIENTS, given.workers)
         site = Site(bundle, folder, replay, tested)
         run = None if given.from_start is None else _run_with_site(given.from_start, given.encoder, site, work)
         from_start = None if run is None else trained_from_start(run, site)

@@ -52,10 +52,11 @@ lint: $(STAMP) ## style, types, import contracts
 bench: $(STAMP) ## the quick form of every benchmark; figures go to docs/results
 	$(BIN)/python -m benchmarks.all --quick
 
-docs-results: $(STAMP) ## write the documents' tables, the localizer's card and the conformance statement anew
+docs-results: $(STAMP) ## write the documents' tables, the localizer's card, the conformance statement and the reference anew
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/python -m train.localizer_card
 	$(BIN)/osteo conformance --out docs/conformance-statement.md
+	$(BIN)/osteo reference cli --out docs/cli.md
 
 clean: ## remove what make made
 	rm -rf $(VENV) demo-output

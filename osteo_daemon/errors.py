@@ -11,10 +11,33 @@ what the raiser adds. No code decides by matching on message text.
 ``LeaseLost``        another worker holds the job: drop the work, commit nothing
 ==================== =====================================================================
 
+`exit_status` says how a command ends that one of them ended.
+
 Nothing here may carry patient identity: messages reach logs and the event table.
 """
 
 from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitStatus(IntEnum):
+    """How ``osteo`` ends; the words are those of docs/cli.md."""
+
+    meaning: str
+
+    def __new__(cls, number: int, meaning: str) -> ExitStatus:
+        """A number that knows its meaning."""
+        status = int.__new__(cls, number)
+        status._value_ = number
+        status.meaning = meaning
+        return status
+
+    DONE = 0, "done; what was asked about is as it should be"
+    AMISS = 1, "done, and something is not as it should be (or the person said no, or osteo itself failed)"
+    REFUSED_TO_START = 2, "wrong usage, settings or bundle: put that right first; nothing was done"
+    UNUSABLE = 3, "what was named can't be used, or can't be done to it: the message says why"
+    LATER = 4, "a peer, the job store or the disk can't do it now: the same command may succeed later"
 
 
 class OsteoError(Exception):
@@ -138,3 +161,10 @@ class RefitRefused(OsteoError):
 
     A normal outcome: more or better labels are needed, or what is odd about them must be looked into.
     """
+
+
+def exit_status(error: OsteoError) -> ExitStatus:
+    """How a command ends that this error ended: by its class alone."""
+    if isinstance(error, ConfigurationError | BundleError):
+        return ExitStatus.REFUSED_TO_START
+    return ExitStatus.LATER if isinstance(error, Transient) else ExitStatus.UNUSABLE

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from osteo_daemon.commands.options import config_option, json_option, open_store, print_json
+from osteo_daemon.commands.options import config_option, json_option, open_store, print_json, tell
 from osteo_daemon.errors import ConfigurationError
 from osteo_daemon.settings import load_settings
 
@@ -33,8 +33,9 @@ def archive() -> None:
 
 
 @archive.command("init")
+@json_option
 @config_option
-def init_archive(config: Path | None) -> None:
+def init_archive(as_json: bool, config: Path | None) -> None:
     """Make the key that archive.key_file names. Keep a copy of it apart from the node's backups."""
     from osteo_daemon.archive.key import make_key
 
@@ -42,7 +43,8 @@ def init_archive(config: Path | None) -> None:
     if path is None:
         raise ConfigurationError("archive.key_file is not set; it must not lie in the archive")
     make_key(path)
-    click.echo(f"{path} made; keep a copy apart from the node's backups: with it lost, nobody can tell who was who")
+    warning = "keep a copy apart from the node's backups: with it lost, nobody can tell who was who"
+    tell(as_json, {"key_file": str(path)}, f"{path} made; {warning}")
 
 
 @archive.command("status")
@@ -100,8 +102,11 @@ def list_entries(limit: int, as_json: bool, config: Path | None) -> None:
 @click.option("--issuer", help="Issuer of that ID; without it whoever issued it.")
 @click.option("--accession", help="Accession number of one study.")
 @click.option("--objects", is_flag=True, help="The patient objects: later studies are not archived either.")
+@json_option
 @config_option
-def forget(patient: str | None, issuer: str | None, accession: str | None, objects: bool, config: Path | None) -> None:
+def forget(
+    patient: str | None, issuer: str | None, accession: str | None, objects: bool, as_json: bool, config: Path | None
+) -> None:
     """Remove VOIs, labels and links of a patient or of a study. Needs the key."""
     if (patient is None) == (accession is None):
         raise click.UsageError("give --patient or --accession")
@@ -110,7 +115,7 @@ def forget(patient: str | None, issuer: str | None, accession: str | None, objec
         gone = kept.forget_patient(patient, issuer, objects=objects)
     else:
         gone = kept.forget_study(str(accession))
-    click.echo(f"{gone} studies forgotten")
+    tell(as_json, {"studies_forgotten": gone}, f"{gone} studies forgotten")
 
 
 @archive.command("verify")
@@ -131,8 +136,9 @@ def verify(repair: bool, quick: bool, as_json: bool, config: Path | None) -> Non
 
 
 @archive.command("rotate-key")
+@json_option
 @config_option
-def rotate_key(config: Path | None) -> None:
+def rotate_key(as_json: bool, config: Path | None) -> None:
     """Make a new key and seal every link with it; the node must not run. Interrupted, the next use ends it."""
     from osteo_daemon.archive.key import make_key, new_key_path, read_key, take_over_new_key
 
@@ -144,4 +150,5 @@ def rotate_key(config: Path | None) -> None:
     key = read_key(following) if following.exists() else make_key(following)
     count = kept.rotate(key)
     take_over_new_key(path)
-    click.echo(f"{count} links sealed anew; the old key is gone, copies of it open old backups of the store only")
+    gone = "the old key is gone, copies of it open old backups of the store only"
+    tell(as_json, {"links_sealed": count}, f"{count} links sealed anew; {gone}")

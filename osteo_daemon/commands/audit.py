@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from osteo_daemon.commands.options import config_option, json_option, print_json
+from osteo_daemon.commands.options import config_option, json_option, print_json, tell
 from osteo_daemon.settings import load_settings
 
 
@@ -27,12 +27,13 @@ def audit_status(as_json: bool, config: Path | None) -> None:
     settings = load_settings(config)
     wanted = settings.audit
     if not wanted.enabled:
-        click.echo("audit messages are off: [audit] enabled")
+        tell(as_json, {"enabled": False}, "audit messages are off: [audit] enabled")
         return
     spool = AuditSpool(audit_dir(settings), wanted.spool_maximum_bytes)
     oldest = next(iter(spool.waiting(1)), None)
     since = None if oldest is None else datetime.fromtimestamp(oldest.stat().st_mtime, UTC)
     document = {
+        "enabled": True,
         "repository": f"{wanted.host}:{wanted.port} ({wanted.transport})" if wanted.host else None,
         "waiting": spool.count(),
         "waiting_since": None if since is None else since.isoformat(timespec="seconds"),

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from osteo_daemon.commands.options import config_option, json_option, open_store, print_json, reason_option
+from osteo_daemon.commands.options import (
+    config_option,
+    echo_fields,
+    json_option,
+    open_store,
+    print_json,
+    reason_option,
+    tell,
+)
 from osteo_daemon.domain.breaker import Breaker, BreakerState
 from osteo_daemon.errors import Damaged
 from osteo_daemon.jobs.records import Delivery, DeliveryState
@@ -84,37 +92,44 @@ def list_deliveries(
 
 @deliveries.command("show")
 @_delivery_argument
+@json_option
 @config_option
-def show_delivery(delivery_id: int, config: Path | None) -> None:
-    """Print one delivery as JSON: each object with answer and proof, and the storage commitments asked for."""
+def show_delivery(delivery_id: int, as_json: bool, config: Path | None) -> None:
+    """Show one delivery: each object with answer and proof, and the storage commitments asked for."""
     _settings, store = open_store(config)
     delivery = _delivery(store, delivery_id)
-    print_json(
+    row = _row(delivery)
+    objects = [
         {
-            **_row(delivery),
-            "objects": [
-                {
-                    "kind": entry.report.kind.value,
-                    "variant": entry.report.variant,
-                    "sop_instance_uid": entry.report.sop_instance_uid,
-                    "sha256": entry.report.sha256,
-                    "status": entry.status,
-                    "proof": entry.proof,
-                }
-                for entry in delivery.objects
-            ],
-            "commitments": [
-                {
-                    "transaction_uid": entry.transaction_uid,
-                    "state": entry.state.value,
-                    "requested_at": _text(entry.requested_at),
-                    "answered_at": _text(entry.answered_at),
-                    "detail": entry.detail,
-                }
-                for entry in store.commitments(delivery_id)
-            ],
+            "kind": entry.report.kind.value,
+            "variant": entry.report.variant,
+            "sop_instance_uid": entry.report.sop_instance_uid,
+            "sha256": entry.report.sha256,
+            "status": entry.status,
+            "proof": entry.proof,
         }
-    )
+        for entry in delivery.objects
+    ]
+    commitments = [
+        {
+            "transaction_uid": entry.transaction_uid,
+            "state": entry.state.value,
+            "requested_at": _text(entry.requested_at),
+            "answered_at": _text(entry.answered_at),
+            "detail": entry.detail,
+        }
+        for entry in store.commitments(delivery_id)
+    ]
+    if as_json:
+        print_json({**row, "objects": objects, "commitments": commitments})
+        return
+    echo_fields(row)
+    for entry in objects:
+        answer = f"answer {entry['status'] or 'none'}  proof {entry['proof'] or 'none'}"
+        click.echo(f"object          {entry['kind']:<14} {answer}  {entry['sop_instance_uid']}")
+    for asked in commitments:
+        detail = f"  {asked['detail']}" if asked["detail"] else ""
+        click.echo(f"commitment      {asked['requested_at']}  {asked['state']}  {asked['transaction_uid']}{detail}")
 
 
 @deliveries.command("resend")
@@ -122,9 +137,15 @@ def show_delivery(delivery_id: int, config: Path | None) -> None:
 @_dead_option
 @_unproven_option
 @_destination_option
+@json_option
 @config_option
 def resend_deliveries(
-    delivery_ids: tuple[int, ...], dead: bool, unproven: bool, destination: str | None, config: Path | None
+    delivery_ids: tuple[int, ...],
+    dead: bool,
+    unproven: bool,
+    destination: str | None,
+    as_json: bool,
+    config: Path | None,
 ) -> None:
     """Send dead letters or unproven deliveries again: those named, or all of --dead or --unproven."""
     if bool(delivery_ids) == (dead or unproven):
@@ -133,30 +154,35 @@ def resend_deliveries(
         raise click.UsageError("--destination goes with --dead or --unproven, not with numbers")
     _settings, store = open_store(config)
     chosen: Iterable[int] = delivery_ids or _all(store, _states(dead, unproven, None), destination)
-    count = 0
-    for delivery_id in chosen:
-        try:
-            delivery = store.resend(delivery_id, OPERATOR)
-        except KeyError:
-            raise _not_ended(store, delivery_id) from None
-        count += 1
-        click.echo(f"resend: {delivery.delivery_id} to {delivery.destination}, {delivery.study_instance_uid}")
-    if not count:
+    sent: list[Delivery] = []
+    try:
+        for delivery_id in chosen:
+            try:
+                sent.append(store.resend(delivery_id, OPERATOR))
+            except KeyError:
+                raise _not_ended(store, delivery_id) from None
+            if not as_json:
+                click.echo(_done("resend", sent[-1]))
+    finally:
+        if as_json:  # those before the one that could not be sent, too
+            print_json([_row(delivery) for delivery in sent])
+    if not sent and not as_json:
         click.echo("nothing to resend")
 
 
 @deliveries.command("accept")
 @_delivery_argument
 @reason_option
+@json_option
 @config_option
-def accept_delivery(delivery_id: int, reason: str, config: Path | None) -> None:
+def accept_delivery(delivery_id: int, reason: str, as_json: bool, config: Path | None) -> None:
     """Settle a dead letter or an unproven delivery by hand: it counts as delivered, and its outcome says by whom."""
     _settings, store = open_store(config)
     try:
         delivery = store.accept_delivery(delivery_id, OPERATOR, reason)
     except KeyError:
         raise _not_ended(store, delivery_id) from None
-    click.echo(f"accept: {delivery.delivery_id} to {delivery.destination}, {delivery.study_instance_uid}")
+    tell(as_json, _row(delivery), _done("accept", delivery))
 
 
 @deliveries.command("destinations")
@@ -222,6 +248,10 @@ def _not_ended(store: JobStore, delivery_id: int) -> Damaged:
     return Damaged(
         f"delivery {delivery_id} is {delivery.state.value}; only REFUSED and UNPROVEN ones wait for a person"
     )
+
+
+def _done(what: str, delivery: Delivery) -> str:
+    return f"{what}: {delivery.delivery_id} to {delivery.destination}, {delivery.study_instance_uid}"
 
 
 def _row(delivery: Delivery) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from osteo_daemon.commands.options import config_option, json_option, open_store, print_json
+from osteo_daemon.commands.options import config_option, json_option, open_store, print_json, tell
 from osteo_daemon.errors import Damaged
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -138,8 +138,10 @@ def show_status(plot: Path | None, as_json: bool, config: Path | None) -> None:
 
 @labels.command("forget")
 @click.argument("number", type=int)
+@json_option
 @config_option
-def forget(number: int, config: Path | None) -> None:
+def forget(number: int, as_json: bool, config: Path | None) -> None:
     """Remove import NUMBER and its labels; the file may then be imported again."""
     _settings, store = open_store(config)
-    click.echo(f"{store.drop_import(number)} labels removed")
+    removed = store.drop_import(number)
+    tell(as_json, {"import": number, "labels_removed": removed}, f"{removed} labels removed")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from osteo_daemon.commands.options import config_option, json_option, not_blank, print_json
+from osteo_daemon.commands.options import config_option, json_option, not_blank, print_json, tell
 from osteo_daemon.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -113,12 +113,13 @@ def model_history(name: str | None, as_json: bool, config: Path | None) -> None:
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--signature", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Its signature's file.")
 @_why
+@json_option
 @config_option
-def register_model(folder: Path, signature: Path | None, reason: str, config: Path | None) -> None:
+def register_model(folder: Path, signature: Path | None, reason: str, as_json: bool, config: Path | None) -> None:
     """Copy the bundle in FOLDER into the registry. It is not deployed by that."""
     with _open(config) as (_settings, _store, registry):
         kept = registry.register(folder, who=getuser(), reason=reason, signature=signature)
-    click.echo(f"{kept.name} {kept.version} {kept.sha256}")
+    tell(as_json, kept.to_json(), f"{kept.name} {kept.version} {kept.sha256}")
 
 
 @models.command("sign")
@@ -127,49 +128,59 @@ def register_model(folder: Path, signature: Path | None, reason: str, config: Pa
     "--key", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Private, PEM."
 )
 @_name
+@json_option
 @config_option
-def sign_model(version: str, key: Path, name: str | None, config: Path | None) -> None:
+def sign_model(version: str, key: Path, name: str | None, as_json: bool, config: Path | None) -> None:
     """Sign a registered version with an Ed25519 key."""
     with _open(config) as (settings, _store, registry):
         registry.sign(_of(name, settings), version, key)
-    click.echo(f"{_of(name, settings)} {version} is signed")
+    of = _of(name, settings)
+    tell(as_json, {"name": of, "version": version, "signed": True}, f"{of} {version} is signed")
 
 
 @models.command("promote")
 @_version
 @_name
 @_why
+@json_option
 @config_option
-def promote_model(version: str, name: str | None, reason: str, config: Path | None) -> None:
+def promote_model(version: str, name: str | None, reason: str, as_json: bool, config: Path | None) -> None:
     """Deploy a version whose verdict is better or equal. Screeners take it up before their next study."""
     with _open(config) as (settings, _store, registry):
         before = registry.promote(_of(name, settings), version, who=getuser(), reason=reason)
-    click.echo(f"{before.name}: {version} is deployed, {before.version} before; undo: osteo models rollback")
+    tell(
+        as_json,
+        {"name": before.name, "deployed": version, "before": before.version},
+        f"{before.name}: {version} is deployed, {before.version} before; undo: osteo models rollback",
+    )
 
 
 @models.command("rollback")
 @_name
 @_why
+@json_option
 @config_option
-def roll_back_model(name: str | None, reason: str, config: Path | None) -> None:
+def roll_back_model(name: str | None, reason: str, as_json: bool, config: Path | None) -> None:
     """Deploy the version again that was deployed before the present one."""
     with _open(config) as (settings, _store, registry):
         now = registry.rollback(_of(name, settings), who=getuser(), reason=reason)
-    click.echo(f"{now.name}: {now.version} is deployed again")
+    tell(as_json, {"name": now.name, "deployed": now.version}, f"{now.name}: {now.version} is deployed again")
 
 
 @models.command("shadow")
 @click.argument("version", required=False)
 @click.option("--stop", is_flag=True, help="No candidate runs any more.")
 @_why
+@json_option
 @config_option
-def shadow_model(version: str | None, stop: bool, reason: str, config: Path | None) -> None:
+def shadow_model(version: str | None, stop: bool, reason: str, as_json: bool, config: Path | None) -> None:
     """Let a version look at every study beside the deployed one; nothing of it is reported."""
     if stop == (version is not None):
         raise click.UsageError("a version, or --stop")
     with _open(config) as (settings, _store, registry):
         registry.cast_shadow(_of(None, settings), version, who=getuser(), reason=reason)
-    click.echo("no candidate runs" if stop else f"{version} runs in the shadow; see osteo models compare {version}")
+    line = "no candidate runs" if stop else f"{version} runs in the shadow; see osteo models compare {version}"
+    tell(as_json, {"name": _of(None, settings), "shadow": version}, line)
 
 
 @models.command("compare")

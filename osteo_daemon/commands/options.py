@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,21 @@ def open_store(config: Path | None) -> tuple[Settings, JobStore]:
 def print_json(document: Any) -> None:
     """Print for programs."""
     click.echo(json.dumps(document, indent=2))
+
+
+def echo_fields(document: Mapping[str, Any]) -> None:
+    """Print for people, a line for each that has a value."""
+    for key, value in document.items():
+        if value is not None:
+            click.echo(f"{key:<15} {value}")
+
+
+def tell(as_json: bool, document: Any, line: str) -> None:
+    """Say what was done: for programs, or for people in a line."""
+    if as_json:
+        print_json(document)
+    else:
+        click.echo(line)
 
 
 def unknown_study(study_instance_uid: str) -> Damaged:

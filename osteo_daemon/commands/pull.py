@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from osteo_daemon.commands.options import config_option, json_option, open_store, print_json
+from osteo_daemon.commands.options import config_option, json_option, open_store, print_json, tell
 from osteo_daemon.commands.pull_view import counts_text, progress_bar, pull_row, study_row
 from osteo_daemon.errors import ConfigurationError, Damaged, IllegalTransition, Transient
 from osteo_daemon.settings import ArchiveSettings, PullSettings, Settings
@@ -149,8 +149,9 @@ def resume(
 
 @pull.command()
 @_pull_argument
+@json_option
 @config_option
-def cancel(pull_id: int, config: Path | None) -> None:
+def cancel(pull_id: int, as_json: bool, config: Path | None) -> None:
     """End a pull; what was fetched stays. A process that has it in hand stops within seconds."""
     from osteo_daemon.jobs.pull_rows import PullState
 
@@ -160,11 +161,11 @@ def cancel(pull_id: int, config: Path | None) -> None:
         store.change_pull(pull_id, PullState.CANCELLED)
     except IllegalTransition as error:
         raise Damaged(error.detail) from error
-    click.echo(f"pull {pull_id} cancelled")
+    tell(as_json, pull_row(store, store.pull(pull_id)), f"pull {pull_id} cancelled")
 
 
 @pull.command("list")
-@click.option("--limit", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="The newest so many.")
 @config_option
 @json_option
 def list_pulls(limit: int, config: Path | None, as_json: bool) -> None:
@@ -234,7 +235,7 @@ def _run(
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stopping.set())
-    with progress_bar(as_json) as tell:
+    with progress_bar(as_json) as show:
         configure_logging(settings.log, "pull")
         trail.open_trail(settings, "pull")
         intake = DurableIntake(spool, store, discards=Discards(settings.accompanying), room=room)
@@ -248,7 +249,7 @@ def _run(
             entry.maximum_matches,
             taken_classes(settings.accompanying),
             stopping,
-            tell,
+            show,
         )
         try:
             state = puller.run(pull_id, identities)

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from osteo_daemon.commands.options import config_option, json_option, open_store, print_json, unknown_study
+from osteo_daemon.commands.options import (
+    config_option,
+    echo_fields,
+    json_option,
+    open_store,
+    print_json,
+    unknown_study,
+)
 from osteo_daemon.commands.study_acts import ACTS
 from osteo_daemon.commands.study_choice import MOST_ROWS, StudyFilter, filter_options
 from osteo_daemon.domain.job import Priority
@@ -55,46 +62,62 @@ def list_studies(
 
 @studies.command("show")
 @click.argument("study_instance_uid")
+@json_option
 @config_option
-def show_study(study_instance_uid: str, config: Path | None) -> None:
-    """Print one study as JSON: its job, its history, its result, its report objects and their deliveries."""
+def show_study(study_instance_uid: str, as_json: bool, config: Path | None) -> None:
+    """Show one study: its job, its history, its result, its report objects and their deliveries."""
     _settings, store = open_store(config)
     jobs = store.recent(study_instance_uid=study_instance_uid, limit=1)
     job = store.job(study_instance_uid)
     if not jobs or job is None:
         raise unknown_study(study_instance_uid)
-    print_json(
+    row = _row(jobs[0])
+    bundles = {"localizer": job.localizer_bundle, "network": job.network_bundle}
+    events: list[dict[str, Any]] = [
         {
-            **_row(jobs[0]),
-            "bundles": {"localizer": job.localizer_bundle, "network": job.network_bundle},
-            "events": [
-                {
-                    "at": event.at.isoformat(),
-                    "who": event.who,
-                    "event": event.event,
-                    "to_state": None if event.to_state is None else event.to_state.value,
-                    "revision": event.revision,
-                    "reason": event.reason,
-                }
-                for event in store.events(study_instance_uid)
-            ],
-            "result": store.result(study_instance_uid),
-            "report_objects": [
-                {"kind": entry.kind.value, "sop_instance_uid": entry.sop_instance_uid, "sha256": entry.sha256}
-                for entry in store.report_objects(study_instance_uid, also_removed=True)
-            ],
-            "deliveries": [
-                {
-                    "destination": entry.destination,
-                    "revision": entry.revision,
-                    "state": entry.state.value,
-                    "attempts": entry.attempts,
-                    "detail": entry.detail,
-                }
-                for entry in store.deliveries(study_instance_uid=study_instance_uid)
-            ],
+            "at": event.at.isoformat(),
+            "who": event.who,
+            "event": event.event,
+            "to_state": None if event.to_state is None else event.to_state.value,
+            "revision": event.revision,
+            "reason": event.reason,
         }
-    )
+        for event in store.events(study_instance_uid)
+    ]
+    result = store.result(study_instance_uid)
+    objects = [
+        {"kind": entry.kind.value, "sop_instance_uid": entry.sop_instance_uid, "sha256": entry.sha256}
+        for entry in store.report_objects(study_instance_uid, also_removed=True)
+    ]
+    deliveries: list[dict[str, Any]] = [
+        {
+            "destination": entry.destination,
+            "revision": entry.revision,
+            "state": entry.state.value,
+            "attempts": entry.attempts,
+            "detail": entry.detail,
+        }
+        for entry in store.deliveries(study_instance_uid=study_instance_uid)
+    ]
+    if as_json:
+        more = {"events": events, "result": result, "report_objects": objects, "deliveries": deliveries}
+        print_json({**row, "bundles": bundles, **more})
+        return
+    echo_fields({**row, **{f"{name} bundle": value for name, value in bundles.items()}})
+    if result is not None:
+        click.echo(f"{'result':<15} {result['category'] or 'not screened'}; --json says all")
+    for event in events:
+        state = f" -> {event['to_state']}" if event["to_state"] else ""
+        why = f": {event['reason']}" if event["reason"] else ""
+        click.echo(f"event           {event['at'][:19]}  {event['who']}  {event['event']}{state}{why}")
+    for entry in objects:
+        click.echo(f"report object   {entry['kind']:<14} {entry['sop_instance_uid']}")
+    for sent in deliveries:
+        detail = f"  {sent['detail']}" if sent["detail"] else ""
+        click.echo(
+            f"delivery        {sent['destination']}  r{sent['revision']}  {sent['state']}  "
+            f"{sent['attempts']} attempts{detail}"
+        )
 
 
 def _row(job: JobSummary) -> dict[str, Any]:

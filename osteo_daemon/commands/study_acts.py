@@ -84,7 +84,12 @@ def reprocess(
 
 @click.command()
 @study_choice
-@click.option("--priority", required=True, type=Named([priority.name.lower() for priority in Priority]))
+@click.option(
+    "--priority",
+    required=True,
+    type=Named([priority.name.lower() for priority in Priority]),
+    help="Theirs from now on.",
+)
 @reason_option
 @config_option
 def prioritise(choice: Choice, priority: str, reason: str, config: Path | None) -> None:
@@ -112,7 +117,7 @@ def purge(choice: Choice, reason: str, force: bool, also_committed: bool, config
         jobs = [job for uid in choice.named for job in store.recent(study_instance_uid=uid, limit=1)]
         for job in jobs:
             what = f"{job.instances} images of a study in state {job.state.value} and its report objects"
-            click.confirm(f"Remove {what} from this node?", abort=True)
+            click.confirm(f"Remove {what} from this node?", abort=True, err=choice.as_json)
     spool = Spool(settings.spool_dir)
     trail.open_trail(settings, "command")
 

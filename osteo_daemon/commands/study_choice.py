@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from osteo_daemon.commands.options import moment, unknown_study
+from osteo_daemon.commands.options import json_option, moment, print_json, unknown_study
 from osteo_daemon.domain.job import JobState
 from osteo_daemon.errors import IllegalTransition
 
@@ -72,11 +72,13 @@ class Choice:
         named: their UIDs, when they were named.
         filter: else what they have in common.
         sure: nobody need be asked.
+        as_json: a list of what was done is printed for programs, instead of lines for people.
     """
 
     named: tuple[str, ...]
     filter: StudyFilter
     sure: bool
+    as_json: bool
 
     def act(self, name: str, store: JobStore, act: Callable[[str], None]) -> None:
         """Do it to each, and say so. One that is named and can't be acted on ends the command; of many it is passed by.
@@ -86,26 +88,40 @@ class Choice:
             IllegalTransition: it is not possible for a study that was named.
             click.Abort: the person said no.
         """
+        done: list[dict[str, str | None]] = []
+        try:
+            self._act(name, store, act, done)
+        finally:
+            if self.as_json:  # also those before the one that ended it
+                print_json(done)
+
+    def _act(self, name: str, store: JobStore, act: Callable[[str], None], done: list[dict[str, str | None]]) -> None:
         for uid in self.named:
             with explained(name, uid):
                 act(uid)
-            click.echo(f"{name}: {uid}")
+            self._tell(name, uid, done)
         if self.named:
             return
         found = self.filter.all(store)
         if found and not self.sure:
-            click.confirm(f"{name}: {len(found)} studies?", abort=True)
-        done = 0
+            click.confirm(f"{name}: {len(found)} studies?", abort=True, err=self.as_json)
+        count = 0
         for uid in found:
             try:
                 with explained(name, uid):
                     act(uid)
             except IllegalTransition as error:
                 click.echo(error.detail, err=True)
+                done.append({"study_instance_uid": uid, "done": None, "refused": error.detail})
             else:
-                click.echo(f"{name}: {uid}")
-                done += 1
-        click.echo(f"{name}: {done} of {len(found)} studies", err=True)
+                self._tell(name, uid, done)
+                count += 1
+        click.echo(f"{name}: {count} of {len(found)} studies", err=True)
+
+    def _tell(self, name: str, uid: str, done: list[dict[str, str | None]]) -> None:
+        done.append({"study_instance_uid": uid, "done": name, "refused": None})
+        if not self.as_json:
+            click.echo(f"{name}: {uid}")
 
 
 def filter_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -141,12 +157,12 @@ def study_choice(command: Callable[..., None]) -> Callable[..., None]:
     """Let a command be told studies, or the options of a `StudyFilter`; it gets them as ``choice``."""
 
     @wraps(command)
-    def chosen(*, studies: tuple[str, ...], wanted: StudyFilter, yes: bool, **others: Any) -> None:
+    def chosen(*, studies: tuple[str, ...], wanted: StudyFilter, yes: bool, as_json: bool, **others: Any) -> None:
         if bool(studies) == (wanted != StudyFilter(None, None, None, None, None)):
             raise click.UsageError("name studies, or tell by --state, --source, --code, --since, --until which ones")
-        command(choice=Choice(studies, wanted, yes), **others)
+        command(choice=Choice(studies, wanted, yes, as_json), **others)
 
-    asked = click.option("--yes", is_flag=True, help="Don't ask.")(filter_options(chosen))
+    asked = click.option("--yes", is_flag=True, help="Don't ask.")(filter_options(json_option(chosen)))
     return click.argument("studies", nargs=-1, metavar="[STUDY_INSTANCE_UID]...")(asked)
 
 

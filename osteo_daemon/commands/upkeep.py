@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from osteo_daemon.commands.options import config_option, json_option, open_store, print_json
+from osteo_daemon.commands.options import config_option, json_option, open_store, print_json, tell
 from osteo_daemon.settings import load_settings
 
 _MINUTE_SECONDS = 60
@@ -67,8 +67,9 @@ def fsck(repair: bool, quick: bool, as_json: bool, config: Path | None) -> None:
 @click.command()
 @click.argument("folder", type=_FOLDER)
 @click.option("--spool/--no-spool", default=True, show_default=True, help="Images and reports too.")
+@json_option
 @config_option
-def backup(folder: Path, spool: bool, config: Path | None) -> None:
+def backup(folder: Path, spool: bool, as_json: bool, config: Path | None) -> None:
     """Back up to FOLDER, which must not exist, while the node runs.
 
     Images and reports are hard links where FOLDER is on the same file system: quick and small, but to be brought to
@@ -79,22 +80,23 @@ def backup(folder: Path, spool: bool, config: Path | None) -> None:
     settings, store = open_store(config)
     store.close()
     made = make_backup(settings.database_url, settings.spool_dir, folder.resolve(), spool=spool)
-    click.echo(
-        f"{folder}: job store of {made.store_bytes / 1e6:.1f} MB, {made.files} files of {made.size_bytes / 1e9:.1f} GB"
-    )
+    size = f"job store of {made.store_bytes / 1e6:.1f} MB, {made.files} files of {made.size_bytes / 1e9:.1f} GB"
+    document = {"store_bytes": made.store_bytes, "files": made.files, "size_bytes": made.size_bytes}
+    tell(as_json, {"folder": str(folder.resolve()), **document}, f"{folder}: {size}")
 
 
 @click.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@json_option
 @config_option
-def restore(folder: Path, config: Path | None) -> None:
+def restore(folder: Path, as_json: bool, config: Path | None) -> None:
     """Put the backup FOLDER where these settings have no job store yet; the node must not run."""
     from osteo_daemon.jobs.backup import restore_backup
 
     settings = load_settings(config)
     store = restore_backup(folder, settings.database_url, settings.database_file, settings.spool_dir)
     studies = sum(store.counts_by_state().values())
-    click.echo(f"{studies} studies restored; now run: osteo fsck --repair")
+    tell(as_json, {"studies": studies}, f"{studies} studies restored; now run: osteo fsck --repair")
 
 
 @click.command()

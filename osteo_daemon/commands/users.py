@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from getpass import getuser
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from osteo_daemon.commands.options import config_option, json_option, print_json
+from osteo_daemon.commands.options import config_option, json_option, print_json, tell
 from osteo_daemon.errors import ConfigurationError
 from osteo_daemon.settings import load_settings
 
@@ -34,14 +34,15 @@ def users() -> None:
 @_name
 @click.option("--role", type=click.Choice(_ROLES), required=True, help="Each may do what the one before may.")
 @_password_file
+@json_option
 @config_option
-def add_user(name: str, role: str, password_file: Path | None, config: Path | None) -> None:
+def add_user(name: str, role: str, password_file: Path | None, as_json: bool, config: Path | None) -> None:
     """Let NAME log in with a password of 12 characters or more."""
     from osteo_daemon.console.users import Role
 
     users, done = _open(config), f"console user {name} added as {role}"
     users.add(name, Role(role), _password(password_file))
-    _tell(done)
+    _tell(done, as_json, {"name": name, "role": role})
 
 
 @users.command("list")
@@ -61,33 +62,36 @@ def list_users(as_json: bool, config: Path | None) -> None:
 
 @users.command("remove")
 @_name
+@json_option
 @config_option
-def remove_user(name: str, config: Path | None) -> None:
+def remove_user(name: str, as_json: bool, config: Path | None) -> None:
     """Let NAME log in no longer; open sessions end with their next request."""
     _open(config).remove(name)
-    _tell(f"console user {name} removed")
+    _tell(f"console user {name} removed", as_json, {"name": name, "removed": True})
 
 
 @users.command("password")
 @_name
 @_password_file
+@json_option
 @config_option
-def set_password(name: str, password_file: Path | None, config: Path | None) -> None:
+def set_password(name: str, password_file: Path | None, as_json: bool, config: Path | None) -> None:
     """Give NAME another password; open sessions end."""
     _open(config).set_password(name, _password(password_file))
-    _tell(f"console user {name} has another password")
+    _tell(f"console user {name} has another password", as_json, {"name": name, "password_changed": True})
 
 
 @users.command("role")
 @_name
 @click.argument("role", type=click.Choice(_ROLES))
+@json_option
 @config_option
-def set_role(name: str, role: str, config: Path | None) -> None:
+def set_role(name: str, role: str, as_json: bool, config: Path | None) -> None:
     """Give NAME another role; open sessions end."""
     from osteo_daemon.console.users import Role
 
     _open(config).set_role(name, Role(role))
-    _tell(f"console user {name} is now {role}")
+    _tell(f"console user {name} is now {role}", as_json, {"name": name, "role": role})
 
 
 def _open(config: Path | None) -> UserFile:
@@ -111,11 +115,11 @@ def _password(file: Path | None) -> str:
         raise ConfigurationError(f"{file} cannot be read: {type(error).__name__}") from None
 
 
-def _tell(text: str) -> None:
+def _tell(text: str, as_json: bool, document: dict[str, Any]) -> None:
     from osteo_daemon.audit import trail
     from osteo_daemon.audit.codes import EventType, Outcome
     from osteo_daemon.audit.events import Peer, security_alert
 
     kind = EventType.USER_SECURITY_ATTRIBUTES_CHANGED
     trail.record(security_alert(kind, text, performing=Peer(getuser()), outcome=Outcome.SUCCESS))
-    click.echo(text)
+    tell(as_json, document, text)

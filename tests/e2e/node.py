@@ -51,8 +51,8 @@ class Node:
         return rows
 
     def study(self, uid: str) -> dict[str, Any]:
-        """`osteo studies show UID`."""
-        shown: dict[str, Any] = json.loads(self.osteo("studies", "show", uid))
+        """`osteo studies show UID --json`."""
+        shown: dict[str, Any] = json.loads(self.osteo("studies", "show", uid, "--json"))
         return shown
 
     def osteo(self, *arguments: str) -> str:

@@ -245,7 +245,7 @@ def _osteo(bench: Bench, *arguments: str) -> str:
 
 
 def _state(bench: Bench) -> str:
-    (status,) = json.loads(_osteo(bench, "screener", "status"))["screeners"]
+    (status,) = json.loads(_osteo(bench, "screener", "status", "--json"))["screeners"]
     return str(status["state"])
 
 
@@ -334,12 +334,12 @@ def test_a_promoted_bundle_is_taken_up_between_studies_and_a_broken_one_is_not(t
         manifest = models / "spine-localizer" / "MANIFEST.sha256"
         manifest.write_text(manifest.read_text().replace("LICENSE", "LICENCE"))
         assert used("broken") == "99.1.0"
-        (status,) = json.loads(_osteo(bench, "screener", "status"))["screeners"]
+        (status,) = json.loads(_osteo(bench, "screener", "status", "--json"))["screeners"]
         assert "LICENSE" in status["refused_bundle"]
         assert bench.log.count("bundle_refused") == 1
         _promote(models, "99.2.0")
         assert used("mended") == "99.2.0"
-        (status,) = json.loads(_osteo(bench, "screener", "status"))["screeners"]
+        (status,) = json.loads(_osteo(bench, "screener", "status", "--json"))["screeners"]
         assert status["refused_bundle"] is None
 
         # one study again with another bundle: a new revision, whose reports name those before

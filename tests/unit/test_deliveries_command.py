@@ -87,7 +87,7 @@ def test_lists_are_filtered_and_paged(config: Path, store: JobStore) -> None:
 
 def test_show_tells_answer_and_proof_of_each_object(config: Path, store: JobStore) -> None:
     delivery = store.deliveries(study_instance_uid="1.2.2")[0]
-    shown = json.loads(osteo(config, "show", str(delivery.delivery_id)).stdout)
+    shown = json.loads(osteo(config, "show", str(delivery.delivery_id), "--json").stdout)
     assert (shown["state"], shown["objects"][0]["status"], shown["objects"][0]["proof"]) == ("UNPROVEN", "0x0000", None)
     assert shown["commitments"] == []
     assert isinstance(osteo(config, "show", "99").exception, Damaged)

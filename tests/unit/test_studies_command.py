@@ -108,10 +108,27 @@ def test_hold_release_retry_prioritise(run: Run, store: JobStore) -> None:
     job = store.job("1.2")
     assert job is not None
     assert job.priority is Priority.STAT
-    document = json.loads(run("show", "1.2").stdout)
+    text = run("show", "1.2").stdout
+    assert "state           READY" in text
+    assert "operator  study_prioritised: routine to stat: in theatre" in text
+    document = json.loads(run("show", "1.2", "--json").stdout)
     assert (document["state"], document["priority"]) == ("READY", "stat")
     assert document["events"][-1]["reason"] == "routine to stat: in theatre"
     assert {event["who"] for event in document["events"]} == {"CT0", "operator"}
+
+
+def test_acts_told_to_programs(run: Run) -> None:
+    done = run("hold", "1.2", "--reason", "x", "--json")
+    told = [{"study_instance_uid": "1.2", "done": "hold", "refused": None}]
+    assert (done.exit_code, json.loads(done.stdout)) == (0, told)
+    ended = run("hold", "1.4", "9.9", "--reason", "x", "--json")
+    assert ended.exit_code == 1  # here the error itself; what was done before it is told all the same
+    assert [row["study_instance_uid"] for row in json.loads(ended.stdout)] == ["1.4"]
+    many = run("release", "--state", "held", "--reason", "x", "--json", answer="y\n")
+    assert [row["done"] for row in json.loads(many.stdout)] == ["release"] * 2
+    assert "2 of 2 studies" in many.stderr
+    passed_by = run("release", "--source", "CT0", "--reason", "x", "--json", "--yes")
+    assert {row["done"] for row in json.loads(passed_by.stdout)} == {None}
 
 
 def test_every_act_wants_a_reason_and_a_study(run: Run) -> None:
@@ -147,14 +164,14 @@ def test_purge_asks_refuses_and_leaves_its_trace(run: Run, store: JobStore, tmp_
     assert len(spool.received_files("1.1")) == 1
     assert run("purge", "1.1", "--reason", "room", answer="y\n").exit_code == 0
     assert spool.received_files("1.1") == []
-    assert json.loads(run("show", "1.1").stdout)["events"][-1]["event"] == "study_purged"
+    assert json.loads(run("show", "1.1", "--json").stdout)["events"][-1]["event"] == "study_purged"
 
     refused = run("purge", "1.2", "--reason", "room", "--yes")
     assert isinstance(refused.exception, IllegalTransition)
     assert len(spool.received_files("1.2")) == 1
     assert run("purge", "1.2", "--reason", "room", "--yes", "--force").exit_code == 0
     assert spool.received_files("1.2") == []
-    held = json.loads(run("show", "1.2").stdout)
+    held = json.loads(run("show", "1.2", "--json").stdout)
     assert (held["state"], held["code"]) == ("HELD", "purged_by_hand")
     gone = run("reprocess", "1.2", "--reason", "x")
     assert "images were removed" in str(gone.exception)

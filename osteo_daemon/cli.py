@@ -23,6 +23,7 @@ from osteo_daemon.commands.reference import reference
 from osteo_daemon.commands.refit import refit
 from osteo_daemon.commands.report import report
 from osteo_daemon.commands.screener import screener
+from osteo_daemon.commands.store import store
 from osteo_daemon.commands.story import StoryGroup
 from osteo_daemon.commands.studies import studies
 from osteo_daemon.commands.upkeep import backup, fsck, restore, schedule
@@ -177,6 +178,7 @@ for command in (
     restore,
     schedule,
     screener,
+    store,
     studies,
     users,
 ):

@@ -184,6 +184,18 @@ def read_signs(state_dir: Path, now: float | None = None) -> list[Sign]:
     return found
 
 
+def running_roles(state_dir: Path) -> list[str]:
+    """The roles of this node that have a process on this machine, by its lock: a killed one's is free at once."""
+    found = []
+    for path in sorted(folder_of(state_dir).glob("*-*.lock")):
+        with suppress(OSError), path.open("rb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                found.append(path.stem.rpartition("-")[0])
+    return sorted(set(found))
+
+
 def folder_of(state_dir: Path) -> Path:
     """Where the files are."""
     return state_dir / "vitals"

@@ -9,7 +9,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Set it up and run it", ("check", "serve", "run", "completion")),
     ("Look at the work, and act on it", ("studies", "deliveries", "screener", "report", "pull")),
     ("Models and refits", ("models", "refit", "archive", "labels", "drift")),
-    ("Keep it sound", ("schedule", "fsck", "backup", "restore", "users", "audit")),
+    ("Keep it sound", ("schedule", "fsck", "backup", "restore", "store", "users", "audit")),
     ("Documents", ("conformance", "reference")),
 )
 """Every command of ``osteo`` once."""

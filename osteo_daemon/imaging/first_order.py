@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from osteo_daemon.imaging.pieces import in_pieces
+
 _TINY: Final = 1e-12
 
 
@@ -28,6 +30,10 @@ def first_order_features(hu: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """
     if hu.shape != mask.shape or hu.ndim != 4:
         raise ValueError("need (B, D, H, W) HU and a mask of the same shape")
+    return in_pieces(_statistics, hu, mask)
+
+
+def _statistics(hu: Tensor, mask: Tensor) -> dict[str, Tensor]:
     inside = mask.flatten(1)
     count = inside.sum(1)
     if int(count.min()) < 2:
@@ -47,19 +53,20 @@ def first_order_features(hu: Tensor, mask: Tensor) -> dict[str, Tensor]:
 
     mean = mean_over(value)
     centred = value - mean[:, None]
-    variance = mean_over(centred**2)
+    squared = centred * centred  # and products of it: a general power costs ten times as much
+    variance = mean_over(squared)
     safe = variance.clamp_min(_TINY)
     varied = variance > _TINY
     zero = torch.zeros_like(mean)
     p10, p90 = percentile(0.1), percentile(0.9)
     middle = inside & (value >= p10[:, None]) & (value <= p90[:, None])
     minimum, maximum = ordered[:, 0], ordered.gather(1, count[:, None] - 1)[:, 0]
-    energy = torch.where(inside, value**2, torch.zeros_like(value)).sum(1)
+    energy = torch.where(inside, value * value, torch.zeros_like(value)).sum(1)
     return {
         "mean": mean,
         "variance": variance,
-        "skewness": torch.where(varied, mean_over(centred**3) / safe**1.5, zero),
-        "excess_kurtosis": torch.where(varied, mean_over(centred**4) / safe**2 - 3, zero),
+        "skewness": torch.where(varied, mean_over(squared * centred) / safe**1.5, zero),
+        "excess_kurtosis": torch.where(varied, mean_over(squared * squared) / safe**2 - 3, zero),
         "median": percentile(0.5),
         "minimum": minimum,
         "percentile_10": p10,

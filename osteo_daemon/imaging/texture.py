@@ -11,12 +11,14 @@ samples of a batch at once; a sample's features don't depend on its batch-mates.
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from osteo_daemon.imaging.pieces import in_pieces
 from osteo_daemon.imaging.texture_matrices import (
     DIRECTIONS,
     Neighbourhoods,
@@ -30,8 +32,6 @@ from osteo_daemon.imaging.texture_matrices import (
 
 _TINY: Final = 1e-12
 _MAXIMUM_COARSENESS: Final = 1e6
-_CHUNK_VOXELS: Final = 2**18
-"""On a CPU a batch is worked through in pieces that its caches hold: half as much time again for one piece."""
 
 
 def discretise(hu: Tensor, mask: Tensor, low_hu: float, bin_width_hu: float, levels: int) -> Tensor:
@@ -50,10 +50,10 @@ def texture_features(grey: Tensor, levels: int) -> dict[str, Tensor]:
     Raises:
         ValueError: the grey levels do not lie in 0 to ``levels``, or a sample has fewer than two voxels in its mask.
     """
-    size = max(1, _CHUNK_VOXELS // max(1, grey.shape[1:].numel()))
-    if len(grey) > size and not grey.is_cuda:
-        found = [texture_features(grey[start : start + size], levels) for start in range(0, len(grey), size)]
-        return {name: torch.cat([one[name] for one in found]) for name in found[0]}
+    return in_pieces(lambda piece: _all_families(piece, levels), grey)
+
+
+def _all_families(grey: Tensor, levels: int) -> dict[str, Tensor]:
     voxels = (grey > 0).flatten(1).sum(1)
     near = Neighbourhoods.of(grey, levels)
     zones, sizes = glszm(near)
@@ -206,17 +206,17 @@ def ngtdm_features(grey: Tensor, levels: int) -> dict[str, Tensor]:
     """Neighbourhood grey tone difference features (IBSI IPET), each (B,)."""
     check(grey, levels)
     inside = grey > 0
-    value = grey.double()
+    # sums of 27 are exact in few bytes, and memory is what they cost
+    value, one = grey.int(), inside.to(torch.int8)
     # the mean over the neighbours inside the mask, the voxel itself left out
-    total, neighbours = _box_sum(value) - value, _box_sum(inside.double()) - inside.double()
-    valid = inside & (neighbours > 0)
-    gap = (value - total / neighbours.clamp_min(1)).abs()[valid]
+    total, neighbours = _box_sum(value) - value, _box_sum(one) - one
+    gap = (value - total.double() / neighbours.clamp_min(1)).abs()
     sample = torch.arange(len(grey), device=grey.device)[:, None, None, None]
-    index = (sample * levels + grey - 1)[valid]
-    shape = (grey.shape[0], levels)
-    cells = grey.shape[0] * levels
-    s = torch.zeros(cells, dtype=torch.float64, device=grey.device).index_add(0, index, gap).reshape(shape)
-    n = torch.bincount(index, minlength=cells).reshape(shape).double()
+    # voxels without a neighbour go where the outside is, and are cut off with it
+    cell = (sample * (levels + 1) + torch.where(neighbours > 0, grey, torch.zeros_like(grey))).flatten()
+    shape = (len(grey), levels + 1)
+    n = count_cells(cell, shape)[:, 1:]
+    s = torch.bincount(cell, weights=gap.flatten(), minlength=math.prod(shape)).reshape(shape)[:, 1:]
     voxels = n.sum(1).clamp_min(1.0)
     p = n / voxels[:, None]
     i = torch.arange(1, levels + 1, dtype=torch.float64, device=grey.device)

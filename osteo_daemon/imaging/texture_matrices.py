@@ -108,12 +108,16 @@ def glrlm(near: Neighbourhoods) -> Tensor:
     # stretches[k]: places where k neighbours in a row go on at the same level; a run of r voxels has r - k of them
     stretches = torch.zeros((longest + 2, *shape), dtype=torch.float64, device=cell.device)
     stretches[0] = len(near.steps) * count_cells(cell, shape)
+    onward = torch.zeros(cell.shape, dtype=torch.int8, device=cell.device)
+    for step, equal in zip(near.steps, near.equal, strict=True):
+        onward[:-step] += equal
+    stretches[1] = torch.bincount(cell, weights=onward.double(), minlength=math.prod(shape)).reshape(shape)
     for step, equal, going in zip(near.steps, near.equal, near.going, strict=True):
         position, length = going, 1
-        while len(position):
-            stretches[length] += count_cells(cell[position], shape)
-            position = position[equal[position + length * step]] if length < longest else position[:0]
+        while length < longest and len(position):
+            position = position[equal[position + length * step]]
             length += 1
+            stretches[length] += count_cells(cell[position], shape)
     exact = stretches[:-2] - 2 * stretches[1:-1] + stretches[2:]
     return exact.permute(1, 2, 0)[:, 1:]
 
@@ -142,12 +146,16 @@ def _components(near: Neighbourhoods) -> Tensor:
     """(N,) number of each position's zone; any numbers that differ between zones."""
     if near.grey.is_cuda:
         return _hooked_components(near)
-    low = np.concatenate([going.numpy() for going in near.going])
-    high = np.concatenate([going.numpy() + step for going, step in zip(near.going, near.steps, strict=True)])
-    count = len(near.grey)
-    links = sparse.coo_array(
-        (np.ones(len(low), dtype=np.int8), (low.astype(np.int32), high.astype(np.int32))), (count, count)
-    )
+    count, directions = len(near.grey), len(near.steps)
+    # one row of flags for each position: the links are in the order of a compressed matrix as they are found
+    linked = np.zeros((count, directions), dtype=bool)
+    for k, equal in enumerate(near.equal):
+        linked[: len(equal), k] = equal.numpy()
+    ends = np.zeros(count + 1, dtype=np.int32)
+    np.cumsum(linked.sum(1, dtype=np.int32), out=ends[1:])
+    low, direction = np.divmod(np.flatnonzero(linked).astype(np.int32), np.int32(directions))
+    high = low + np.array(near.steps, dtype=np.int32)[direction]
+    links = sparse.csr_array((np.ones(len(high)), high, ends), (count, count))
     return torch.from_numpy(csgraph.connected_components(links, directed=False)[1].astype(np.int64))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from osteo_daemon.imaging.first_order import first_order_features
 from osteo_daemon.imaging.texture import discretise, texture_features
 from osteo_daemon.imaging.texture_matrices import DIRECTIONS
 
@@ -105,9 +106,13 @@ def test_features_are_rotation_and_mirror_invariant() -> None:
 
 def test_a_batch_in_pieces_is_the_batch_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = torch.stack([grey(seed, (9, 8, 7)) for seed in range(5)])
-    whole = texture_features(batch, 8)
-    monkeypatch.setattr("osteo_daemon.imaging.texture._CHUNK_VOXELS", 2 * 9 * 8 * 7)
-    pieces = texture_features(batch, 8)
+
+    def features() -> dict[str, torch.Tensor]:
+        return texture_features(batch, 8) | first_order_features(batch.float(), batch > 0)
+
+    whole = features()
+    monkeypatch.setattr("osteo_daemon.imaging.pieces._CHUNK_VOXELS", 2 * 9 * 8 * 7)
+    pieces = features()
     for name, value in whole.items():
         torch.testing.assert_close(pieces[name], value, rtol=1e-12, atol=1e-12)
 

@@ -348,9 +348,7 @@ class StudyScreener:
         screening = Screening(result, slices, volume, measurements, manifest, tuple(vertebrae), voi)
         return _Attempt(screening, tuple(vertebrae), quality.enhancement.enhanced)
 
-    def _predict(
-        self, volume: CtVolume, vertebrae: Sequence[Vertebra], header: Dataset
-    ) -> Sequence[Prediction | None]:
+    def _predict(self, volume: CtVolume, vertebrae: Sequence[Vertebra], header: Dataset) -> Sequence[Prediction | None]:
         if self._network is None:
             return [None] * len(vertebrae)
         places = [(str(v.level), v.centre_lps_mm, v.axes_lps) for v in vertebrae]

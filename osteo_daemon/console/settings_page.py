@@ -7,12 +7,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, SecretStr
 from starlette.responses import Response
 
 from osteo_daemon.console.pages import Visit
 from osteo_daemon.settings import ENVIRONMENT_PREFIX, Settings
+
+_WHOSE_PATH_IS_A_KEY = frozenset({"webhook_url"})
+"""Addresses at which whoever knows them may post."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +66,8 @@ def _keys(
             for inner in _keys(value, value.model_fields_set if key in given else frozenset(), "", {}):
                 yield Shown(f"{key}.{inner.key}", inner.value, inner.origin)
         else:
-            yield Shown(key, _text(value), _origin(key, given, prefix, variables))
+            shown = _host(value) if key in _WHOSE_PATH_IS_A_KEY and value else _text(value)
+            yield Shown(key, shown, _origin(key, given, prefix, variables))
 
 
 def _origin(key: str, given: frozenset[str] | set[str], prefix: str, variables: Mapping[str, str]) -> str:
@@ -70,6 +75,11 @@ def _origin(key: str, given: frozenset[str] | set[str], prefix: str, variables: 
     if full in variables:
         return variables[full]
     return "osteo.toml" if key in given else "default"
+
+
+def _host(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/… (the rest is not shown)"
 
 
 def _text(value: Any) -> str:

@@ -270,6 +270,7 @@ def test_settings_say_where_they_come_from_and_keep_secrets(tmp_path: Path) -> N
     config.write_text(
         'state_dir = "/srv/osteo"\n[receiver]\nport = 104\n[store]\nurl = "postgresql://osteo@db/osteo"\n'
         '[[sources]]\nae_title = "CT1"\naddresses = ["192.0.2.1"]\n'
+        '[notifications]\nwebhook_url = "https://it:s3cret@chat.example/hooks/T0PS3CRET"\n'
     )
     environment = {"OSTEO_RECEIVER__AE_TITLE": "NODE", "OSTEO_STORE__PASSWORD": "hunter2 hunter2"}
     sections = sections_of(load_settings(config, environment), environment)
@@ -281,6 +282,8 @@ def test_settings_say_where_they_come_from_and_keep_secrets(tmp_path: Path) -> N
     assert shown["[store]", "password"] == ("set, not shown", "OSTEO_STORE__PASSWORD")
     assert shown["[[sources]] 1", "ae_title"] == ("CT1", "osteo.toml")
     assert "hunter2" not in str(sections)
+    assert shown["[notifications]", "webhook_url"][0].startswith("https://chat.example/… ")
+    assert "s3cret" not in str(sections).lower()
     keys = {title for title, _key in shown}
     assert {f"[{name}]" for name, value in Settings() if hasattr(value, "model_fields_set")} <= keys
 
